@@ -1,0 +1,29 @@
+"""The one error type users see, and the helper that suggests what they may have meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LitPeftError(ValueError):
+    """Bad input from the user: one paragraph naming the field, the value and the fix.
+
+    The command line prints the message alone (no traceback) and exits with status 2.
+    """
+
+
+def closest(name: str, choices: Iterable[str], n: int = 3) -> str:
+    """Return the choices nearest to `name`, ready to stand in a sentence.
+
+    Args:
+        name: what the user wrote.
+        choices: what exists.
+        n: how many to name at most.
+
+    Returns:
+        `"'a', 'b'"`: the `n` closest matches, or the first `n` choices if none is close.
+    """
+    pool = list(dict.fromkeys(choices))
+    found = difflib.get_close_matches(name, pool, n=n, cutoff=0.4) or pool[:n]
+    return ", ".join(repr(choice) for choice in found)
