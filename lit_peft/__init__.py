@@ -1,0 +1,24 @@
+"""Parameter-efficient fine-tuning of language models as PyTorch Lightning modules."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_NAMES = {
+    "LitPeftError": "lit_peft.errors",
+    "LoRASettings": "lit_peft.methods.lora",
+    "attach": "lit_peft.methods.attachment",
+    "detach": "lit_peft.methods.attachment",
+    "load_adapter": "lit_peft.formats.peft",
+    "merge": "lit_peft.methods.lora",
+    "trainable_parameters": "lit_peft.methods.attachment",
+}
+__all__ = list(_NAMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'lit_peft' has no attribute {name!r}")

@@ -1,0 +1,127 @@
+"""Reading peft's adapter folders (`adapter_config.json` and `adapter_model.safetensors`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lit_peft.errors import LitPeftError
+from lit_peft.methods.attachment import attach, attachment_of, detach
+from lit_peft.methods.lora import LoRASettings
+from lit_peft.nn.lora import LoRAEmbedding
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_READ = {
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layers_pattern",
+    "bias",
+    "use_rslora",
+    "use_dora",
+    "modules_to_save",
+}
+# These change nothing in how the stored weights act, or say what the weights' shapes say too.
+_NEUTRAL = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "loftq_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+    "corda_config",
+    "eva_config",
+    "lora_ga_config",
+}
+
+
+def load_adapter(model: Model, folder: str | Path) -> Model:
+    """Read a peft LoRA folder and attach it to a bare model, ready for `model.eval()`.
+
+    Args:
+        model: the base model, as transformers loaded it.
+        folder: the adapter's folder.
+
+    Returns:
+        The same model, the adapter attached.
+
+    Raises:
+        LitPeftError: a file is missing, the method or a setting is not one that can be read, or the tensors do not
+            fit the model. The model is as it was.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise LitPeftError(f"{folder} has no adapter_model.safetensors: give the folder that peft's save wrote.")
+    stored = load_file(weights)
+    values = {name: value for name, value in config.items() if name in _READ and value is not None}
+    attach(model, LoRASettings(**values))
+    try:
+        _fill(model, stored, folder)
+    except BaseException:
+        detach(model)
+        raise
+    return model
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LitPeftError(f"{folder} has no adapter_config.json: give the folder of an adapter.") from None
+    except ValueError as problem:
+        raise LitPeftError(f"{folder}/adapter_config.json is not valid JSON ({problem}).") from None
+    if config.get("peft_type") != "LORA":
+        raise LitPeftError(f"{folder}: adapters of type {config.get('peft_type')!r} cannot be read, only 'LORA'.")
+    active = sorted(name for name, value in config.items() if name not in _READ | _NEUTRAL and value)
+    if active:
+        raise LitPeftError(
+            f"{folder}/adapter_config.json sets {', '.join(active)}, which would change the result and cannot be read."
+        )
+    return config
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, stored: dict[str, torch.Tensor], folder: Path) -> None:
+    attachment = attachment_of(model)
+    places: dict[str, torch.Tensor] = {}
+    for path, layer in attachment.adapted.items():
+        middle, end = ("lora_embedding_", "") if isinstance(layer, LoRAEmbedding) else ("lora_", ".weight")
+        places[f"{path}.{middle}A{end}"] = layer.lora_A  # type: ignore[assignment]
+        places[f"{path}.{middle}B{end}"] = layer.lora_B  # type: ignore[assignment]
+        if layer.lora_magnitude is not None:
+            places[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude  # type: ignore[assignment]
+    places.update({path.replace(".base_layer.", "."): value for path, value in attachment.saved.items()})
+    prefix = "base_model.model."
+    found = {name.removeprefix(prefix).replace(".base_layer.", "."): tensor for name, tensor in stored.items()}
+    # peft stores the whole module of a vocabulary-sized target; what was not trained is the base's own.
+    own = {name.replace(".base_layer.", ".") for name in model.state_dict()}
+    missing = sorted(set(places) - set(found))
+    extra = sorted(set(found) - set(places) - own)
+    if missing or extra:
+        raise LitPeftError(f"{folder} does not fit this model: missing {missing[:3]}, unexpected {extra[:3]}.")
+    for name, place in places.items():
+        if found[name].shape != place.shape:
+            raise LitPeftError(
+                f"{folder}: {name} has shape {tuple(found[name].shape)}, and this model needs {tuple(place.shape)}."
+            )
+        place.copy_(found[name])

@@ -1,0 +1,1 @@
+"""The methods: settings, and how each attaches to a model."""

@@ -1,0 +1,131 @@
+"""How a method goes onto a model and off again, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from lit_peft.errors import LitPeftError
+
+Model = TypeVar("Model", bound=nn.Module)
+_KEY = "_lit_peft_attachment"
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """What every method's settings share.
+
+    Args:
+        modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head.
+    """
+
+    method: ClassVar[str] = ""
+    modules_to_save: tuple[str, ...] | list[str] | None = field(default=None, kw_only=True)
+
+    def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
+        """Put the method onto the frozen model, every change through `attachment`."""
+        raise NotImplementedError
+
+
+@dataclass
+class Attachment:
+    """The record of what was done to a model, and so of how to undo it."""
+
+    model: nn.Module
+    settings: MethodSettings
+    undo: list[Callable[[], None]] = field(default_factory=list)
+    adapted: dict[str, nn.Module] = field(default_factory=dict)
+    saved: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def replace(self, path: str, module: nn.Module, restore: Callable[[], nn.Module]) -> None:
+        """Put `module` at `path`; `restore` gives the module to put back."""
+        parent, _, name = path.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        module.train(getattr(owner, "training", True))
+        setattr(owner, name, module)
+        self.adapted[path] = module
+        self.undo.append(lambda: setattr(owner, name, restore()))
+
+    def train(self, path: str) -> None:
+        """Train a copy of the parameter at `path` in its place; the original returns at detach."""
+        parent, _, name = path.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        original = owner.get_parameter(name)
+        copy = nn.Parameter(original.detach().clone(), requires_grad=True)
+        setattr(owner, name, copy)
+        self.saved[path] = copy
+        self.undo.append(lambda: setattr(owner, name, original))
+
+    def train_modules(self, names: tuple[str, ...] | list[str]) -> None:
+        """Train every parameter of each module whose name is, or ends in, one of `names`."""
+        for path, _ in list(self.model.named_modules()):
+            if any(path == name or path.endswith("." + name) for name in names):
+                for inner, _ in list(self.model.get_submodule(path).named_parameters()):
+                    if f"{path}.{inner}" not in self.saved:
+                        self.train(f"{path}.{inner}")
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """The record of what is attached to `model`.
+
+    Raises:
+        LitPeftError: nothing is.
+    """
+    found: Any = getattr(model, _KEY, None)
+    if found is None:
+        raise LitPeftError(
+            f"This {type(model).__name__} has no method attached: call lit_peft.attach(model, settings) first."
+        )
+    attachment: Attachment = found
+    return attachment
+
+
+def attach(model: Model, settings: MethodSettings) -> Model:
+    """Freeze `model` and attach the method that `settings` describe, in place.
+
+    Args:
+        model: any transformers model, or any `nn.Module` the settings' targets exist in.
+        settings: the method's settings, e.g. `LoRASettings(r=8)`.
+
+    Returns:
+        The same model; only the method's parameters require gradients.
+
+    Raises:
+        LitPeftError: a method is attached already, or the settings do not fit the model. The model is as it was.
+    """
+    if getattr(model, _KEY, None) is not None:
+        raise LitPeftError(
+            f"This {type(model).__name__} has {attachment_of(model).settings.method!r} attached already: call "
+            "lit_peft.detach(model) before attaching again, so that trained weights are never silently replaced."
+        )
+    attachment = Attachment(model, settings)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+            attachment.undo.append(lambda p=parameter: p.requires_grad_(True))  # type: ignore[misc]
+    try:
+        settings.attach_to(model, attachment)
+        if settings.modules_to_save:
+            attachment.train_modules(settings.modules_to_save)
+    except BaseException:
+        for step in reversed(attachment.undo):
+            step()
+        raise
+    object.__setattr__(model, _KEY, attachment)
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Take the method off again: the base model, bit for bit."""
+    for step in reversed(attachment_of(model).undo):
+        step()
+    object.__delattr__(model, _KEY)
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """The number of parameters that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

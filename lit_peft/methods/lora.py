@@ -1,0 +1,107 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): settings, and how it attaches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, TypeVar
+
+from torch import nn
+
+from lit_peft.errors import LitPeftError
+from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, detach
+from lit_peft.methods.targets import default_targets, find_targets, pattern_value
+from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class LoRASettings(MethodSettings):
+    """Settings of LoRA.
+
+    Args:
+        r: rank of each update.
+        lora_alpha: updates are scaled by `lora_alpha / r`.
+        lora_dropout: dropout probability on the update's input.
+        target_modules: names, a regular expression, or `"all-linear"`; the query and value projections when None.
+        exclude_modules: names or a regular expression of modules to leave out.
+        rank_pattern: rank by module name (regular expressions), where it differs from `r`.
+        alpha_pattern: the same for `lora_alpha`.
+        layers_to_transform: numbers of the layers to adapt, counted from 0; all when None.
+        layers_pattern: the name of the list of layers.
+        bias: which biases are trained as well: `none`, `all`, or `lora_only` (of the adapted layers).
+        use_rslora: scale by `lora_alpha / sqrt(r)` (arXiv:2312.03732).
+        use_dora: weight-decomposed updates (arXiv:2402.09353).
+        init_lora_weights: `kaiming`, `gaussian`, `pissa` (arXiv:2404.02948) or `olora` (arXiv:2406.01775).
+        fan_in_fan_out: weights are stored transposed; found from each layer's type when None.
+    """
+
+    method: ClassVar[str] = "lora"
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: InitLoRA = "kaiming"
+    fan_in_fan_out: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.r <= 0:
+            raise LitPeftError(f"r={self.r}: the rank must be a positive integer, e.g. r=8.")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise LitPeftError(f"bias={self.bias!r} is not known: use 'none', 'all' or 'lora_only'.")
+
+    def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
+        """Wrap every target in a LoRA layer and train the biases that `bias` names."""
+        layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        targets = self.target_modules if self.target_modules is not None else default_targets(model)
+        for path in find_targets(model, targets, self.exclude_modules, layers, self.layers_pattern):
+            base = model.get_submodule(path)
+            kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
+            layer = kind(
+                base,  # type: ignore[arg-type]
+                r=int(pattern_value(dict(self.rank_pattern), path, self.r)),
+                lora_alpha=pattern_value(dict(self.alpha_pattern), path, self.lora_alpha),
+                lora_dropout=self.lora_dropout,
+                use_rslora=self.use_rslora,
+                use_dora=self.use_dora,
+                init_lora_weights=self.init_lora_weights,
+            )
+            attachment.replace(path, layer, layer.restore_base)
+            if self.bias == "lora_only" and layer.bias is not None:
+                attachment.train(f"{path}.base_layer.bias")
+        if self.bias == "all":
+            for name, _ in list(model.named_parameters()):
+                if name.endswith(".bias"):
+                    attachment.train(name)
+
+
+def merge(model: Model) -> Model:
+    """Fold the trained updates into the base weights and return the plain model.
+
+    Raises:
+        LitPeftError: nothing is attached, or the attached method is not a weight update.
+    """
+    attachment = attachment_of(model)
+    layers = {path: module for path, module in attachment.adapted.items() if isinstance(module, LoRALayer)}
+    if not layers:
+        raise LitPeftError(f"{attachment.settings.method!r} is not a weight update and cannot be merged.")
+    weights = {}
+    for path, layer in layers.items():
+        layer.merge()
+        weights[path] = layer.weight.detach().clone()
+    trained = {path.replace(".base_layer.", "."): value.detach().clone() for path, value in attachment.saved.items()}
+    detach(model)
+    for path, weight in weights.items():
+        model.get_parameter(f"{path}.weight").data.copy_(weight)
+    for path, value in trained.items():
+        model.get_parameter(path).data.copy_(value)
+    return model

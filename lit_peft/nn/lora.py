@@ -1,0 +1,305 @@
+"""LoRA layers: a frozen layer W plus a trained low-rank update (Hu et al. 2021, arXiv:2106.09685).
+
+x ──────────┬───────────────────────┐
+            │                       │
+      ┌─────▼─────┐           ┌─────▼─────┐
+      │ W, frozen │           │ A: d_in→r │
+      └─────┬─────┘           └─────┬─────┘
+            │                 ┌─────▼─────┐
+            │                 │ B: r→d_out│ · s      s = alpha / r
+            │                 └─────┬─────┘
+            └──────────(+)──────────┘
+                        │
+            h = W x + s · B A x
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_peft.errors import LitPeftError
+
+InitLoRA = Literal["kaiming", "gaussian", "pissa", "olora"]
+
+
+class LoRALayer(nn.Module):
+    """What the LoRA layers share: the frozen `base_layer`, A, B, the scale, merging.
+
+    Args:
+        base_layer: the layer to adapt; it is kept, not copied, and its parameters are frozen.
+        in_features: d_in, the width of the update's input.
+        out_features: d_out, the width of the update's output.
+        r: rank of the update.
+        lora_alpha: the update is scaled by `lora_alpha / r` (`lora_alpha / sqrt(r)` with `use_rslora`).
+        lora_dropout: dropout probability on the update's input.
+        use_rslora: rank-stabilized scale (arXiv:2312.03732).
+        use_dora: weight-decomposed update (arXiv:2402.09353): one trained magnitude per output feature.
+        init_lora_weights: how A and B start: `kaiming` (A Kaiming-uniform, B zero: the identity), `gaussian`
+            (A normal with standard deviation 1/r, B zero), `pissa` (principal singular vectors, arXiv:2404.02948)
+            or `olora` (QR, arXiv:2406.01775). The last two move part of W into the update.
+
+    Raises:
+        LitPeftError: `r` is not positive, or the dropout is not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: InitLoRA = "kaiming",
+    ) -> None:
+        super().__init__()
+        if r <= 0:
+            raise LitPeftError(f"r={r}: the rank of a LoRA update must be a positive integer, e.g. r=8.")
+        if not 0.0 <= lora_dropout < 1.0:
+            raise LitPeftError(f"lora_dropout={lora_dropout}: give a probability from 0 up to, not including, 1.")
+        self.base_layer = base_layer.requires_grad_(False)
+        self.in_features, self.out_features = in_features, out_features
+        self.r, self.lora_alpha = r, lora_alpha
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.lora_dropout = lora_dropout
+        self.merged = False
+        self.enabled = True
+        weight = self.weight
+        floating = weight.dtype if weight.is_floating_point() else torch.float32
+        # Half-precision bases keep fp32 adapters: small updates vanish in bf16's 8 bits of mantissa.
+        dtype = torch.float32 if floating in (torch.float16, torch.bfloat16) else floating
+        self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.empty(out_features, r, dtype=dtype, device=weight.device))
+        self.lora_magnitude: nn.Parameter | None = None
+        self._moved_weight: Tensor | None = None
+        self.reset_parameters(init_lora_weights)
+        if use_dora:
+            self.lora_magnitude = nn.Parameter(self._weight_norm().to(dtype))
+
+    def reset_parameters(self, init_lora_weights: InitLoRA) -> None:
+        """Start A and B anew, as `init_lora_weights` says."""
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+            nn.init.zeros_(self.lora_B)
+        elif init_lora_weights == "kaiming":
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
+        elif init_lora_weights in ("pissa", "olora"):
+            self._start_from_weight(init_lora_weights)
+        else:
+            raise LitPeftError(
+                f"init_lora_weights={init_lora_weights!r} is not known: use 'kaiming', 'gaussian', 'pissa' or 'olora'."
+            )
+
+    @torch.no_grad()
+    def _start_from_weight(self, how: str) -> None:
+        if not self.weight.is_floating_point():
+            raise LitPeftError(
+                f"init_lora_weights={how!r} needs the layer's weight in floating point, and this layer is quantized: "
+                "use init_lora_weights='kaiming'."
+            )
+        if self.weight.is_meta:
+            return
+        weight = self.dense_weight().float()
+        if how == "pissa":
+            left, singular, right = torch.linalg.svd(weight, full_matrices=False)
+            root = (singular[: self.r] / self.scaling).sqrt()
+            a, b = root[:, None] * right[: self.r], left[:, : self.r] * root
+        else:
+            q, upper = torch.linalg.qr(weight)
+            a, b = upper[: self.r], q[:, : self.r]
+        self.lora_A.copy_(a)
+        self.lora_B.copy_(b)
+        # What the update now carries leaves W, so that the sum starts as the base; kept to restore W exactly.
+        self._moved_weight = self.base_layer.weight.detach().clone()  # type: ignore[operator]
+        self.add_to_weight(-self.delta_weight())
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, as the base layer stores it."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias, if it has one."""
+        return getattr(self.base_layer, "bias", None)
+
+    def dense_weight(self) -> Tensor:
+        """Return W as a dense matrix, shape (out_features, in_features)."""
+        return self.weight.detach()
+
+    def add_to_weight(self, delta: Tensor) -> None:
+        """Add `delta`, shape (out_features, in_features), to the base layer's weight in place."""
+        self.weight.data.add_(delta.to(self.weight.dtype))
+
+    def delta_weight(self) -> Tensor:
+        """Return s · B A, shape (out_features, in_features)."""
+        return (self.lora_B @ self.lora_A) * self.scaling
+
+    def _weight_norm(self) -> Tensor:
+        """Norm of each row of W + s·BA; a constant for the gradient (DoRA, section 4.3). Shape (out_features,)."""
+        dense = self.dense_weight()
+        return torch.linalg.vector_norm(dense + self.delta_weight().detach().to(dense.dtype), dim=1)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the update into the base weight, in place. Does nothing when it is folded in already.
+
+        Raises:
+            LitPeftError: the base layer is quantized and cannot take an update.
+        """
+        if self.merged:
+            return
+        if not self.weight.is_floating_point():
+            raise LitPeftError(
+                f"This {type(self.base_layer).__name__} is quantized and cannot take a merged update: load the base "
+                "model unquantized to merge."
+            )
+        # Rounding makes (W + d) - d differ from W, so W itself is kept to come back to.
+        self._unmerged_weight = self.weight.detach().clone()
+        delta = self.delta_weight()
+        if self.lora_magnitude is not None:
+            dense = self.dense_weight().to(delta.dtype)
+            merged = (self.lora_magnitude / self._weight_norm())[:, None] * (dense + delta)
+            delta = merged - dense
+        self.add_to_weight(delta)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Undo `merge`: the base weight is what it was, bit for bit."""
+        if self.merged:
+            self.weight.data.copy_(self._unmerged_weight)
+            del self._unmerged_weight
+            self.merged = False
+
+    @torch.no_grad()
+    def restore_base(self) -> nn.Module:
+        """Return the base layer as it was before it was adapted, bit for bit."""
+        self.unmerge()
+        if self._moved_weight is not None:
+            self.weight.data.copy_(self._moved_weight)
+        return self.base_layer
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}" + (
+            ", use_dora=True" if self.lora_magnitude is not None else ""
+        )
+
+
+class LoRALinear(LoRALayer):
+    """`h = W x + b + s · B A dropout(x)`, for any layer that multiplies by a weight (2106.09685, equation 3).
+
+    Takes `nn.Linear` and its quantized relatives, and layers that store W transposed (transformers' `Conv1D`).
+    With `use_dora`, `h = m / ||W + s·BA|| · (W x + s · B A x) + b`.
+
+    Args:
+        base_layer: the layer to adapt.
+        fan_in_fan_out: W is stored as (in_features, out_features); found from the layer's type when None.
+        **settings: as `LoRALayer`.
+
+    Shapes:
+        input (..., in_features) → output (..., out_features)
+    """
+
+    def __init__(self, base_layer: nn.Module, *, fan_in_fan_out: bool | None = None, **settings: object) -> None:
+        if fan_in_fan_out is None:
+            fan_in_fan_out = type(base_layer).__name__ == "Conv1D"
+        self.fan_in_fan_out = fan_in_fan_out
+        if hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features"):
+            d_in, d_out = int(base_layer.in_features), int(base_layer.out_features)  # type: ignore[arg-type]
+        else:
+            rows, columns = base_layer.get_parameter("weight").shape
+            d_in, d_out = (rows, columns) if fan_in_fan_out else (columns, rows)
+        super().__init__(base_layer, d_in, d_out, **settings)  # type: ignore[arg-type]
+
+    def dense_weight(self) -> Tensor:
+        if not self.weight.is_floating_point():
+            # A quantized layer is linear all the same: its weight is its answer to the unit vectors.
+            eye = torch.eye(self.in_features, device=self.lora_A.device, dtype=self.lora_A.dtype)
+            out = self.base_layer(eye)
+            return (out - self.bias if self.bias is not None else out).detach().T
+        weight = self.weight.detach()
+        return weight.T if self.fan_in_fan_out else weight
+
+    def add_to_weight(self, delta: Tensor) -> None:
+        super().add_to_weight(delta.T if self.fan_in_fan_out else delta)
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        out: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.merged or not self.enabled:
+            return out
+        dropped = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
+        # A and B are cast, not x: they are the smaller ones.
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        update = F.linear(F.linear(dropped, a) * self.scaling, b)
+        if self.lora_magnitude is None:
+            return out + update.to(out.dtype)
+        scale = (self.lora_magnitude / self._weight_norm()).to(out.dtype)
+        bias = self.bias
+        product = out if bias is None else out - bias
+        if self.training and self.lora_dropout:
+            # DoRA's magnitude acts on what the update saw; the base's own output stays whole.
+            weight = self.dense_weight().to(x.dtype)
+            return out + (scale - 1) * F.linear(dropped, weight) + scale * update
+        result = scale * (product + update)
+        return result if bias is None else result + bias
+
+
+class LoRAEmbedding(LoRALayer):
+    """`h = W[x] + s · (B A)ᵀ[x]`: LoRA on an embedding table (2106.09685, as its reference code has it).
+
+    A has shape (r, num_embeddings) and starts at zero, B has shape (embedding_dim, r) and starts normal.
+
+    Args:
+        base_layer: the embedding to adapt.
+        **settings: as `LoRALayer`; dropout is not used, there is no dense input to drop.
+
+    Shapes:
+        input (...) of token ids → output (..., embedding_dim)
+    """
+
+    def __init__(self, base_layer: nn.Embedding, **settings: object) -> None:
+        super().__init__(
+            base_layer,
+            base_layer.num_embeddings,
+            base_layer.embedding_dim,
+            **settings,  # type: ignore[arg-type]
+        )
+        self.num_embeddings, self.embedding_dim = base_layer.num_embeddings, base_layer.embedding_dim
+        self.padding_idx = base_layer.padding_idx
+
+    def reset_parameters(self, init_lora_weights: InitLoRA) -> None:
+        if init_lora_weights in ("pissa", "olora"):
+            raise LitPeftError(
+                f"init_lora_weights={init_lora_weights!r} is defined for linear layers only: leave the embeddings out "
+                "of target_modules, or use init_lora_weights='kaiming'."
+            )
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)
+
+    def dense_weight(self) -> Tensor:
+        return self.weight.detach().T
+
+    def add_to_weight(self, delta: Tensor) -> None:
+        super().add_to_weight(delta.T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x)
+        if self.merged or not self.enabled:
+            return out
+        # Some models scale inside their embedding (Gemma's embed_scale); the update is scaled alike.
+        factor = getattr(self.base_layer, "embed_scale", None)
+        update = (F.embedding(x, self.lora_A.T) @ self.lora_B.T * self.scaling).to(out.dtype)
+        if factor is not None:
+            update = update * torch.as_tensor(factor, dtype=out.dtype, device=out.device)
+        if self.lora_magnitude is None:
+            return out + update
+        return (self.lora_magnitude / self._weight_norm()).to(out.dtype) * (out + update)

@@ -1,0 +1,119 @@
+"""LoRA against peft: stored reference cases, gradients on one batch, published parameter counts."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lit_peft
+from lit_peft import LitPeftError, LoRASettings
+
+GOLDEN = Path(os.environ.get("LIT_PEFT_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
+CASES = sorted(p.parent for p in (GOLDEN / "peft").glob("*/case.json") if json.loads(p.read_text())["method"] == "lora")
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.skipif(not CASES, reason="no reference cases: set LIT_PEFT_GOLDEN to their folder")
+@pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
+def test_reference_case(case: Path) -> None:
+    facts = json.loads((case / "case.json").read_text())
+    model = getattr(transformers, facts["auto_class"]).from_pretrained(case / "base").eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    io = load_file(case / "io.safetensors")
+    batch = {name: io[name] for name in io if not name.startswith("output")}
+    lit_peft.load_adapter(model, case / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, io["output"], atol=1e-5 * io["output"].abs().max(), rtol=0)
+        merged = lit_peft.merge(model)(**batch).logits
+    torch.testing.assert_close(merged, io["output"], atol=1e-5 * float(io["output"].abs().max()), rtol=0)
+    assert set(model.state_dict()) == set(before)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj", "embed_tokens"]])
+def test_gradients_equal_peft(dora: bool, targets: list[str], tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_dora=dora, init_lora_weights=False)
+    theirs = get_peft_model(tiny(), config)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    theirs = PeftModel.from_pretrained(tiny(), str(tmp_path), is_trainable=True)
+    ours = lit_peft.load_adapter(tiny(), tmp_path)
+    ids = torch.randint(0, 97, (2, 9))
+    loss = ours(input_ids=ids, labels=ids).loss
+    reference = theirs(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+    loss.backward()
+    reference.backward()
+    wanted = {n.replace("base_model.model.", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    mine = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
+    assert len(mine) == len(wanted) > 0
+    for name, gradient in mine.items():
+        name = name.replace("lora_magnitude", "lora_magnitude_vector")
+        spellings = [name, name.replace("lora_", "lora_embedding_")]
+        found = next(g for n, g in wanted.items() if any(n.startswith(s + ".default") for s in spellings))
+        torch.testing.assert_close(gradient, found, rtol=1e-4, atol=1e-5 * float(found.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LoRASettings(),
+        LoRASettings(target_modules="all-linear", use_dora=True, bias="all"),
+        LoRASettings(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"]),
+        LoRASettings(init_lora_weights="pissa", r=4),
+        LoRASettings(init_lora_weights="olora", r=4),
+    ],
+)
+def test_starts_as_the_base_and_detaches_bit_for_bit(settings: LoRASettings) -> None:
+    model = tiny().eval()
+    ids = torch.arange(14).view(2, 7)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    base = model(input_ids=ids).logits
+    lit_peft.attach(model, settings)
+    torch.testing.assert_close(model(input_ids=ids).logits, base, atol=1e-5, rtol=0)
+    lit_peft.detach(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_llama_7b_count() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, intermediate_size=11008))
+    lit_peft.attach(model, LoRASettings(r=8, target_modules=["q_proj", "v_proj"]))
+    assert lit_peft.trainable_parameters(model) == 4_194_304
+    assert sum(p.numel() for p in model.parameters()) == 6_742_609_920
+
+
+def test_bad_input_names_the_fix_and_leaves_the_model_alone() -> None:
+    model = tiny()
+    names = list(model.state_dict())
+    with pytest.raises(LitPeftError, match="q_proj"):
+        lit_peft.attach(model, LoRASettings(target_modules=["v_proj", "q_prj"]))
+    with pytest.raises(LitPeftError, match="r=0"):
+        LoRASettings(r=0)
+    assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
+    lit_peft.attach(model, LoRASettings())
+    with pytest.raises(LitPeftError, match="already"):
+        lit_peft.attach(model, LoRASettings())
