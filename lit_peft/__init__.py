@@ -12,6 +12,7 @@ _NAMES = {
     "detach": "lit_peft.methods.attachment",
     "load_adapter": "lit_peft.formats.peft",
     "merge": "lit_peft.methods.lora",
+    "save_adapter": "lit_peft.formats.peft",
     "trainable_parameters": "lit_peft.methods.attachment",
 }
 __all__ = list(_NAMES)

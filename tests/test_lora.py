@@ -117,3 +117,34 @@ def test_bad_input_names_the_fix_and_leaves_the_model_alone() -> None:
     lit_peft.attach(model, LoRASettings())
     with pytest.raises(LitPeftError, match="already"):
         lit_peft.attach(model, LoRASettings())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LoRASettings(r=4, bias="lora_only", layers_to_transform=[0, 2]),
+        LoRASettings(r=4, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 4}, use_rslora=True),
+        LoRASettings(target_modules="all-linear", use_dora=True, modules_to_save=["lm_head"]),
+        LoRASettings(target_modules=["embed_tokens", "q_proj"]),
+    ],
+)
+def test_peft_loads_what_we_save(settings: LoRASettings, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = lit_peft.attach(tiny(), settings)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    ids = torch.randint(0, 97, (2, 9))
+    ours = model.eval()(input_ids=ids).logits
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(tiny(), str(folder)).eval()(input_ids=ids).logits
+    again = lit_peft.load_adapter(tiny(), folder).eval()(input_ids=ids).logits
+    scale = float(ours.abs().max())
+    torch.testing.assert_close(theirs, ours, atol=1e-5 * scale, rtol=0)
+    torch.testing.assert_close(again, ours, atol=0, rtol=0)
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+    with pytest.raises(LitPeftError, match="not an empty folder"):
+        lit_peft.save_adapter(model, folder)

@@ -1,20 +1,24 @@
-"""Reading peft's adapter folders (`adapter_config.json` and `adapter_model.safetensors`)."""
+"""Reading and writing peft's adapter folders (`adapter_config.json` and `adapter_model.safetensors`)."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lit_peft.errors import LitPeftError
-from lit_peft.methods.attachment import attach, attachment_of, detach
+from lit_peft.methods.attachment import Attachment, attach, attachment_of, detach
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.nn.lora import LoRAEmbedding
 
+_PREFIX = "base_model.model."
 Model = TypeVar("Model", bound=nn.Module)
 
 _READ = {
@@ -83,6 +87,67 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     return model
 
 
+def save_adapter(model: nn.Module, folder: str | Path) -> Path:
+    """Write the attached LoRA as a folder that peft loads.
+
+    The folder appears whole or not at all: it is written beside its place, synced, and renamed.
+
+    Args:
+        model: a model with LoRA attached.
+        folder: where to write; it must not exist yet, or be empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        LitPeftError: nothing is attached, the method is not LoRA, or the folder holds files already.
+    """
+    attachment = attachment_of(model)
+    settings, folder = attachment.settings, Path(folder)
+    if not isinstance(settings, LoRASettings):
+        raise LitPeftError(f"{settings.method!r} cannot be written in peft's format, only 'lora'.")
+    if settings.init_lora_weights in ("pissa", "olora"):
+        raise LitPeftError(
+            f"init_lora_weights={settings.init_lora_weights!r} changed the base weights, so the adapter alone would "
+            "not give the same model: call lit_peft.merge(model) and save the merged model."
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LitPeftError(f"{folder} exists and is not an empty folder: give a new one.")
+    first = next(iter(attachment.adapted.values()))
+    config = {name: getattr(settings, name) for name in _READ}
+    config.update(
+        peft_type="LORA",
+        # Full names, so that the reader adapts these modules and no others.
+        target_modules=sorted(attachment.adapted),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        fan_in_fan_out=bool(getattr(first, "fan_in_fan_out", False)),
+        modules_to_save=list(settings.modules_to_save) if settings.modules_to_save else None,
+        base_model_name_or_path=getattr(model, "name_or_path", None) or None,
+        inference_mode=True,
+    )
+    tensors = {f"{_PREFIX}{name}": place.detach().contiguous() for name, place in _places(attachment).items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (temporary / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        for file in [*temporary.iterdir(), temporary]:
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -100,9 +165,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-@torch.no_grad()
-def _fill(model: nn.Module, stored: dict[str, torch.Tensor], folder: Path) -> None:
-    attachment = attachment_of(model)
+def _places(attachment: Attachment) -> dict[str, torch.Tensor]:
+    """Each trained tensor under the name peft stores it by, less the prefix."""
     places: dict[str, torch.Tensor] = {}
     for path, layer in attachment.adapted.items():
         middle, end = ("lora_embedding_", "") if isinstance(layer, LoRAEmbedding) else ("lora_", ".weight")
@@ -111,8 +175,14 @@ def _fill(model: nn.Module, stored: dict[str, torch.Tensor], folder: Path) -> No
         if layer.lora_magnitude is not None:
             places[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude  # type: ignore[assignment]
     places.update({path.replace(".base_layer.", "."): value for path, value in attachment.saved.items()})
-    prefix = "base_model.model."
-    found = {name.removeprefix(prefix).replace(".base_layer.", "."): tensor for name, tensor in stored.items()}
+    return places
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, stored: dict[str, torch.Tensor], folder: Path) -> None:
+    attachment = attachment_of(model)
+    places = _places(attachment)
+    found = {name.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor for name, tensor in stored.items()}
     # peft stores the whole module of a vocabulary-sized target; what was not trained is the base's own.
     own = {name.replace(".base_layer.", ".") for name in model.state_dict()}
     missing = sorted(set(places) - set(found))
