@@ -1,0 +1,445 @@
+"""What every data module shares: finding the rows, splitting them, caching, and the loaders."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+
+from lit_peft.data.collate import PadCollator
+from lit_peft.data.files import column_values, is_file, read_file, read_hub, require_columns
+from lit_peft.data.sampling import SeededSampler
+from lit_peft.data.splits import carve, first_of_each, limited, matching
+from lit_peft.data.tokenization import load_tokenizer, tokenizer_digest, with_padding
+from lit_peft.errors import LitPeftError, closest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Split = Literal["train", "validation", "test", "predict"]
+
+# What each stage of the Trainer reads.
+_STAGES: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+# Names under which hub datasets keep their validation split.
+_VALIDATION_NAMES = ("validation", "valid", "val", "dev", "validation_matched")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a table.
+
+    Attributes:
+        table: the whole table, as the file has it.
+        numbers: which rows, as 0-based positions in the table.
+        field: the setting they came from ("data.train"), for messages.
+        source: that setting's value.
+    """
+
+    table: Dataset
+    numbers: list[int]
+    field: str
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def selected(self) -> Dataset:
+        """Return just these rows as a table."""
+        if len(self.numbers) == len(self.table):
+            return self.table
+        return self.table.select(self.numbers)
+
+    def where(self, row: int) -> str:
+        """Say where a row stands, to begin an error message with."""
+        return f"{self.field} {self.source!r}, row {row + 1}"
+
+
+class LitDataModule(pl.LightningDataModule):
+    """Text from files, installed packages or the hub, as padded batches of tokens.
+
+    Splits: a file (or hub split) given for `validation` or `test` is used whole. Where none is given, a
+    fixed part of `train` is taken out, by `validation_fraction` and `test_fraction`; duplicates are removed
+    first, so that no text stands on both sides. Keep `seed`, `test_fraction` and `where` the same between
+    training and testing: they decide which rows were held out.
+
+    Args:
+        base: the base model, whose tokenizer is used unless `tokenizer` is given.
+        train: training file (csv, tsv, json, jsonl, parquet, txt), 'pkg:DISTRIBUTION/path' for a file in an
+            installed package, or, with `dataset`, the name of a split.
+        validation: the same, for validation.
+        test: the same, for testing.
+        predict: the same, for prediction; its rows keep their order and need no answers.
+        dataset: hub id of a dataset to take the splits from.
+        dataset_config: configuration of that dataset.
+        tokenizer: hub id, folder or packaged model whose tokenizer to use instead of the base model's.
+        batch_size: examples per batch and device.
+        max_length: longest example, in tokens; longer ones are cut and counted.
+        num_workers: processes that prepare batches; 0: the main process.
+        seed: of the split, the limits and the order of training; the same seed gives the same of each.
+        limit_train: use at most this many training rows, drawn at random.
+        limit_validation: the same, for validation.
+        limit_test: the same, for testing.
+        validation_fraction: share of the training rows to validate on where `validation` is not given.
+        test_fraction: share of the training rows to test on where `test` is not given.
+        where: keep only rows whose columns have these values (a list: one of them); not for `predict`.
+        padding_side: 'right' or 'left'; unset: right, and left for prompts to generate from.
+        pad_to_multiple_of: round the length of each batch up to a multiple of this.
+
+    Raises:
+        LitPeftError: a setting is out of range.
+    """
+
+    # A text that stands in the training file and in a test file is removed from training.
+    drops_overlap: ClassVar[bool] = True
+    # What one row of a txt file is.
+    text_unit: str = "line"
+
+    def __init__(
+        self,
+        base: str | None = None,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        dataset: str | None = None,
+        dataset_config: str | None = None,
+        tokenizer: str | None = None,
+        batch_size: int = 16,
+        max_length: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+        limit_train: int | None = None,
+        limit_validation: int | None = None,
+        limit_test: int | None = None,
+        validation_fraction: float = 0.1,
+        test_fraction: float = 0.0,
+        where: dict[str, Any] | None = None,
+        padding_side: Literal["right", "left"] | None = None,
+        pad_to_multiple_of: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.sources: dict[Split, str | None] = {
+            "train": train,
+            "validation": validation,
+            "test": test,
+            "predict": predict,
+        }
+        self.dataset = dataset
+        self.dataset_config = dataset_config
+        self.tokenizer_name = tokenizer
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.num_workers = num_workers
+        self.seed = seed
+        self.limits: dict[Split, int | None] = {
+            "train": limit_train,
+            "validation": limit_validation,
+            "test": limit_test,
+        }
+        self.fractions: dict[Split, float] = {"test": test_fraction, "validation": validation_fraction}
+        self.where = dict(where or {})
+        self.padding_side = padding_side
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self._tokenizer: Any = None
+        self._encoded: dict[Split, Any] = {}
+        self._said: set[str] = set()
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        least: dict[str, tuple[int | None, int]] = {
+            "batch_size": (self.batch_size, 1),
+            "max_length": (self.max_length, 2),
+            "num_workers": (self.num_workers, 0),
+            "pad_to_multiple_of": (self.pad_to_multiple_of, 1),
+            **{f"limit_{split}": (limit, 1) for split, limit in self.limits.items()},
+        }
+        for name, (value, minimum) in least.items():
+            if value is not None and value < minimum:
+                raise LitPeftError(f"data.{name} is {value}; it must be at least {minimum}.")
+        for split, fraction in self.fractions.items():
+            if not 0 <= fraction < 1:
+                raise LitPeftError(f"data.{split}_fraction is {fraction}; it must be at least 0 and less than 1.")
+        if sum(self.fractions.values()) >= 1:
+            raise LitPeftError(
+                f"data.validation_fraction + data.test_fraction is {sum(self.fractions.values())}; "
+                "less than 1 is needed, or nothing is left to train on."
+            )
+        if self.padding_side not in (None, "left", "right"):
+            raise LitPeftError(f"data.padding_side is {self.padding_side!r}; use 'left' or 'right'.")
+
+    # ----------------------------------------------------------------------- what a task must provide
+
+    @abstractmethod
+    def columns(self, split: Split) -> dict[str, str | None]:
+        """Return the columns a split must have: setting's name -> column's name, None for those unused."""
+
+    @abstractmethod
+    def duplicate_key(self, table: Dataset) -> Callable[[int], Hashable]:
+        """Return a function row number -> what makes the row unique."""
+
+    def group_key(self, table: Dataset) -> Callable[[int], Hashable]:
+        """Return a function row number -> what must not stand on both sides of a split."""
+        return self.duplicate_key(table)
+
+    def check_rows(self, rows: Rows, split: Split) -> Rows:
+        """Check the values of a split; return it, without rows that are to be passed over.
+
+        Raises:
+            LitPeftError: names the first bad row.
+        """
+        return rows
+
+    @abstractmethod
+    def encode(self, rows: Rows, split: Split) -> Any:
+        """Turn rows into a map-style dataset of examples that `PadCollator` takes."""
+
+    # ----------------------------------------------------------------------------------------- tokens
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded on first use; set it to use one that is not on disk."""
+        if self._tokenizer is None:
+            name = self.tokenizer_name or self.base
+            if name is None:
+                raise LitPeftError("data.tokenizer is not set, nor data.base; name the base model.")
+            self._tokenizer = load_tokenizer(name, "data.tokenizer" if self.tokenizer_name else "data.base")
+            # Tokenizers that know no limit say so by a huge number.
+            limit = getattr(self._tokenizer, "model_max_length", None)
+            if limit is not None and self.max_length > limit:
+                self.say(f"data.max_length {self.max_length} is more than the {limit} tokens {name!r} was made for.")
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = with_padding(tokenizer, str(getattr(tokenizer, "name_or_path", "")))
+
+    def tokenized(
+        self, rows: Rows, function: Callable[..., dict[str, list[Any]]], description: str, **settings: Any
+    ) -> Dataset:
+        """Run a tokenizing function over rows in batches, or read the result of an earlier run.
+
+        Args:
+            rows: what to tokenize.
+            function: columns of a batch -> columns of the result, which may have fewer rows; called with
+                `tokenizer` and `settings` as keywords.
+            description: for the progress bar.
+            settings: plain values the function takes; part of the cache's key.
+
+        Returns:
+            A table with the result's columns only.
+        """
+        table = rows.selected()
+        key = (
+            table._fingerprint,
+            f"{function.__module__}.{function.__qualname__}",
+            sorted(settings.items()),
+            tokenizer_digest(self.tokenizer),
+            _ENCODING_VERSION,
+        )
+        return table.map(
+            function,
+            batched=True,
+            fn_kwargs={"tokenizer": self.tokenizer, **settings},
+            remove_columns=table.column_names,
+            new_fingerprint=hashlib.sha256(repr(key).encode()).hexdigest()[:32],
+            desc=description,
+        )
+
+    def collator(self, split: Split) -> PadCollator:
+        """Return what joins the examples of a split into batches."""
+        return PadCollator(
+            pad_token_id=self.tokenizer.pad_token_id,
+            padding_side=self.padding_side or "right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+
+    # ------------------------------------------------------------------------------------------- rows
+
+    def say(self, message: str) -> None:
+        """Print a line once, on the first process only."""
+        if message not in self._said:
+            self._said.add(message)
+            rank_zero_info(message)
+
+    @cached_property
+    def _hub_splits(self) -> dict[str, Dataset]:
+        return read_hub(self.dataset, self.dataset_config) if self.dataset else {}
+
+    def _read(self, split: Split) -> Rows | None:
+        """Read the rows a setting names, filtered by `where`; None if nothing is named."""
+        field, value = f"data.{split}", self.sources[split]
+        if value is None and self.dataset is not None and split != "predict":
+            names = _VALIDATION_NAMES if split == "validation" else (split,)
+            value = next((name for name in names if name in self._hub_splits), None)
+            if value is None and split == "train":
+                raise LitPeftError(
+                    f"data.dataset {self.dataset!r} has no split 'train'; name one by data.train: "
+                    f"{', '.join(map(repr, self._hub_splits))}."
+                )
+        if value is None:
+            return None
+        needed = self.columns(split)
+        if self.dataset is not None and not is_file(value):
+            if value not in self._hub_splits:
+                raise LitPeftError(
+                    f"{field} {value!r} is neither a file nor a split of {self.dataset!r}; nearest: "
+                    f"{closest(value, self._hub_splits)}."
+                )
+            table, source = self._hub_splits[value], f"{self.dataset}:{value}"
+        else:
+            text = next((column for column in needed.values() if column), "text")
+            table, source = read_file(value, field, text_column=text, text_unit=self._unit(split)), value
+        require_columns(table, needed, field, source)
+        numbers = list(range(len(table)))
+        if split != "predict":
+            require_columns(table, dict.fromkeys(self.where), field, source)
+            for column, wanted in self.where.items():
+                require_columns(table, {"data.where": column}, field, source)
+                numbers = matching(numbers, column_values(table, column), wanted, column, field)
+        return Rows(table, numbers, field, source)
+
+    def _unit(self, split: Split) -> str:
+        # Prompts to continue stand one to a line whatever the training text looks like.
+        return "line" if split == "predict" else self.text_unit
+
+    @cached_property
+    def rows(self) -> Mapping[Split, Rows]:
+        """The rows of every split there is, before their values are checked."""
+        found: dict[Split, Rows] = {}
+        for split in self.sources:
+            rows = self._read(split)
+            if rows is not None:
+                found[split] = rows
+        if "train" in found:
+            if self.drops_overlap:
+                found["train"] = self._without_overlap(found)
+            found.update(self._carved(found))
+        for split, limit in self.limits.items():
+            if split in found:
+                kept = limited(found[split].numbers, limit, self.seed)
+                found[split] = replace(found[split], numbers=kept)
+        return found
+
+    def _carved(self, found: Mapping[Split, Rows]) -> dict[Split, Rows]:
+        """Take what was not given out of the training rows."""
+        train = found["train"]
+        fractions = {split: part for split, part in self.fractions.items() if split not in found and part > 0}
+        if not fractions:
+            return {}
+        train = self.check_rows(train, "train")
+        kept = first_of_each(train.numbers, self.duplicate_key(train.table))
+        if len(kept) < len(train):
+            self.say(f"{train.field}: {len(train) - len(kept)} duplicate row(s) removed before splitting.")
+        parts = carve(
+            kept,
+            {str(split): part for split, part in fractions.items()},
+            self.group_key(train.table),
+            self.seed,
+        )
+        return {split: replace(train, numbers=parts[split]) for split in self.sources if split in parts}
+
+    def _without_overlap(self, found: Mapping[Split, Rows]) -> Rows:
+        train = found["train"]
+        held_out: set[Hashable] = set()
+        for split in ("validation", "test"):
+            if split in found:
+                key = self.group_key(found[split].table)
+                held_out.update(key(row) for row in found[split].numbers)
+        if not held_out:
+            return train
+        key = self.group_key(train.table)
+        kept = [row for row in train.numbers if key(row) not in held_out]
+        if not kept:
+            raise LitPeftError(
+                f"{train.field} {train.source!r}: every row also stands in data.validation or data.test; "
+                "give each split its own rows."
+            )
+        if len(kept) < len(train):
+            self.say(f"{train.field}: {len(train) - len(kept)} row(s) that also stand in validation or test removed.")
+        return replace(train, numbers=kept)
+
+    # -------------------------------------------------------------------------------- Lightning's hooks
+
+    def prepare_data(self) -> None:
+        """Fill the caches on one process per machine, so that the others only read them."""
+        state = self.trainer.state.fn if self.trainer is not None else None
+        stage = str(getattr(state, "value", state)) if state is not None else "fit"
+        self.setup(stage)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenize what a stage needs; calling it again does nothing.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict"; None: all that is given.
+
+        Raises:
+            LitPeftError: data is missing or wrong.
+        """
+        wanted = _STAGES.get(str(stage), tuple(self.sources)) if stage else tuple(self.sources)
+        for split in wanted:
+            if split in self._encoded:
+                continue
+            if split not in self.rows:
+                # Training goes on without validation; nothing else does without its data.
+                if stage is None or (stage == "fit" and split == "validation"):
+                    continue
+                raise LitPeftError(self._missing(split))
+            self._encoded[split] = self.encode(self.check_rows(self.rows[split], split), split)
+
+    def _missing(self, split: Split) -> str:
+        other = f" or data.{split}_fraction" if split in self.fractions else ""
+        return f"data.{split} is not given; set data.{split} to a file{other}."
+
+    def examples(self, split: Split) -> Any:
+        """Return the examples of a split: a map-style dataset of dicts of lists, before padding."""
+        if split not in self._encoded:
+            self.setup({"train": "fit", "validation": "validate"}.get(split, split))
+        return self._encoded[split]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of training examples, in an order given by the seed and the epoch."""
+        examples = self.examples("train")
+        return self._loader("train", sampler=SeededSampler(len(examples), self.seed))
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches of validation examples in order; an empty list if there are none."""
+        if "validation" not in self.rows:
+            return []
+        return self._loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of test examples in order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of the rows to predict, in the order of the file."""
+        return self._loader("predict")
+
+    def _loader(self, split: Split, sampler: SeededSampler | None = None) -> DataLoader[Any]:
+        return DataLoader(
+            self.examples(split),
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=self.collator(split),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+# Part of the tokenization cache's key: raise it when a tokenizing function changes what it returns.
+_ENCODING_VERSION = 1

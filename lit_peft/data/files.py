@@ -1,0 +1,276 @@
+"""Read one file, or the splits of a hub dataset, as a `datasets.Dataset`; errors name the row or line."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_peft.errors import LitPeftError, closest
+from lit_peft.sources import PACKAGE_PREFIX, cache_root, hub_error, resolve_packaged_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Suffix of the file -> loader of `datasets`.
+LOADERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+
+
+def is_file(value: str) -> bool:
+    """Tell whether a setting names a file (by prefix, suffix or existence) rather than a hub split."""
+    return value.startswith(PACKAGE_PREFIX) or Path(value).suffix.lower() in LOADERS or Path(value).is_file()
+
+
+def read_file(value: str, field: str, text_column: str = "text", text_unit: str = "line") -> Dataset:
+    """Read a csv, tsv, json, jsonl, parquet or txt file.
+
+    Every column of a csv or tsv file is read as text, since such a file has no types: "NA" and "007" stay
+    as they are written, and a column does not change its type halfway. The parsed table is kept in the
+    user's cache and found there again while the file is unchanged.
+
+    Args:
+        value: a path, or `"pkg:DISTRIBUTION/path"` for a file inside an installed package.
+        field: the setting's name, for error messages ("data.train").
+        text_column: how to call the one column of a txt file.
+        text_unit: what is one row of a txt file: "line", "paragraph" (split at blank lines) or "document".
+
+    Returns:
+        The table, at least one row long.
+
+    Raises:
+        LitPeftError: missing, empty, of an unknown kind, not UTF-8, or broken (with its line).
+    """
+    path = resolve_packaged_file(value, field) if value.startswith(PACKAGE_PREFIX) else Path(value).expanduser()
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        state = "is a folder" if path.is_dir() else "does not exist"
+        raise LitPeftError(f"{field} {value!r} {state}; give a file ({', '.join(LOADERS)}).")
+    if suffix not in LOADERS:
+        raise LitPeftError(f"{field} {value!r} is of an unknown kind {suffix!r}; use one of {', '.join(LOADERS)}.")
+    if path.stat().st_size == 0:
+        raise LitPeftError(f"{field} {value!r} is empty (0 bytes); give a file with at least one row.")
+
+    options: dict[str, Any] = {}
+    if LOADERS[suffix] == "csv":
+        options = _csv_options(path, field, value)
+    elif LOADERS[suffix] == "text":
+        options = {"sample_by": text_unit}
+    table = _load(path, field, value, LOADERS[suffix], options)
+    if suffix == ".txt" and text_column != "text":
+        table = table.rename_column("text", text_column)
+    return table
+
+
+def read_hub(name: str, config: str | None, field: str = "data.dataset") -> dict[str, Dataset]:
+    """Read all splits of a hub dataset (or of a local dataset folder).
+
+    Args:
+        name: the dataset's hub id, or a folder `datasets.load_dataset` understands.
+        config: its configuration, such as "sst2" of "glue".
+        field: the setting's name, for error messages.
+
+    Returns:
+        The splits by name.
+
+    Raises:
+        LitPeftError: it cannot be had, and why.
+    """
+    import datasets
+
+    try:
+        with _quiet():
+            found = datasets.load_dataset(name, config)
+    except Exception as exc:  # datasets raises a dozen kinds, from ConnectionError to its own
+        raise hub_error(name, exc, field=field, dataset=True) from exc
+    return {str(split): table for split, table in found.items()}
+
+
+def require_columns(table: Dataset, columns: dict[str, str | None], field: str, source: str) -> None:
+    """Check that a table has the columns the settings name.
+
+    Args:
+        table: what was read.
+        columns: setting's name -> column it names; None is skipped.
+        field: the setting the table came from ("data.train").
+        source: that setting's value.
+
+    Raises:
+        LitPeftError: for the first column that is missing; names those that exist.
+    """
+    for setting, column in columns.items():
+        if column is not None and column not in table.column_names:
+            raise LitPeftError(
+                f"{field} {source!r} has no column {column!r} ({setting}); it has "
+                f"{', '.join(map(repr, table.column_names))}; nearest: {closest(column, table.column_names, n=1)}."
+            )
+
+
+def column_values(table: Dataset, column: str) -> list[Any]:
+    """Return one column as plain Python values, in row order."""
+    # `table[column]` is lazy in recent versions of datasets and a list in older ones.
+    return list(table[column])
+
+
+# ------------------------------------------------------------------------------------------- loading
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the traceback-like log lines of `datasets`: what failed is told by our own error."""
+    from datasets.utils import logging as datasets_logging
+
+    level = datasets_logging.get_verbosity()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(level)
+
+
+def _load(path: Path, field: str, value: str, loader: str, options: dict[str, Any]) -> Dataset:
+    import datasets
+
+    try:
+        with _quiet():
+            table = datasets.load_dataset(
+                loader,
+                data_files={"train": str(path.resolve())},
+                split="train",
+                cache_dir=str(cache_root() / "datasets"),
+                **options,
+            )
+    except Exception as exc:  # pandas, pyarrow, datasets and json errors, some of them bare ValueErrors
+        raise _explain(path, field, value, loader, exc) from exc
+    if len(table) == 0:
+        raise LitPeftError(f"{field} {value!r} has no rows; give a file with at least one row.")
+    return table
+
+
+def _csv_options(path: Path, field: str, value: str) -> dict[str, Any]:
+    from datasets import Features, Value
+
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            rows = csv.reader(stream, delimiter=separator)
+            header = next(rows, [])
+            first = next(rows, [])
+    except (UnicodeDecodeError, csv.Error) as exc:
+        raise _explain(path, field, value, "csv", exc) from exc
+    if len(set(header)) < len(header) or not all(header):
+        twice = sorted({name for name in header if header.count(name) > 1 or not name})
+        raise LitPeftError(
+            f"{field} {value!r}: the header line has empty or repeated column names ({twice}); give each a name."
+        )
+    if len(first) > len(header):
+        # pandas would silently take the surplus columns for an index and shift all others.
+        raise LitPeftError(
+            f"{field} {value!r}: the first row has {len(first)} cells under a header of {len(header)} "
+            f"({', '.join(map(repr, header))}); quote cells that hold {separator!r}."
+        )
+    return {
+        "sep": separator,
+        "encoding": "utf-8-sig",
+        "keep_default_na": False,
+        "features": Features({name: Value("string") for name in header}),
+    }
+
+
+# ------------------------------------------------------------------------- what was wrong with the file
+
+
+def _explain(path: Path, field: str, value: str, loader: str, exc: BaseException) -> LitPeftError:
+    """Find out why a file could not be read and say so in one paragraph."""
+    if isinstance(exc, LitPeftError):
+        return exc
+    where = f"{field} {value!r}"
+    if loader != "parquet" and (place := _not_utf8(path)):
+        return LitPeftError(f"{where} is not UTF-8: {place}; save it as UTF-8.")
+    text = _chain(exc)
+    if loader == "json":
+        problem = _broken_json(path)
+        if problem:
+            return LitPeftError(f"{where}: {problem}.")
+        if not _has_json_rows(path):
+            return LitPeftError(f"{where} has no rows; give a file with at least one row.")
+    if "no data" in text or "No columns to parse" in text:
+        return LitPeftError(f"{where} has no rows; give a file with at least one row.")
+    ragged = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", text)
+    if ragged:
+        expected, line, seen = ragged.groups()
+        return LitPeftError(f"{where}: line {line} has {seen} cells, but the header has {expected}; quote such cells.")
+    unclosed = re.search(r"EOF inside string starting at row (\d+)", text)
+    if unclosed:
+        return LitPeftError(f"{where}: a quote opened in row {unclosed.group(1)} is never closed.")
+    if loader == "parquet":
+        return LitPeftError(f"{where} is not a readable parquet file ({text[:200]}); write it again.")
+    return LitPeftError(f"{where} could not be read: {text[:300]}")
+
+
+def _chain(exc: BaseException) -> str:
+    """The innermost messages first: the outer ones of `datasets` say only that something failed."""
+    texts: list[str] = []
+    link: BaseException | None = exc
+    while link is not None and len(texts) < 8:
+        texts.insert(0, " ".join(str(link).split()) or type(link).__name__)
+        link = link.__cause__ or link.__context__
+    return "; ".join(texts)
+
+
+def _not_utf8(path: Path) -> str:
+    """Return where the first byte that is not UTF-8 stands, or "" if there is none."""
+    offset = 0
+    with open(path, "rb") as stream:
+        # A newline byte is never part of a longer UTF-8 sequence, so lines can be decoded one by one.
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as exc:
+                byte = line[exc.start]
+                return f"byte 0x{byte:02x} in line {number} (offset {offset + exc.start})"
+            offset += len(line)
+    return ""
+
+
+def _broken_json(path: Path) -> str:
+    """Return what is wrong with a json or jsonl file and in which line, or "" if each part parses."""
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        json.loads(text)
+        return ""
+    except json.JSONDecodeError as exc:
+        whole = f"line {exc.lineno}, column {exc.colno}: {exc.msg}"
+    if text.lstrip().startswith("[") or (path.suffix.lower() == ".json" and not _starts_as_lines(text)):
+        return f"broken JSON at {whole}"
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as exc:
+            return f"line {number} is not valid JSON (column {exc.colno}: {exc.msg})"
+        if not isinstance(row, dict):
+            return f"line {number} is not a JSON object ({line.strip()[:40]!r})"
+    return ""
+
+
+def _starts_as_lines(text: str) -> bool:
+    first = text.lstrip().split("\n", 1)[0]
+    with contextlib.suppress(json.JSONDecodeError):
+        return isinstance(json.loads(first), dict)
+    return False
+
+
+def _has_json_rows(path: Path) -> bool:
+    return path.read_text(encoding="utf-8-sig").strip() not in ("", "[]", "{}")

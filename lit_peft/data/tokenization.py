@@ -1,0 +1,81 @@
+"""Load a tokenizer and make it fit for batching."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from lit_peft.errors import LitPeftError
+from lit_peft.sources import BaseSource, hub_error, resolve_base
+
+
+def load_tokenizer(base: str, field: str = "data.tokenizer") -> Any:
+    """Load the tokenizer of a base model.
+
+    Args:
+        base: any form `lit_peft.sources.resolve_base` takes.
+        field: the setting's name, for error messages.
+
+    Returns:
+        The tokenizer. One without a padding token pads with its end-of-text token: no token is added, so the
+        model's embeddings keep their size.
+
+    Raises:
+        LitPeftError: there is no tokenizer, or no token to pad with.
+    """
+    from transformers import AutoTokenizer
+
+    # A folder may hold a tokenizer alone, without the model that `resolve_base` asks for.
+    alone = (Path(base) / "tokenizer_config.json").is_file()
+    source = BaseSource(base, base, True) if alone else resolve_base(base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path)
+    except Exception as exc:  # OSError, ValueError, ImportError and KeyError, by what is missing
+        raise hub_error(base, exc, field=field) from exc
+    return with_padding(tokenizer, base, field)
+
+
+def with_padding(tokenizer: Any, name: str, field: str = "data.tokenizer") -> Any:
+    """Give a tokenizer a padding token out of those it has; see `load_tokenizer`."""
+    if tokenizer.pad_token_id is None:
+        spare = tokenizer.eos_token or tokenizer.unk_token
+        if spare is None:
+            raise LitPeftError(
+                f"{field} {name!r} has neither a padding nor an end-of-text token; set pad_token in its "
+                "tokenizer_config.json."
+            )
+        tokenizer.pad_token = spare
+    return tokenizer
+
+
+def end_token_id(tokenizer: Any) -> int:
+    """Return the id that ends a text: end-of-text, else the separator.
+
+    Raises:
+        LitPeftError: the tokenizer has neither.
+    """
+    for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise LitPeftError(
+        f"data.tokenizer {tokenizer.name_or_path!r} has no end-of-text token; set eos_token in its "
+        "tokenizer_config.json."
+    )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Hash what decides a tokenizer's output, for cache keys.
+
+    The object itself cannot serve: it changes with every call that truncates or pads.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        body = f"{type(tokenizer).__name__} {tokenizer.name_or_path} {len(tokenizer)}"
+    else:
+        backend.no_truncation()
+        backend.no_padding()
+        body = backend.to_str()
+    template = getattr(tokenizer, "chat_template", None)
+    rest = (type(tokenizer).__name__, template, sorted(tokenizer.special_tokens_map.items(), key=str))
+    return hashlib.sha256(f"{body}\0{rest}".encode()).hexdigest()
