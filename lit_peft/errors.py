@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class LitPeftError(ValueError):
@@ -27,3 +27,18 @@ def closest(name: str, choices: Iterable[str], n: int = 3) -> str:
     pool = list(dict.fromkeys(choices))
     found = difflib.get_close_matches(name, pool, n=n, cutoff=0.4) or pool[:n]
     return ", ".join(repr(choice) for choice in found)
+
+
+def causes(exc: BaseException, most: int = 8) -> Iterator[BaseException]:
+    """Yield an exception and what led to it, the outermost first, `most` at the most."""
+    link: BaseException | None = exc
+    for _ in range(most):
+        if link is None:
+            return
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def first_line(exc: BaseException) -> str:
+    """Return the first line of an exception's message (its type's name if it has none), 300 characters at most."""
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:300]

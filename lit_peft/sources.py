@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_peft.errors import LitPeftError, closest
+from lit_peft.disk import files_below, sync_folder
+from lit_peft.errors import LitPeftError, causes, closest, first_line
 
 PACKAGE_PREFIX = "pkg:"
 CACHE_VARIABLE = "LIT_PEFT_CACHE"
@@ -124,7 +125,7 @@ def resolve_packaged_file(spec: str, field: str = "file") -> Path:
     files = [
         f"{PACKAGE_PREFIX}{distribution}/{path.relative_to(root).as_posix()}"
         for root in roots
-        for path in _walk(root)
+        for path in files_below(root)
         if path.suffix not in (".py", ".pyc", ".pyi")
     ]
     problem = f"{field} {spec!r}: " + (f"the package has no file {inside!r}" if inside else "no file is named")
@@ -145,15 +146,9 @@ def hub_error(base: str, exc: BaseException, field: str = "base", dataset: bool 
     """
     if isinstance(exc, LitPeftError):
         return exc
-    messages: list[str] = []
-    link: BaseException | None = exc
-    while link is not None and len(messages) < 8:
-        messages.append(f"{type(link).__name__} {link}")
-        link = link.__cause__ or link.__context__
-    text = " ".join(messages)
+    text = " ".join(f"{type(link).__name__} {link}" for link in causes(exc))
     if Path(base).expanduser().exists():
-        first = str(exc).strip().splitlines() or [type(exc).__name__]
-        return LitPeftError(f"{field} {base!r} could not be loaded: {first[0][:300]}")
+        return LitPeftError(f"{field} {base!r} could not be loaded: {first_line(exc)}")
     if _mentions(text, "gated", "401 client", "403 client"):
         return LitPeftError(
             f"{field} {base!r} is gated or private on the hub; accept its licence there, then run `hf auth login`."
@@ -177,8 +172,7 @@ def hub_error(base: str, exc: BaseException, field: str = "base", dataset: bool 
             f"{field} {base!r} is not in the local hub cache and {reason}; download it where there is a "
             f"network (`{download}`), or give {instead}."
         )
-    first = str(exc).strip().splitlines() or [type(exc).__name__]
-    return LitPeftError(f"{field} {base!r} could not be loaded from the hub: {first[0][:300]}")
+    return LitPeftError(f"{field} {base!r} could not be loaded from the hub: {first_line(exc)}")
 
 
 # ---------------------------------------------------------------------------------------- local folders
@@ -308,13 +302,6 @@ def _inside(roots: list[Path], inside: str) -> Path | None:
     return None
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if name != "__pycache__")
-        for name in sorted(files):
-            yield Path(folder) / name
-
-
 def _find_packaged_model(spec: str) -> Path:
     distribution, inside = _split_spec(spec, "base")
     roots = _package_roots(distribution, spec, "base")
@@ -339,7 +326,7 @@ def _find_packaged_model(spec: str) -> Path:
 def _models(roots: list[Path]) -> list[Path]:
     models: list[Path] = []
     for root in roots:
-        for path in _walk(root):
+        for path in files_below(root):
             is_folder = path.name == "config.json" and bool(_weight_files(path.parent))
             if is_folder:
                 models.append(path.parent)
@@ -350,8 +337,9 @@ def _models(roots: list[Path]) -> list[Path]:
 
 def _models_hint(distribution: str, roots: list[Path]) -> str:
     names = []
+    whole = _package_roots(distribution, distribution, "base")
     for model in _models(roots):
-        for root in _package_roots(distribution, distribution, "base"):
+        for root in whole:
             if model.is_relative_to(root):
                 names.append(f"'{PACKAGE_PREFIX}{distribution}/{model.relative_to(root).as_posix()}'")
     return f" (it has {', '.join(names)})" if names else ""
@@ -444,9 +432,9 @@ def _convert(file: Path, target: Path) -> None:
         _write_model(file, temporary)
         # mkdtemp and safetensors write for the owner alone, which would hide a shared cache from others.
         temporary.chmod(0o755)
-        for path in _walk(temporary):
+        for path in files_below(temporary):
             path.chmod(0o644)
-        _sync(temporary)
+        sync_folder(temporary)
         try:
             temporary.rename(target)
         except OSError:
@@ -476,20 +464,8 @@ def _write_model(file: Path, folder: Path) -> None:
         raise
     except Exception as exc:
         # Whatever the parser meets in a damaged or unknown file: ValueError, KeyError, struct.error, ...
-        first = (str(exc).strip().splitlines() or [type(exc).__name__])[0][:300]
         raise LitPeftError(
-            f"base {str(file)!r} could not be converted: {first}; the file is damaged, or transformers does "
+            f"base {str(file)!r} could not be converted: {first_line(exc)}; the file is damaged, or transformers does "
             "not read this architecture from GGUF; use the model's safetensors folder."
         ) from exc
     check_model_folder(folder, str(file))
-
-
-def _sync(folder: Path) -> None:
-    for path in (*_walk(folder), folder):
-        # Folders cannot be opened for fsync on every system.
-        with contextlib.suppress(PermissionError):
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)

@@ -35,6 +35,8 @@ _STAGES: dict[str, tuple[Split, ...]] = {
 }
 # Names under which hub datasets keep their validation split.
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev", "validation_matched")
+# Part of the tokenization cache's key: raise it when a tokenizing function changes what it returns.
+_ENCODING_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -306,7 +308,6 @@ class LitDataModule(pl.LightningDataModule):
         require_columns(table, needed, field, source)
         numbers = list(range(len(table)))
         if split != "predict":
-            require_columns(table, dict.fromkeys(self.where), field, source)
             for column, wanted in self.where.items():
                 require_columns(table, {"data.where": column}, field, source)
                 numbers = matching(numbers, column_values(table, column), wanted, column, field)
@@ -439,7 +440,3 @@ class LitDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-# Part of the tokenization cache's key: raise it when a tokenizing function changes what it returns.
-_ENCODING_VERSION = 1

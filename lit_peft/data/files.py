@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.errors import LitPeftError, closest
+from lit_peft.errors import LitPeftError, causes, closest
 from lit_peft.sources import PACKAGE_PREFIX, cache_root, hub_error, resolve_packaged_file
 
 if TYPE_CHECKING:
@@ -220,12 +220,8 @@ def _explain(path: Path, field: str, value: str, loader: str, exc: BaseException
 
 def _chain(exc: BaseException) -> str:
     """The innermost messages first: the outer ones of `datasets` say only that something failed."""
-    texts: list[str] = []
-    link: BaseException | None = exc
-    while link is not None and len(texts) < 8:
-        texts.insert(0, " ".join(str(link).split()) or type(link).__name__)
-        link = link.__cause__ or link.__context__
-    return "; ".join(texts)
+    texts = [" ".join(str(link).split()) or type(link).__name__ for link in causes(exc)]
+    return "; ".join(reversed(texts))
 
 
 def _not_utf8(path: Path) -> str:

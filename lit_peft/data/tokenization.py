@@ -49,21 +49,6 @@ def with_padding(tokenizer: Any, name: str, field: str = "data.tokenizer") -> An
     return tokenizer
 
 
-def end_token_id(tokenizer: Any) -> int:
-    """Return the id that ends a text: end-of-text, else the separator.
-
-    Raises:
-        LitPeftError: the tokenizer has neither.
-    """
-    for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if token_id is not None:
-            return int(token_id)
-    raise LitPeftError(
-        f"data.tokenizer {tokenizer.name_or_path!r} has no end-of-text token; set eos_token in its "
-        "tokenizer_config.json."
-    )
-
-
 def tokenizer_digest(tokenizer: Any) -> str:
     """Hash what decides a tokenizer's output, for cache keys.
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lit_peft.disk import sync_folder
 from lit_peft.errors import LitPeftError
-from lit_peft.methods.attachment import Attachment, attach, attachment_of, detach
+from lit_peft.methods.attachment import Attachment, Model, attach, attachment_of, base_name, detach
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.nn.lora import LoRAEmbedding
 
 _PREFIX = "base_model.model."
-Model = TypeVar("Model", bound=nn.Module)
 
 _READ = {
     "r",
@@ -134,12 +133,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True)
         (temporary / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-        for file in [*temporary.iterdir(), temporary]:
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        sync_folder(temporary)
         temporary.chmod(0o755)
         temporary.rename(folder)
     except BaseException:
@@ -174,7 +168,7 @@ def _places(attachment: Attachment) -> dict[str, torch.Tensor]:
         places[f"{path}.{middle}B{end}"] = layer.lora_B  # type: ignore[assignment]
         if layer.lora_magnitude is not None:
             places[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude  # type: ignore[assignment]
-    places.update({path.replace(".base_layer.", "."): value for path, value in attachment.saved.items()})
+    places.update({base_name(path): value for path, value in attachment.saved.items()})
     return places
 
 
@@ -182,9 +176,9 @@ def _places(attachment: Attachment) -> dict[str, torch.Tensor]:
 def _fill(model: nn.Module, stored: dict[str, torch.Tensor], folder: Path) -> None:
     attachment = attachment_of(model)
     places = _places(attachment)
-    found = {name.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor for name, tensor in stored.items()}
+    found = {base_name(name.removeprefix(_PREFIX)): tensor for name, tensor in stored.items()}
     # peft stores the whole module of a vocabulary-sized target; what was not trained is the base's own.
-    own = {name.replace(".base_layer.", ".") for name in model.state_dict()}
+    own = {base_name(name) for name in model.state_dict()}
     missing = sorted(set(places) - set(found))
     extra = sorted(set(found) - set(places) - own)
     if missing or extra:

@@ -67,6 +67,16 @@ class Attachment:
                     if f"{path}.{inner}" not in self.saved:
                         self.train(f"{path}.{inner}")
 
+    def revert(self) -> None:
+        """Undo everything, the last change first."""
+        for step in reversed(self.undo):
+            step()
+
+
+def base_name(path: str) -> str:
+    """The name that a parameter inside an adapted layer has in the bare model."""
+    return path.replace(".base_layer.", ".")
+
 
 def attachment_of(model: nn.Module) -> Attachment:
     """The record of what is attached to `model`.
@@ -111,8 +121,7 @@ def attach(model: Model, settings: MethodSettings) -> Model:
         if settings.modules_to_save:
             attachment.train_modules(settings.modules_to_save)
     except BaseException:
-        for step in reversed(attachment.undo):
-            step()
+        attachment.revert()
         raise
     object.__setattr__(model, _KEY, attachment)
     return model
@@ -120,8 +129,7 @@ def attach(model: Model, settings: MethodSettings) -> Model:
 
 def detach(model: Model) -> Model:
     """Take the method off again: the base model, bit for bit."""
-    for step in reversed(attachment_of(model).undo):
-        step()
+    attachment_of(model).revert()
     object.__delattr__(model, _KEY)
     return model
 

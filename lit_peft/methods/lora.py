@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import nn
 
 from lit_peft.errors import LitPeftError
-from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, detach
+from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of, base_name, detach
 from lit_peft.methods.targets import default_targets, find_targets, pattern_value
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,6 @@ class LoRASettings(MethodSettings):
         use_rslora: scale by `lora_alpha / sqrt(r)` (arXiv:2312.03732).
         use_dora: weight-decomposed updates (arXiv:2402.09353).
         init_lora_weights: `kaiming`, `gaussian`, `pissa` (arXiv:2404.02948) or `olora` (arXiv:2406.01775).
-        fan_in_fan_out: weights are stored transposed; found from each layer's type when None.
     """
 
     method: ClassVar[str] = "lora"
@@ -51,7 +49,6 @@ class LoRASettings(MethodSettings):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: InitLoRA = "kaiming"
-    fan_in_fan_out: bool | None = None
 
     def __post_init__(self) -> None:
         if self.r <= 0:
@@ -68,8 +65,8 @@ class LoRASettings(MethodSettings):
             kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
             layer = kind(
                 base,  # type: ignore[arg-type]
-                r=int(pattern_value(dict(self.rank_pattern), path, self.r)),
-                lora_alpha=pattern_value(dict(self.alpha_pattern), path, self.lora_alpha),
+                r=int(pattern_value(self.rank_pattern, path, self.r)),
+                lora_alpha=pattern_value(self.alpha_pattern, path, self.lora_alpha),
                 lora_dropout=self.lora_dropout,
                 use_rslora=self.use_rslora,
                 use_dora=self.use_dora,
@@ -91,17 +88,16 @@ def merge(model: Model) -> Model:
         LitPeftError: nothing is attached, or the attached method is not a weight update.
     """
     attachment = attachment_of(model)
-    layers = {path: module for path, module in attachment.adapted.items() if isinstance(module, LoRALayer)}
+    layers = [module for module in attachment.adapted.values() if isinstance(module, LoRALayer)]
     if not layers:
         raise LitPeftError(f"{attachment.settings.method!r} is not a weight update and cannot be merged.")
-    weights = {}
-    for path, layer in layers.items():
+    # All merge before any is made final: one that refuses must leave the others able to go back.
+    for layer in layers:
         layer.merge()
-        weights[path] = layer.weight.detach().clone()
-    trained = {path.replace(".base_layer.", "."): value.detach().clone() for path, value in attachment.saved.items()}
+    for layer in layers:
+        layer.keep_merged()
     detach(model)
-    for path, weight in weights.items():
-        model.get_parameter(f"{path}.weight").data.copy_(weight)
-    for path, value in trained.items():
-        model.get_parameter(path).data.copy_(value)
+    with torch.no_grad():
+        for path, value in attachment.saved.items():
+            model.get_parameter(base_name(path)).copy_(value)
     return model

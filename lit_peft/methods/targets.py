@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -69,6 +69,7 @@ def find_targets(
         for name, module in model.named_modules()
         if name and (is_linear(module) or isinstance(module, nn.Embedding))
     }
+    last_parts = [name.rpartition(".")[2] for name in adaptable]
     if target_modules == "all-linear":
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         found = [
@@ -81,26 +82,25 @@ def find_targets(
         wanted = [] if isinstance(target_modules, str) else target_modules
         for target in wanted:
             if not any(_matches(name, [target]) for name in adaptable):
-                last = (name.rpartition(".")[2] for name in adaptable)
                 raise LitPeftError(
                     f"target_modules names {target!r}, and {type(model).__name__} has no linear or embedding module "
-                    f"of that name: the closest are {closest(target.rpartition('.')[2], last)}."
+                    f"of that name: the closest are {closest(target.rpartition('.')[2], last_parts)}."
                 )
     if exclude_modules:
         found = [name for name in found if not _matches(name, exclude_modules)]
     if layers_to_transform is not None:
-        found = [name for name in found if _layer_of(name, layers_pattern) in set(layers_to_transform)]
+        numbers = set(layers_to_transform)
+        found = [name for name in found if _layer_of(name, layers_pattern) in numbers]
     if not found:
-        last = (name.rpartition(".")[2] for name in adaptable)
         raise LitPeftError(
             f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}, "
             f"layers_to_transform={layers_to_transform!r}) matches no module of {type(model).__name__}: the closest "
-            f"are {closest(str(target_modules), last)}."
+            f"are {closest(str(target_modules), last_parts)}."
         )
     return found
 
 
-def pattern_value(patterns: dict[str, float], name: str, default: float) -> float:
+def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The value of the first pattern (a regular expression for the name's end) that fits the module's name."""
     for pattern, value in patterns.items():
         if re.fullmatch(rf"(.*\.)?({pattern})", name):

@@ -69,8 +69,7 @@ class LoRALayer(nn.Module):
         self.r, self.lora_alpha = r, lora_alpha
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.lora_dropout = lora_dropout
-        self.merged = False
-        self.enabled = True
+        self._unmerged_weight: Tensor | None = None
         weight = self.weight
         floating = weight.dtype if weight.is_floating_point() else torch.float32
         # Half-precision bases keep fp32 adapters: small updates vanish in bf16's 8 bits of mantissa.
@@ -118,13 +117,18 @@ class LoRALayer(nn.Module):
         self.lora_A.copy_(a)
         self.lora_B.copy_(b)
         # What the update now carries leaves W, so that the sum starts as the base; kept to restore W exactly.
-        self._moved_weight = self.base_layer.weight.detach().clone()  # type: ignore[operator]
+        self._moved_weight = self.weight.detach().clone()
         self.add_to_weight(-self.delta_weight())
 
     @property
     def weight(self) -> Tensor:
         """The frozen weight, as the base layer stores it."""
         return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is folded into the base weight."""
+        return self._unmerged_weight is not None
 
     @property
     def bias(self) -> Tensor | None:
@@ -170,15 +174,17 @@ class LoRALayer(nn.Module):
             merged = (self.lora_magnitude / self._weight_norm())[:, None] * (dense + delta)
             delta = merged - dense
         self.add_to_weight(delta)
-        self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Undo `merge`: the base weight is what it was, bit for bit."""
-        if self.merged:
+        if self._unmerged_weight is not None:
             self.weight.data.copy_(self._unmerged_weight)
-            del self._unmerged_weight
-            self.merged = False
+            self._unmerged_weight = None
+
+    def keep_merged(self) -> None:
+        """Make a merge final: the base layer keeps the merged weight, and the kept copies of W are let go."""
+        self._unmerged_weight = self._moved_weight = None
 
     @torch.no_grad()
     def restore_base(self) -> nn.Module:
@@ -234,7 +240,7 @@ class LoRALinear(LoRALayer):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         out: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.merged or not self.enabled:
+        if self.merged:
             return out
         dropped = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
         # A and B are cast, not x: they are the smaller ones.
@@ -293,7 +299,7 @@ class LoRAEmbedding(LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base_layer(x)
-        if self.merged or not self.enabled:
+        if self.merged:
             return out
         # Some models scale inside their embedding (Gemma's embed_scale); the update is scaled alike.
         factor = getattr(self.base_layer, "embed_scale", None)
