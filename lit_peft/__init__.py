@@ -6,7 +6,11 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
+    "BaseLM": "lit_peft.base",
+    "FullFineTuning": "lit_peft.modules",
+    "HeadOnly": "lit_peft.modules",
     "LitPeftError": "lit_peft.errors",
+    "LoRA": "lit_peft.modules",
     "LoRASettings": "lit_peft.methods.lora",
     "attach": "lit_peft.methods.attachment",
     "detach": "lit_peft.methods.attachment",

@@ -390,6 +390,8 @@ class LitDataModule(pl.LightningDataModule):
         Raises:
             LitPeftError: data is missing or wrong.
         """
+        # The Trainer passes an enumeration's member, whose text is not its value.
+        stage = getattr(stage, "value", stage)
         wanted = _STAGES.get(str(stage), tuple(self.sources)) if stage else tuple(self.sources)
         for split in wanted:
             if split in self._encoded:

@@ -23,11 +23,17 @@ class MethodSettings:
     """
 
     method: ClassVar[str] = ""
+    # What the method is commonly trained with, where the user gives none.
+    learning_rate: ClassVar[float] = 1e-3
     modules_to_save: tuple[str, ...] | list[str] | None = field(default=None, kw_only=True)
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
         """Put the method onto the frozen model, every change through `attachment`."""
         raise NotImplementedError
+
+    def learning_rate_factor(self, name: str) -> float:
+        """How many times the learning rate the parameter of this name gets."""
+        return 1.0
 
 
 @dataclass

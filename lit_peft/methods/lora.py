@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of, base_name, detach
+from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.targets import default_targets, find_targets, pattern_value
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear
 
@@ -33,9 +34,11 @@ class LoRASettings(MethodSettings):
         use_rslora: scale by `lora_alpha / sqrt(r)` (arXiv:2312.03732).
         use_dora: weight-decomposed updates (arXiv:2402.09353).
         init_lora_weights: `kaiming`, `gaussian`, `pissa` (arXiv:2404.02948) or `olora` (arXiv:2406.01775).
+        loraplus_lr_ratio: B learns this many times faster than A (LoRA+, arXiv:2402.12354).
     """
 
     method: ClassVar[str] = "lora"
+    learning_rate: ClassVar[float] = 5e-4
     r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0
@@ -49,12 +52,19 @@ class LoRASettings(MethodSettings):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: InitLoRA = "kaiming"
+    loraplus_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if self.r <= 0:
             raise LitPeftError(f"r={self.r}: the rank must be a positive integer, e.g. r=8.")
         if self.bias not in ("none", "all", "lora_only"):
             raise LitPeftError(f"bias={self.bias!r} is not known: use 'none', 'all' or 'lora_only'.")
+        if self.loraplus_lr_ratio <= 0:
+            raise LitPeftError(f"loraplus_lr_ratio={self.loraplus_lr_ratio}: give a positive number, e.g. 16.")
+
+    def learning_rate_factor(self, name: str) -> float:
+        """B's learning rate is `loraplus_lr_ratio` times that of everything else."""
+        return self.loraplus_lr_ratio if name.rpartition(".")[2] == "lora_B" else 1.0
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
         """Wrap every target in a LoRA layer and train the biases that `bias` names."""
@@ -79,6 +89,12 @@ class LoRASettings(MethodSettings):
             for name, _ in list(model.named_parameters()):
                 if name.endswith(".bias"):
                     attachment.train(name)
+
+
+class LoRAMixin(MethodMixin):
+    """LoRA as a LightningModule's method."""
+
+    settings_class = LoRASettings
 
 
 def merge(model: Model) -> Model:

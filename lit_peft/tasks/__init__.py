@@ -1,1 +1,21 @@
-"""Tasks."""
+"""Tasks: which auto class, head, loss and metrics. A new one is one file, and one line here."""
+
+from __future__ import annotations
+
+from lit_peft.errors import LitPeftError, closest
+from lit_peft.tasks.base import Task
+from lit_peft.tasks.causal_lm import CausalLM
+from lit_peft.tasks.sequence_classification import SequenceClassification
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (CausalLM, SequenceClassification)}
+
+
+def find_task(name: str) -> Task:
+    """Return the task of this name.
+
+    Raises:
+        LitPeftError: there is none.
+    """
+    if name not in TASKS:
+        raise LitPeftError(f"task={name!r} is not known: use {closest(name, TASKS, n=len(TASKS))}.")
+    return TASKS[name]()

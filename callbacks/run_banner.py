@@ -1,0 +1,31 @@
+"""What is about to be trained, in a few lines."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class RunBanner(Callback):
+    """Prints, when fitting starts, the base, method, trainable parameters, precision, devices and results folder.
+
+    Works with any LightningModule; a `describe()` on it adds base, task and method.
+    """
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        describe = getattr(pl_module, "describe", None)
+        facts = describe() if callable(describe) else {}
+        trainable = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
+        total = facts.get("total") or sum(parameter.numel() for parameter in pl_module.parameters())
+        device = trainer.strategy.root_device.type
+        lines = {
+            "base": facts.get("base", ""),
+            "task": facts.get("task", ""),
+            "method": facts.get("method", type(pl_module).__name__),
+            "trainable": f"{trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.3f} %)",
+            "precision": f"{trainer.precision} on {trainer.world_size} × {device}",
+            "results": trainer.log_dir or trainer.default_root_dir,
+        }
+        print("\n".join(f"{name + ':':<11}{value}" for name, value in lines.items() if value), flush=True)

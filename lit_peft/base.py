@@ -1,0 +1,362 @@
+"""BaseLM: the LightningModule every method is mixed into."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any, get_type_hints
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lit_peft.errors import LitPeftError, closest
+from lit_peft.methods.attachment import MethodSettings, trainable_parameters
+from lit_peft.optim import SCHEDULES, make_optimizer, make_schedule
+from lit_peft.sources import BaseSource, hub_error, resolve_base
+from lit_peft.tasks import find_task
+
+
+class BaseLM(pl.LightningModule):
+    """A frozen language model with a task head; a method mixed in makes a sliver of it trainable.
+
+    Owns loading, freezing, the head, the steps, metrics, the optimizer, checkpoints of the trainable tensors only,
+    and generation. Knows no method by name.
+
+    Args:
+        base: hub id, model folder, `.gguf` file, or `pkg:DISTRIBUTION` for a model in an installed package.
+        task: `causal_lm` or `sequence_classification`.
+        labels: names of the labels, for classification; taken from the data module when unset.
+        num_labels: number of labels where they have no names.
+        learning_rate: peak learning rate; the method's usual one when unset.
+        optimizer: class of `torch.optim`, or the import path of any other.
+        optimizer_args: further arguments of the optimizer.
+        weight_decay: of the trained matrices; biases, norms and other vectors have none.
+        lr_scheduler: `linear`, `cosine` or `constant`, after the warmup.
+        warmup_steps: optimizer steps of linear warmup; below 1, a share of all steps.
+        generation: arguments for `generate` at prediction, e.g. `{max_new_tokens: 64}`.
+        dtype: `float32`, `bfloat16` or `float16` for the frozen base; the trainer's precision decides when unset.
+        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, ...: transformers' choice when unset.
+        gradient_checkpointing: compute activations again in the backward pass, to save memory.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: run code that a hub model brings with it. It can do anything on this machine.
+    """
+
+    settings: MethodSettings
+    hparams: Any
+
+    def __init__(
+        self,
+        base: str,
+        task: str = "causal_lm",
+        labels: list[str] | None = None,
+        num_labels: int | None = None,
+        learning_rate: float | None = None,
+        optimizer: str = "AdamW",
+        optimizer_args: dict[str, Any] | None = None,
+        weight_decay: float = 0.0,
+        lr_scheduler: str = "linear",
+        warmup_steps: float = 0.06,
+        generation: dict[str, Any] | None = None,
+        dtype: str | None = None,
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        values = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        settings = getattr(self, "settings", None)
+        values.update(
+            {field.name: getattr(settings, field.name) for field in fields(settings)} if settings is not None else {}
+        )
+        self.save_hyperparameters({**values, "optimizer_args": optimizer_args or {}, "generation": generation or {}})
+        self.task = find_task(task)
+        if lr_scheduler not in SCHEDULES:
+            raise LitPeftError(f"lr_scheduler={lr_scheduler!r} is not known: use {closest(lr_scheduler, SCHEDULES)}.")
+        if learning_rate is not None and not learning_rate > 0:
+            raise LitPeftError(f"learning_rate={learning_rate}: give a positive number, e.g. 5e-4.")
+        if warmup_steps < 0:
+            raise LitPeftError(f"warmup_steps={warmup_steps}: give a number of steps, or a share of them below 1.")
+        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise LitPeftError(f"dtype={dtype!r} is not known: use 'float32', 'bfloat16' or 'float16'.")
+        self.model: Any = None
+        self.val_metrics = nn.ModuleDict()
+        self.test_metrics = nn.ModuleDict()
+        self.strict_loading = False
+        self._tokenizer: Any = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if getattr(cls, "settings_class", None) is not None and "__init__" not in vars(cls):
+            cls.__init__ = _flat_init(cls)  # type: ignore[method-assign]
+
+    # ------------------------------------------------------------------------------------------ building
+
+    def configure_model(self) -> None:
+        """Load the base, freeze it and attach the method. Calling it again does nothing.
+
+        Raises:
+            LitPeftError: the base cannot be loaded, or the method's settings do not fit it.
+        """
+        if self.model is not None:
+            return
+        source = resolve_base(self.hparams.base)
+        config = self._config(source)
+        auto = getattr(_transformers(), self.task.auto_class)
+        dtype = getattr(torch, self.hparams.dtype) if self.hparams.dtype else torch.get_default_dtype()
+        try:
+            model, report = auto.from_pretrained(
+                source.path,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                **self._hub_settings(),
+            )
+        except Exception as problem:  # OSError, ValueError, ImportError, KeyError, by what is wrong
+            raise hub_error(self.hparams.base, problem) from problem
+        if not self.task.labelled and report["missing_keys"]:
+            raise LitPeftError(
+                f"base={self.hparams.base!r} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, which "
+                f"task={self.hparams.task!r} needs: choose a base that was trained for it, or another task."
+            )
+        model.train()  # transformers hands models over in evaluation mode, and Lightning keeps the mode it finds
+        if self.hparams.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        self._attach(model, report["missing_keys"])
+        self.model = model
+        self.val_metrics, self.test_metrics = (nn.ModuleDict(self.task.metrics(config.num_labels)) for _ in range(2))
+
+    def check(self) -> None:
+        """Find what is wrong with the settings before anything is loaded or written: attach to a model without data.
+
+        Raises:
+            LitPeftError: as `configure_model`.
+        """
+        config = self._config(resolve_base(self.hparams.base))
+        settings = {"trust_remote_code": self.hparams.trust_remote_code}
+        with torch.device("meta"):
+            model = getattr(_transformers(), self.task.auto_class).from_config(config, **settings)
+        self._attach(model, ())
+
+    def _config(self, source: BaseSource) -> Any:
+        try:
+            config = _transformers().AutoConfig.from_pretrained(source.path, **self._hub_settings(attention=False))
+        except Exception as problem:
+            raise hub_error(self.hparams.base, problem) from problem
+        if self.task.labelled:
+            data = getattr(self._trainer, "datamodule", None)
+            if self.hparams.labels is None and self.hparams.num_labels is None:
+                self.hparams["labels"] = getattr(data, "label_names", None)
+            if self.hparams.labels is not None:
+                config.id2label = dict(enumerate(map(str, self.hparams.labels)))
+                config.label2id = {name: at for at, name in config.id2label.items()}
+            elif self.hparams.num_labels is not None:
+                config.num_labels = self.hparams.num_labels
+            if config.pad_token_id is None:
+                # Decoders find the last token of each row by it.
+                end = config.eos_token_id
+                config.pad_token_id = end[0] if isinstance(end, list) else end
+        return config
+
+    def _hub_settings(self, attention: bool = True) -> dict[str, Any]:
+        settings: dict[str, Any] = {"trust_remote_code": self.hparams.trust_remote_code}
+        if self.hparams.revision is not None:
+            settings["revision"] = self.hparams.revision
+        if attention and self.hparams.attn_implementation is not None:
+            settings["attn_implementation"] = self.hparams.attn_implementation
+        return settings
+
+    def _attach(self, model: nn.Module, new_tensors: Any) -> None:
+        """Attach the method, the task's head trained with it: the known heads, and what the base had no weights for."""
+        head = {name for name, _ in model.named_children() if name in self.task.heads}
+        head |= {str(key).rpartition(".")[0] for key in new_tensors}
+        self.attach_method(model, sorted(head))
+
+    def attach_method(self, model: nn.Module, head: list[str]) -> None:
+        """Make part of the frozen model trainable: a method's mixin does it."""
+        raise LitPeftError(f"{type(self).__name__} has no method: use LoRA or another module of lit_peft.")
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer, loaded on first use."""
+        if self._tokenizer is None:
+            from lit_peft.data.tokenization import load_tokenizer
+
+            data = getattr(self._trainer, "datamodule", None)
+            self._tokenizer = getattr(data, "tokenizer", None) or load_tokenizer(self.hparams.base, "model.base")
+        return self._tokenizer
+
+    # --------------------------------------------------------------------------------------------- steps
+
+    def forward(self, **batch: Tensor) -> Any:
+        """Run the model on a batch; returns transformers' output object.
+
+        Positions follow the attention mask, so that padding on the left changes nothing.
+        """
+        mask = batch.get("attention_mask")
+        takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        if self.task.causal and takes_positions and mask is not None and mask.dim() == 2:
+            batch.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
+        return self.model(**batch)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the adapted model; arguments as transformers' `generate`."""
+        with torch.no_grad():
+            return self.model.generate(*args, **kwargs)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean loss of a batch. Works without a Trainer, too."""
+        loss = self.task.loss(self(**batch), batch)
+        if self._trainer is not None:
+            size = len(next(iter(batch.values())))
+            self.log("train_loss", loss, prog_bar=True, batch_size=size)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the validation metrics."""
+        self._evaluate(batch, self.val_metrics, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the test metrics."""
+        self._evaluate(batch, self.test_metrics, "test")
+
+    def _evaluate(self, batch: dict[str, Tensor], metrics: Any, stage: str) -> None:
+        self.task.update(metrics, self(**batch), batch)
+        if self._trainer is not None:
+            size = len(next(iter(batch.values())))
+            for name, metric in metrics.items():
+                shown = stage == "val" and name == self.task.monitor[0].removeprefix("val_")
+                self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=shown, batch_size=size)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+        """Return one plain dict per example: label and probabilities, or generated text."""
+        return self.task.predict(self, batch)
+
+    # ---------------------------------------------------------------------------------------- optimizing
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: the one given, or the method's usual one."""
+        return float(self.hparams.learning_rate or self.settings.learning_rate)
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self.hparams["learning_rate"] = value
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer over the trainable parameters, and the schedule, stepped every optimizer step."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                decay = self.hparams.weight_decay if parameter.dim() > 1 else 0.0
+                groups.setdefault((self.settings.learning_rate_factor(name), decay), []).append(parameter)
+        optimizer = make_optimizer(
+            [
+                {"params": members, "lr": self.learning_rate * factor, "weight_decay": decay}
+                for (factor, decay), members in groups.items()
+            ],
+            self.hparams.optimizer,
+            self.learning_rate,
+            self.hparams.optimizer_args,
+        )
+        if self._trainer is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        warmup = self.hparams.warmup_steps
+        if warmup < 1:
+            warmup = warmup * steps if steps != float("inf") else 0
+        schedule = make_schedule(optimizer, self.hparams.lr_scheduler, round(warmup), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # --------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainable tensors alone; the frozen base is where it came from."""
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        trained = {f"{prefix}{name}" for name, parameter in self.named_parameters() if parameter.requires_grad}
+        state = super().state_dict(*args, **kwargs)
+        for name in [name for name in state if name.startswith(prefix) and name not in trained]:
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load trained tensors: all of them, and no unknown one, whatever `strict` says of the frozen base.
+
+        Raises:
+            LitPeftError: a trainable tensor is missing, an unknown one is there, or a shape differs.
+        """
+        self.configure_model()
+        trained = {name: value.shape for name, value in self.named_parameters() if value.requires_grad}
+        known = {name for name, _ in self.named_parameters()} | {name for name, _ in self.named_buffers()}
+        missing, unexpected = sorted(set(trained) - set(state_dict)), sorted(set(state_dict) - known)
+        if missing or unexpected:
+            raise LitPeftError(
+                f"The checkpoint is not of this {type(self).__name__}: it lacks {missing[:3]} and has {unexpected[:3]} "
+                "besides. Give the base, method and settings it was trained with."
+            )
+        for name, shape in trained.items():
+            if state_dict[name].shape != shape:
+                raise LitPeftError(
+                    f"The checkpoint's {name} has shape {tuple(state_dict[name].shape)}, and this "
+                    f"{type(self).__name__} needs {tuple(shape)}: give the settings it was trained with."
+                )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the model before its tensors arrive."""
+        self.configure_model()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a banner shows: base, task, method, trainable and total parameters."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        return {
+            "base": self.hparams.base,
+            "task": self.task.name,
+            "method": type(self).__name__,
+            "trainable": trainable_parameters(self.model),
+            "total": total,
+        }
+
+
+def _transformers() -> Any:
+    import transformers
+
+    return transformers
+
+
+def _flat_init(cls: type[Any]) -> Any:
+    """Make an `__init__` that takes BaseLM's arguments and the method's settings side by side."""
+    settings_class = cls.settings_class
+    hints, own = get_type_hints(BaseLM.__init__), list(inspect.signature(BaseLM.__init__).parameters.values())
+    parameters = [parameter.replace(annotation=hints.get(parameter.name, Any)) for parameter in own]
+    settings_hints = get_type_hints(settings_class)
+    for field in fields(settings_class):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        kind = inspect.Parameter.KEYWORD_ONLY
+        annotation = settings_hints[field.name]
+        parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=annotation))
+    names = [parameter.name for parameter in parameters[1:]]
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        unknown = [name for name in kwargs if name not in names]
+        if unknown:
+            raise LitPeftError(
+                f"{type(self).__name__} has no setting {unknown[0]!r}: the closest are {closest(unknown[0], names)}."
+            )
+        settings, rest = cls.split_settings(kwargs)
+        object.__setattr__(self, "settings", settings)
+        BaseLM.__init__(self, *args, **rest)
+
+    __init__.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    arguments = [_arguments(settings_class), _arguments(MethodSettings), _arguments(BaseLM)]
+    __init__.__doc__ = "Build the module.\n\nArgs:\n" + "\n".join(arguments)
+    return __init__
+
+
+def _arguments(documented: type[Any]) -> str:
+    """The "Args:" part of a class's docstring, indented by four."""
+    text = inspect.cleandoc(documented.__doc__ or "")
+    _, _, after = text.partition("Args:\n")
+    return after.split("\n\n")[0]

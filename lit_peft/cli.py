@@ -1,0 +1,85 @@
+"""The `lit-peft` command. Heavy packages are imported only when a command needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lit_peft.errors import LitPeftError, closest
+
+DEBUG_VARIABLE = "LIT_PEFT_DEBUG"
+
+_COMMANDS = {
+    "fit": "train a method on a base model and data",
+    "validate": "compute the metrics on the validation data",
+    "test": "compute the metrics on the test data",
+    "predict": "write predictions for the rows of a file as JSON lines",
+}
+_EXAMPLES = """\
+examples:
+  lit-peft fit --config configs/quickstart.yaml
+  lit-peft fit --model LoRA --model.base BASE --data CausalLMData --data.train FILE --trainer.max_steps 100
+  lit-peft fit --model LoRA --print_config           every setting with its meaning, as YAML
+  lit-peft fit --model.help LoRA                     the settings of a method
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments; those of the process when None.
+
+    Returns:
+        The exit status: 0, 2 on bad input (one paragraph on stderr; the traceback only with `--debug` or
+        `LIT_PEFT_DEBUG=1`), 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--debug" in arguments:
+        arguments.remove("--debug")
+        os.environ[DEBUG_VARIABLE] = "1"
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_usage())
+            return 0
+        if arguments[0] == "--version":
+            import lit_peft
+
+            print(f"lit-peft {lit_peft.__version__}")
+            return 0
+        if arguments[0] not in _COMMANDS:
+            raise LitPeftError(f"{arguments[0]!r} is not a command of lit-peft: the closest are {_near(arguments[0])}.")
+        _command(arguments[0])(arguments)
+    except LitPeftError as problem:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        print(f"lit-peft: error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _usage() -> str:
+    width = max(map(len, _COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in _COMMANDS.items())
+    return (
+        "usage: lit-peft COMMAND [options]        (lit-peft COMMAND --help lists them)\n\n"
+        "Parameter-efficient fine-tuning of language models.\n\n"
+        f"commands:\n{commands}\n\n{_EXAMPLES}\n"
+        "options of every command:\n"
+        "  --debug    show the whole traceback of an error (so does LIT_PEFT_DEBUG=1)\n"
+        "  --version  print the version"
+    )
+
+
+def _near(name: str) -> str:
+    return closest(name, _COMMANDS)
+
+
+def _command(name: str) -> Callable[[list[str]], Any]:
+    from lit_peft.lightning_cli import run
+
+    return run

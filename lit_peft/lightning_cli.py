@@ -1,0 +1,162 @@
+"""`fit`, `validate`, `test` and `predict`: LightningCLI over the modules and data modules of lit_peft."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+import lit_peft.data
+import lit_peft.modules
+from lit_peft.base import BaseLM
+from lit_peft.callbacks import PredictionWriter, RunBanner, TokenProgressBar
+from lit_peft.data.base import LitDataModule
+from lit_peft.errors import LitPeftError
+from lit_peft.formats.peft import save_adapter
+
+RUNS = "lit_peft_runs"
+
+
+class Parser(LightningArgumentParser):
+    """Raises `LitPeftError` with one paragraph where jsonargparse would print its usage and exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise LitPeftError(_readable(message)) from ex
+
+
+class CLI(LightningCLI):
+    """LightningCLI that checks everything before it writes anything, and says where the results are."""
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument("--output", type=str | None, default=None, help="file of the predictions (JSON lines)")
+            parser.set_defaults({"return_predictions": False})
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        # The configuration says what to build, and the checkpoint's tensors are checked against it.
+        return None
+
+    def before_instantiate_classes(self) -> None:
+        """Let the data use the base model's tokenizer where it names no other."""
+        config = self.config[self.subcommand]
+        data = config.get("data")
+        if data is not None and "base" in data.get("init_args", {}) and data.init_args.base is None:
+            data.init_args.base = config.model.init_args.get("base")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Check model and data, then build the trainer with what every run has: bar, banner, checkpoints."""
+        if self.datamodule is not None:
+            self.datamodule.setup(str(self.subcommand))
+        labels = getattr(self.datamodule, "label_names", None) if self.model.task.labelled else None
+        if labels is not None and self.model.hparams.labels is None and self.model.hparams.num_labels is None:
+            self.model.hparams["labels"] = labels
+        self.model.check()
+        config = self.config_init[self.subcommand]
+        given = config.trainer.callbacks or []
+        extra: list[Any] = [RunBanner()]
+        if config.trainer.enable_progress_bar is not False:
+            extra.append(TokenProgressBar())
+        if self.subcommand == "predict":
+            extra.append(PredictionWriter(config.output))
+        saves = config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run
+        if saves and not any(isinstance(callback, ModelCheckpoint) for callback in given):
+            extra.append(self._checkpoint())
+        logger = config.trainer.logger
+        if logger is None or logger is True:
+            kwargs["logger"] = CSVLogger(config.trainer.default_root_dir or RUNS, name=None)
+        return super().instantiate_trainer(callbacks=[*given, *extra], **kwargs)
+
+    def _checkpoint(self) -> ModelCheckpoint:
+        validates = "validation" in getattr(self.datamodule, "rows", {})
+        monitor, mode = self.model.task.monitor if validates else (None, "min")
+        return ModelCheckpoint(monitor=monitor, mode=mode, filename="best-{step}", save_last=True)
+
+    @rank_zero_only
+    def after_fit(self) -> None:
+        """Say how it went, where the adapter is, and what to do next."""
+        checkpoint = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+        best = checkpoint.best_model_path if checkpoint else ""
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        values = {name: value.item() for name, value in sorted(self.trainer.callback_metrics.items())}
+        print()
+        if self.trainer.interrupted:
+            print("Training was interrupted; the last checkpoint is kept.")
+        for name, value in values.items():
+            print(f"{name:<18}{value:.4f}")
+        if best and checkpoint and checkpoint.monitor and checkpoint.best_model_score is not None:
+            print(f"{'best ' + checkpoint.monitor:<18}{checkpoint.best_model_score.item():.4f}  ({best})")
+        if not best:
+            return
+        # The adapter people share is the best one, not the last.
+        weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+        self.model.load_state_dict(weights)
+        try:
+            adapter = save_adapter(self.model.model, folder / "adapter")
+        except LitPeftError as problem:
+            print(f"no adapter folder: {problem}")
+        else:
+            size = sum(file.stat().st_size for file in adapter.iterdir())
+            print(f"{'adapter':<18}{adapter}  ({size / 2**20:.2f} MB)")
+        config = shlex.quote(str(folder / "config.yaml"))
+        print(f"\nnext:  lit-peft test --config {config} --ckpt_path {shlex.quote(best)}")
+
+
+def run(arguments: list[str]) -> None:
+    """Run one of Lightning's commands.
+
+    Args:
+        arguments: the command and its options.
+
+    Raises:
+        LitPeftError: bad input.
+    """
+    _quiet()
+    for name in lit_peft.data.__all__:
+        getattr(lit_peft.data, name)
+    # Comments are what makes a printed configuration worth keeping.
+    arguments = ["--print_config=comments" if text == "--print_config" else text for text in arguments]
+    sys.argv = [sys.argv[0], *arguments]
+    CLI(
+        BaseLM,
+        LitDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=Parser,
+        trainer_defaults={"enable_model_summary": False},
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
+
+
+def _quiet() -> None:
+    """Leave out what the libraries say about themselves; what they warn of stays."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+
+
+def _readable(message: str) -> str:
+    return message

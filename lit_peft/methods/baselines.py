@@ -1,0 +1,61 @@
+"""The two baselines every method is compared with: training everything, and training the head alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from lit_peft.errors import LitPeftError
+from lit_peft.methods.attachment import Attachment, MethodSettings
+from lit_peft.methods.mixin import MethodMixin
+
+
+@dataclass(frozen=True)
+class FullFineTuningSettings(MethodSettings):
+    """Settings of full fine-tuning: there are none of its own."""
+
+    method: ClassVar[str] = "full_fine_tuning"
+    learning_rate: ClassVar[float] = 3e-5
+
+    def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
+        """Train every parameter, where it is: no copy of the base is kept."""
+
+        def refuse() -> None:
+            raise LitPeftError("Full fine-tuning changed the base itself: load the base again instead of detaching.")
+
+        attachment.undo.append(refuse)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class HeadOnlySettings(MethodSettings):
+    """Settings of training the task's head on the frozen model: there are none of its own."""
+
+    method: ClassVar[str] = "head_only"
+    learning_rate: ClassVar[float] = 1e-3
+
+    def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
+        """Add nothing; a language model, which has no task head, trains its output projection."""
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        for path, module in list(model.named_modules()):
+            if output is not None and module is output:
+                attachment.train_modules([path])
+
+
+class FullFineTuningMixin(MethodMixin):
+    """Full fine-tuning as a LightningModule's method."""
+
+    settings_class = FullFineTuningSettings
+
+    def attach_method(self, model: nn.Module, head: list[str]) -> None:
+        super().attach_method(model, [])
+
+
+class HeadOnlyMixin(MethodMixin):
+    """Training the head alone, as a LightningModule's method."""
+
+    settings_class = HeadOnlySettings
