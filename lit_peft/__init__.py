@@ -7,11 +7,13 @@ from typing import Any
 
 _NAMES = {
     "BaseLM": "lit_peft.base",
+    "CausalLMData": "lit_peft.data.causal_lm",
     "FullFineTuning": "lit_peft.modules",
     "HeadOnly": "lit_peft.modules",
     "LitPeftError": "lit_peft.errors",
     "LoRA": "lit_peft.modules",
     "LoRASettings": "lit_peft.methods.lora",
+    "TextClassificationData": "lit_peft.data.text_classification",
     "attach": "lit_peft.methods.attachment",
     "detach": "lit_peft.methods.attachment",
     "load_adapter": "lit_peft.formats.peft",

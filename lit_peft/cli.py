@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lit_peft.errors import LitPeftError, closest
+from lit_peft.errors import LitPeftError, causes, closest
 
 DEBUG_VARIABLE = "LIT_PEFT_DEBUG"
 
@@ -52,10 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] not in _COMMANDS:
             raise LitPeftError(f"{arguments[0]!r} is not a command of lit-peft: the closest are {_near(arguments[0])}.")
         _command(arguments[0])(arguments)
-    except LitPeftError as problem:
-        if os.environ.get(DEBUG_VARIABLE):
+    except ValueError as problem:
+        # jsonargparse wraps what a class raises while it is built.
+        ours = next((cause for cause in causes(problem) if isinstance(cause, LitPeftError)), None)
+        if ours is None or os.environ.get(DEBUG_VARIABLE):
             raise
-        print(f"lit-peft: error: {problem}", file=sys.stderr)
+        print(f"lit-peft: error: {ours}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import shlex
 import sys
 import warnings
@@ -21,7 +23,7 @@ import lit_peft.modules
 from lit_peft.base import BaseLM
 from lit_peft.callbacks import PredictionWriter, RunBanner, TokenProgressBar
 from lit_peft.data.base import LitDataModule
-from lit_peft.errors import LitPeftError
+from lit_peft.errors import LitPeftError, closest
 from lit_peft.formats.peft import save_adapter
 
 RUNS = "lit_peft_runs"
@@ -67,7 +69,8 @@ class CLI(LightningCLI):
         given = config.trainer.callbacks or []
         extra: list[Any] = [RunBanner()]
         if config.trainer.enable_progress_bar is not False:
-            extra.append(TokenProgressBar())
+            # Where nobody watches it live, a bar that moves every step only fills the log.
+            extra.append(TokenProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
         if self.subcommand == "predict":
             extra.append(PredictionWriter(config.output))
         saves = config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run
@@ -105,7 +108,7 @@ class CLI(LightningCLI):
         try:
             adapter = save_adapter(self.model.model, folder / "adapter")
         except LitPeftError as problem:
-            print(f"no adapter folder: {problem}")
+            print(f"{'weights':<18}in the checkpoint only ({problem})")
         else:
             size = sum(file.stat().st_size for file in adapter.iterdir())
             print(f"{'adapter':<18}{adapter}  ({size / 2**20:.2f} MB)")
@@ -155,8 +158,38 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*The dirpath has changed.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
 
 
+# What jsonargparse says of the ways it tried, which tells a user nothing.
+_NOISE = re.compile(r"Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|.*Does not validate against")
+
+
 def _readable(message: str) -> str:
-    return message
+    """Bring what jsonargparse reports to one paragraph that names the closest settings or classes."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    text = " ".join(line for line in lines if line and not _NOISE.match(line))
+    unknown = re.search(r"Option '([^']+)' is not accepted", text)
+    if unknown:
+        kinds = [*_subclasses(BaseLM), *_subclasses(LitDataModule)]
+        names = [name for kind in kinds for name in inspect.signature(kind).parameters]
+        near = closest(unknown[1], names)
+        return f"{unknown[1]!r} is not a setting of the class it is given to: the closest are {near}."
+    unknown = re.search(r"Expected a dot import path string: (\S+)", text)
+    if unknown:
+        kinds = [*_subclasses(BaseLM), *_subclasses(LitDataModule)]
+        return (
+            f"{unknown[1]!r} is not a known class: the closest are {closest(unknown[1], [k.__name__ for k in kinds])}."
+        )
+    unknown = re.search(r"does not accept option '([^'.]+)", text)
+    if unknown:
+        keys = ("model", "data", "trainer", "seed_everything", "ckpt_path")
+        return f"{unknown[1]!r} is not a key of the configuration: the closest are {closest(unknown[1], keys)}."
+    return text or message
+
+
+def _subclasses(kind: type[Any]) -> list[type[Any]]:
+    children: list[type[Any]] = kind.__subclasses__()
+    return [found for child in children for found in (child, *_subclasses(child))]

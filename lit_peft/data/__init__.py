@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
+    "CausalLMData": "lit_peft.data.causal_lm",
     "LitDataModule": "lit_peft.data.base",
     "TextClassificationData": "lit_peft.data.text_classification",
 }

@@ -1,0 +1,94 @@
+"""Tiny models and data, made on the spot: no test needs a download."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WORDS = [
+    "a",
+    "bad",
+    "film",
+    "good",
+    "great",
+    "is",
+    "it",
+    "of",
+    "poor",
+    "the",
+    "this",
+    "was",
+    "well",
+    "weak",
+    "wonderful",
+    "awful",
+    "story",
+    "acting",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>"]
+    vocabulary = {word: at for at, word in enumerate([*specials, *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>", model_max_length=64
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _base(kind: str, tokenizer_folder: Path, folder: Path) -> Path:
+    import shutil
+
+    from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    if kind == "bert":
+        config = BertConfig(**shape, num_attention_heads=4, max_position_embeddings=64, initializer_range=0.3)
+        AutoModel.from_config(config).save_pretrained(folder)
+    else:
+        config = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, eos_token_id=4, pad_token_id=0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for file in tokenizer_folder.iterdir():
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _base("bert", tokenizer_folder, tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def decoder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _base("llama", tokenizer_folder, tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 distinct sentences whose label hangs on one word."""
+    import csv
+    import itertools
+
+    file = tmp_path_factory.mktemp("reviews") / "reviews.csv"
+    mood = {"good": "pos", "great": "pos", "wonderful": "pos", "bad": "neg", "poor": "neg", "awful": "neg"}
+    openings = itertools.product(("the", "this"), ("film", "story", "acting", "it"), ("is", "was"))
+    with file.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["text", "label"])
+        for opening, (word, label) in itertools.product(openings, mood.items()):
+            writer.writerow([" ".join((*opening, word)), label])
+    return file

@@ -1,0 +1,126 @@
+"""The `lit-peft` command, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+
+from lit_peft.cli import main
+
+COMMAND = str(Path(sysconfig.get_path("scripts")) / "lit-peft")
+
+
+def run(folder: Path, *arguments: str) -> str:
+    done = subprocess.run([COMMAND, *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def settings(encoder: Path, reviews: Path) -> list[str]:
+    model = ["--model", "LoRA", "--model.base", str(encoder), "--model.task", "sequence_classification"]
+    data = ["--data", "TextClassificationData", "--data.train", str(reviews), "--data.test_fraction", "0.2"]
+    return [*model, "--model.learning_rate", "2e-2", *data, "--trainer.accelerator", "cpu"]
+
+
+def test_fit_then_test_then_predict(encoder: Path, reviews: Path, tmp_path: Path) -> None:
+    out = run(tmp_path, "fit", *settings(encoder, reviews), "--trainer.max_epochs", "10")
+    for word in (
+        "method:    LoRA",
+        "trainable:",
+        "precision: 32-true",
+        "results:",
+        "best val_accuracy",
+        "adapter",
+        "next:",
+    ):
+        assert word in out
+    folder = tmp_path / "lit_peft_runs" / "version_0"
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    following = out.rpartition("next:  lit-peft ")[2].split()
+    table = run(tmp_path, *following)
+    assert "test_accuracy" in table
+    accuracy = float(table.partition("test_accuracy")[2].split()[1])
+    assert accuracy > 0.8
+    out = run(tmp_path, "predict", *following[1:], "--data.predict", str(reviews), "--output", "predictions.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == list(range(96))
+    assert {row["label"] for row in rows} == {"neg", "pos"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--model", "Lora"], "'LoRA'"),
+        (["--model.r", "0"], "r=0"),
+        (["--model.r", "many"], "many"),
+        (["--model.rank", "3"], "'rank'"),
+        (["--model.target_modules", "[quary]"], "'query'"),
+        (["--model.task", "causal"], "causal_lm"),
+        (["--data.text_column", "txt"], "'text'"),
+        (["--data.train", "EMPTY"], "empty"),
+        (["--model.base", "NO_WEIGHTS"], "no weights"),
+        (["--config", "KEY"], "'modle'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_paragraph_and_writes_nothing(
+    change: list[str],
+    said: str,
+    encoder: Path,
+    reviews: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "EMPTY" / "empty.csv").write_text("")
+    (tmp_path / "NO_WEIGHTS").mkdir()
+    (tmp_path / "NO_WEIGHTS" / "config.json").write_text((encoder / "config.json").read_text())
+    (tmp_path / "key.yaml").write_text("modle:\n  class_path: LoRA\n")
+    places = {"EMPTY": "EMPTY/empty.csv", "NO_WEIGHTS": "NO_WEIGHTS", "KEY": "key.yaml"}
+    change = [str(tmp_path / places[text]) if text in places else text for text in change]
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    status = main(["fit", *settings(encoder, reviews), *change])
+    errors = capsys.readouterr().err
+    assert status == 2
+    assert said in errors
+    paragraph = errors[errors.index("lit-peft: error:") :]
+    assert len(paragraph.strip().splitlines()) == 1 and "Traceback" not in errors
+    assert list(work.iterdir()) == []
+
+
+def test_help_is_quick() -> None:
+    def seconds(*command: str) -> float:
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    pairs = [(seconds(COMMAND, "--help"), seconds(sys.executable, "-c", "import torch")) for _ in range(3)]
+    assert min(shown / torch for shown, torch in pairs) < 2.5
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fitt"]) == 2
+    assert "'fit'" in capsys.readouterr().err
+
+
+def test_print_config_explains_every_setting(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--model", "LoRA", "--model.base", "x", "--data", "CausalLMData", "--print_config"])
+    assert done.value.code in (0, None)
+    printed = capsys.readouterr().out
+    for text in ("# rank of each update", "lora_alpha: 16", "lr_scheduler: linear", "# examples per batch and device"):
+        assert text in printed

@@ -1,0 +1,143 @@
+"""The LightningModules: without a Trainer, through a checkpoint, and their published sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GPT2Config, LlamaConfig, RobertaConfig
+
+import lit_peft
+from lit_peft import CausalLMData, LitPeftError, LoRASettings
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 20, (3, 7), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "FullFineTuning", "HeadOnly"])
+def test_trains_without_a_trainer(kind: str, decoder: Path) -> None:
+    module = getattr(lit_peft, kind)(base=str(decoder), task="causal_lm", learning_rate=1e-2)
+    module.configure_model()
+    frozen = {name: value.clone() for name, value in module.named_parameters() if not value.requires_grad}
+    optimizer = module.configure_optimizers()
+    losses = []
+    for _ in range(8):
+        loss = module.training_step(batch(), 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.01
+    after = dict(module.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+
+
+def test_left_padding_changes_nothing(decoder: Path) -> None:
+    module = lit_peft.LoRA(base=str(decoder))
+    module.configure_model()
+    module.eval()
+    plain = batch()
+    padded = {
+        "input_ids": torch.nn.functional.pad(plain["input_ids"], (3, 0)),
+        "attention_mask": torch.nn.functional.pad(plain["attention_mask"], (3, 0)),
+    }
+    del plain["labels"]
+    torch.testing.assert_close(module(**padded).logits[:, 3:], module(**plain).logits, atol=1e-5, rtol=0)
+
+
+def test_checkpoint_holds_the_trained_tensors_alone_and_comes_back(
+    decoder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    data = CausalLMData(base=str(decoder), train=str(reviews), batch_size=8)
+    module = lit_peft.LoRA(base=str(decoder), r=4)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_steps=4, default_root_dir=tmp_path, enable_checkpointing=False, **options)
+    trainer.fit(module, data)
+    file = tmp_path / "x.ckpt"
+    trainer.save_checkpoint(file)
+    stored = torch.load(file, weights_only=True)
+    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    assert set(stored["state_dict"]) == set(trained)
+    moments = [v for state in stored["optimizer_states"][0]["state"].values() for v in state.values()]
+    tensors = [*stored["state_dict"].values(), *(v for v in moments if isinstance(v, torch.Tensor))]
+    assert sum(t.nbytes for t in tensors) <= 3.2 * sum(p.nbytes for p in trained.values())
+    again = lit_peft.LoRA.load_from_checkpoint(file)
+    assert again.hparams.r == 4
+    assert all(torch.equal(dict(again.named_parameters())[name], value) for name, value in trained.items())
+    with pytest.raises(LitPeftError, match="shape"):
+        lit_peft.LoRA.load_from_checkpoint(file, r=2)
+    stored["state_dict"].popitem()
+    with pytest.raises(LitPeftError, match="lacks"):
+        again.load_state_dict(stored["state_dict"])
+
+
+def test_resuming_equals_training_through(decoder: Path, reviews: Path, tmp_path: Path) -> None:
+    def train(epochs: int, name: str, resume: Path | None = None) -> dict[str, torch.Tensor]:
+        pl.seed_everything(0)
+        data = CausalLMData(base=str(decoder), train=str(reviews), batch_size=8)
+        module = lit_peft.LoRA(base=str(decoder), r=4, lr_scheduler="constant", warmup_steps=2)
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            enable_checkpointing=False,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, data, ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / name)
+        return module.state_dict()
+
+    whole = train(2, "whole.ckpt")
+    train(1, "half.ckpt")
+    resumed = train(2, "resumed.ckpt", tmp_path / "half.ckpt")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("config", "auto", "settings", "expected"),
+    [
+        (RobertaConfig(vocab_size=50265), AutoModelForMaskedLM, LoRASettings(r=8), 294_912),
+        (
+            GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+            AutoModelForCausalLM,
+            LoRASettings(r=4),
+            24 * 4 * (1024 + 3 * 1024),
+        ),
+        (
+            LlamaConfig(vocab_size=32000, intermediate_size=11008),
+            AutoModelForCausalLM,
+            LoRASettings(r=32, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]),
+            56_098_816,  # 0.83 % of base + added, as LLM-Adapters reports
+        ),
+    ],
+    ids=["roberta-base", "gpt2-medium", "llama-7b"],
+)
+def test_published_counts(config: object, auto: type, settings: LoRASettings, expected: int) -> None:
+    with torch.device("meta"):
+        model = auto.from_config(config)  # type: ignore[attr-defined]
+    lit_peft.attach(model, settings)
+    assert lit_peft.trainable_parameters(model) == expected
+
+
+def test_completions_alone_are_supervised(decoder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"q": "the film", "a": "was good"}\n{"q": "this story is a film of the", "a": "bad acting"}\n')
+    data = CausalLMData(
+        base=str(decoder),
+        train=str(file),
+        prompt_column="q",
+        completion_column="a",
+        max_length=6,
+        validation_fraction=0,
+    )
+    data.setup("fit")
+    examples = data.examples("train")
+    # The second prompt fills max_length: no room for its answer, so it is dropped.
+    assert len(examples) == 1
+    assert [label == -100 for label in examples[0]["labels"]] == [True, True, False, False, False]
+    assert examples[0]["input_ids"][-1] == data.tokenizer.eos_token_id
