@@ -6,13 +6,17 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
+    "AdapterHSettings": "lit_peft.methods.adapter_h",
+    "AdapterPSettings": "lit_peft.methods.adapter_p",
     "LitPeftError": "lit_peft.errors",
     "LoRASettings": "lit_peft.methods.lora",
+    "ParallelSettings": "lit_peft.methods.parallel",
     "attach": "lit_peft.methods.attachment",
     "detach": "lit_peft.methods.attachment",
-    "load_adapter": "lit_peft.formats.peft",
+    "drop_adapters": "lit_peft.methods.bottleneck",
+    "load_adapter": "lit_peft.formats.folder",
     "merge": "lit_peft.methods.lora",
-    "save_adapter": "lit_peft.formats.peft",
+    "save_adapter": "lit_peft.formats.folder",
     "trainable_parameters": "lit_peft.methods.attachment",
 }
 __all__ = list(_NAMES)
