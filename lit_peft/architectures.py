@@ -278,7 +278,6 @@ def _candidates(config: Any, owner: nn.Module) -> tuple[Architecture, ...]:
         _BERT,
         _DISTILBERT,
         *_T5,
-        _MODERNBERT,
         _PHI3,
         _GEMMA2,
         _LLAMA,
@@ -287,8 +286,9 @@ def _candidates(config: Any, owner: nn.Module) -> tuple[Architecture, ...]:
         _GPT2,
         _GPTJ,
         *_gpt_neox(config),
-        *_falcon(config),
         *_bloom(config),
+        *_falcon(config),
+        _MODERNBERT,
     )
 
 

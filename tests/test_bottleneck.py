@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ AUTO = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _made(name: str) -> nn.Module:
     torch.manual_seed(0)
     settings = {"vocab_size": 61, "max_position_embeddings": 64, "eos_token_id": None, **ALL[name]}
@@ -207,3 +207,284 @@ def test_every_architecture(name: str, method: str) -> None:
     assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, base)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_unknown_model_types_are_found_by_structure(name: str) -> None:
+    from lit_peft.architectures import layer_stacks
+
+    model = make(name)
+    known = layer_stacks(model)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.model_type = "new"
+    found = layer_stacks(model)
+    assert [[layer.path for layer in stack] for stack in found] == [[layer.path for layer in stack] for stack in known]
+    inputs = {key: value for key, value in batch(name).items() if key != "labels"}
+    if name in SEQ2SEQS:
+        inputs["decoder_input_ids"] = batch(name)["labels"]
+    outputs = []
+    for kind in ("new", name.split()[0]):
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config.model_type = kind
+        torch.manual_seed(0)
+        lit_peft.attach(
+            model, AdapterHSettings(bottleneck_size=4, original_ln_before=name != "phi", init_weights="bert")
+        )
+        scramble(model)
+        with torch.no_grad():
+            outputs.append(model(**inputs).logits)
+        lit_peft.detach(model)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gptj", "falcon", "bloom", "opt post-LN", "t5", "bart", "marian"])
+def test_generate_with_and_without_cache(name: str, beams: int) -> None:
+    model = lit_peft.attach(make(name), ParallelSettings(mh_adapter=True, reduction_factor=8)).eval()
+    scramble(model)
+    inputs = {key: value for key, value in batch(name).items() if key != "labels"}
+    cached, plain = (
+        model.generate(**inputs, max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=1, use_cache=cache)
+        for cache in (True, False)
+    )
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_padding_changes_nothing(name: str, attention: str) -> None:
+    model = make(name)
+    model.set_attn_implementation(attention)
+    lit_peft.attach(model, AdapterHSettings(bottleneck_size=4)).eval()
+    scramble(model)
+    ids, mask = batch(name)["input_ids"], batch(name)["attention_mask"]
+    filler = torch.full((2, 3), 5)
+    position_ids = torch.arange(7).expand(2, 7)
+
+    def run(ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        more = {"position_ids": position_ids} if name in DECODERS else {}
+        if name == "t5":
+            more = {"decoder_input_ids": ids[:, :4] * 0 + 7}
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=mask, **more).logits
+
+    plain = run(ids, mask, position_ids)
+    right = run(torch.cat([ids, filler], 1), torch.cat([mask, filler * 0], 1), torch.arange(10).expand(2, 10))
+    close(right[:, :7] if name in DECODERS else right, plain)
+    if name in DECODERS:
+        left = torch.cat([filler * 0, position_ids], 1)
+        close(run(torch.cat([filler, ids], 1), torch.cat([filler * 0, mask], 1), left)[:, 3:], plain)
+
+
+class _Wrapped(nn.Module):
+    """LLM-Adapters' three forms, written out."""
+
+    def __init__(self, linear: nn.Linear, adapter: Bottleneck, form: str) -> None:
+        super().__init__()
+        self.linear, self.adapter, self.form = linear, adapter, form
+
+    def a(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.adapter.down.weight.T) @ self.adapter.up.weight.T
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.form == "before":
+            return self.linear(self.a(x) + x)
+        y = self.linear(x)
+        return y + (self.a(x) if self.form == "beside" else self.a(y))
+
+
+@pytest.mark.parametrize(
+    ("method", "forms"),
+    [
+        ("adapter_h", {"mlp.gate_proj": "before", "mlp.up_proj": "before", "mlp.down_proj": "after"}),
+        ("adapter_p", {"mlp.down_proj": "after"}),
+        ("parallel", {f"self_attn.{name}": "beside" for name in ("q_proj", "k_proj", "v_proj")}),
+    ],
+)
+def test_llm_adapters_placement(method: str, forms: dict[str, str], tmp_path: Path) -> None:
+    model = lit_peft.attach(make("llama"), METHODS[method](placement="llm_adapters", bottleneck_size=4)).eval()
+    scramble(model)
+    adapters = {path: module for path, module in model.named_modules() if isinstance(module, Bottleneck)}
+    assert set(adapters) == {f"model.layers.{i}.{name}.adapter" for i in range(2) for name in forms}
+    reference = make("llama")
+    for path, adapter in adapters.items():
+        place = path.removesuffix(".adapter")
+        parent, _, name = place.rpartition(".")
+        form = forms[place.split(".", 3)[3]]
+        setattr(reference.get_submodule(parent), name, _Wrapped(reference.get_submodule(place), adapter, form))
+    ids = batch("llama")["input_ids"]
+    close(model(ids).logits, reference(ids).logits)
+    lit_peft.save_adapter(model, tmp_path / "a")
+    assert torch.equal(lit_peft.load_adapter(make("llama"), tmp_path / "a").eval()(ids).logits, model(ids).logits)
+    with pytest.raises(LitPeftError, match="placement"):
+        lit_peft.save_adapter(model, tmp_path / "b", format="adapterhub")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "bloom", "modernbert", "phi3"])
+def test_named_linears_of_every_kind(name: str) -> None:
+    inputs = batch(name)
+    for method, settings in METHODS.items():
+        model = make(name)
+        base = model(**inputs).loss
+        lit_peft.attach(model, settings(placement="llm_adapters", bottleneck_size=4))
+        loss = model(**inputs).loss
+        close(loss, base, 1e-6)
+        loss.backward()
+        assert any(p.requires_grad and p.grad.abs().max() > 0 for p in model.parameters()), method
+
+
+def test_published_count() -> None:
+    with torch.device("meta"):
+        config = transformers.LlamaConfig(vocab_size=32000, intermediate_size=11008)
+        model = transformers.LlamaForCausalLM(config)
+    lit_peft.attach(model, AdapterPSettings(placement="llm_adapters"))
+    trained = lit_peft.trainable_parameters(model)
+    assert trained == 32 * 2 * 4096 * 256
+    # LLM-Adapters, table 1: the series adapter trains 0.99 % of base plus adapter.
+    assert round(100 * trained / sum(p.numel() for p in model.parameters()), 2) == 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("bert", AdapterHSettings(train_layer_norms=True, leave_out=[1], modules_to_save=["classifier"])),
+        ("gpt2", AdapterPSettings(bottleneck_size=5, scaling="learned", bias=False, ln_before=True, ln_after=True)),
+        ("mbart", ParallelSettings(mh_adapter=True, cross_adapter=True, reduction_factor={"0": 4, "default": 8})),
+        ("t5", AdapterHSettings(use_gating=True, scaling="channel", original_ln_after=False)),
+        ("llama", AdapterHSettings(placement="llm_adapters", target_modules=["k_proj", "up_proj"], leave_out=[0])),
+    ],
+)
+def test_folders_round_trip(name: str, settings: BottleneckSettings, tmp_path: Path) -> None:
+    model = lit_peft.attach(make(name), settings).eval()
+    scramble(model)
+    inputs = batch(name)
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter")
+    again = lit_peft.load_adapter(make(name), folder).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    names = [key for key, p in model.named_parameters() if p.requires_grad]
+    assert [key for key, p in again.named_parameters() if p.requires_grad] == names
+
+
+def test_layer_norms_are_trained_and_come_back() -> None:
+    model = make("bert")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    lit_peft.attach(model, AdapterHSettings(train_layer_norms=True))
+    trained = [key for key, p in model.named_parameters() if p.requires_grad and "_adapter" not in key]
+    assert trained == [key for key in before if "LayerNorm" in key]
+    scramble(model)
+    after = lit_peft.detach(model).state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_dropped_adapters_are_left_out(name: str) -> None:
+    inputs = batch(name)
+    model = lit_peft.attach(make(name), AdapterPSettings(bottleneck_size=4)).eval()
+    scramble(model)
+    whole = model(**inputs).logits
+    less = lit_peft.attach(make(name), AdapterPSettings(bottleneck_size=4, leave_out=[0])).eval()
+    less.load_state_dict(model.state_dict(), strict=False)
+    close(lit_peft.drop_adapters(model, 1)(**inputs).logits, less(**inputs).logits)
+    assert torch.equal(lit_peft.drop_adapters(model, 2)(**inputs).logits, make(name)(**inputs).logits)
+    assert torch.equal(lit_peft.drop_adapters(model, 0)(**inputs).logits, whole)
+    with pytest.raises(LitPeftError, match="lowest=3"):
+        lit_peft.drop_adapters(model, 3)
+
+
+@pytest.mark.parametrize("settings", [AdapterHSettings(), AdapterPSettings(ln_before=True), ParallelSettings()])
+def test_half_precision_bases_keep_full_precision_adapters(settings: BottleneckSettings) -> None:
+    model = lit_peft.attach(make("llama").to(torch.bfloat16), settings)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    scramble(model)
+    outputs = model(**batch("llama"))
+    assert outputs.logits.dtype == torch.bfloat16
+    outputs.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_head_beside_the_adapter_is_loaded(tmp_path: Path) -> None:
+    model = make("bert")
+    lit_peft.save_adapter(lit_peft.attach(model, AdapterPSettings()), tmp_path / "a", format="adapterhub")
+    head = {"classifier.weight": torch.randn(2, 32), "classifier.bias": torch.randn(2)}
+    torch.save(head, tmp_path / "a" / "pytorch_model_head.bin")
+    loaded = lit_peft.load_adapter(make("bert"), tmp_path / "a")
+    assert torch.equal(loaded.classifier.weight, head["classifier.weight"]) and loaded.classifier.bias.requires_grad
+    assert torch.equal(lit_peft.detach(loaded).classifier.weight, make("bert").classifier.weight)
+
+
+class _Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(_Code.folder),)
+
+
+def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
+    folder = lit_peft.save_adapter(lit_peft.attach(make("bert"), AdapterPSettings()), tmp_path / "a", "adapterhub")
+    text = (folder / "adapter_config.json").read_text()
+    model = make("bert")
+
+    def refused(match: str, **changes: Any) -> None:
+        config = json.loads(text)
+        config["config"].update(changes)
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(LitPeftError, match=match):
+            lit_peft.load_adapter(model, folder)
+        assert not any("_adapter" in key for key in model.state_dict())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    refused("inv_adapter, phm_layer", phm_layer=True, inv_adapter="nice")
+    refused("new_setting", new_setting=3)
+    refused("union", architecture="union")
+    refused("unexpected", leave_out=[0])
+    refused("shape", reduction_factor=8)
+    (folder / "adapter.safetensors").unlink()
+    refused("adapter.safetensors nor")
+    _Code.folder = tmp_path / "run"
+    torch.save(_Code(), folder / "pytorch_adapter.bin")
+    refused("could run code")
+    assert not _Code.folder.exists()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(LitPeftError, match="neither 'peft_type'"):
+        lit_peft.load_adapter(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "match"),
+    [
+        (AdapterHSettings, {"non_linearity": "rely"}, "'relu'"),
+        (AdapterHSettings, {"scaling": "learnt"}, "scaling='learnt'"),
+        (AdapterHSettings, {"reduction_factor": 0}, "reduction_factor=0"),
+        (AdapterPSettings, {"reduction_factor": 4, "bottleneck_size": 8}, "give one"),
+        (AdapterPSettings, {"bottleneck_size": 0}, "bottleneck_size=0"),
+        (AdapterPSettings, {"dropout": 1.0}, "dropout=1.0"),
+        (AdapterPSettings, {"output_adapter": False}, "all false"),
+        (ParallelSettings, {"init_weights": "zero"}, "init_weights='zero'"),
+        (ParallelSettings, {"placement": "here"}, "placement='here'"),
+        (ParallelSettings, {"target_modules": ["mlp"]}, "llm_adapters"),
+        (ParallelSettings, {"residual_before_ln": "post"}, "post_add"),
+        (AdapterHSettings, {"leave_out": [2]}, "layers are 0 to 1"),
+        (AdapterHSettings, {"leave_out": [0, 1]}, "without any adapter"),
+        (AdapterHSettings, {"reduction_factor": {"0": 4}}, "layer 1"),
+        (AdapterHSettings, {"cross_adapter": True}, "no cross-attention"),
+        (AdapterHSettings, {"placement": "llm_adapters", "target_modules": ["down_prj"]}, "'down_proj'"),
+        (AdapterHSettings, {"placement": "llm_adapters", "target_modules": ["embed_tokens"]}, "linear layers only"),
+    ],
+)
+def test_bad_input_names_the_fix_and_leaves_the_model_alone(kind: Any, values: dict[str, Any], match: str) -> None:
+    model = make("llama")
+    names = list(model.state_dict())
+    with pytest.raises(LitPeftError, match=match):
+        lit_peft.attach(model, kind(**values))
+    assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_without_known_layers_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(LitPeftError, match="target_modules"):
+        lit_peft.attach(model, AdapterPSettings())
+    lit_peft.attach(model, AdapterPSettings(placement="llm_adapters", target_modules=["0"], bottleneck_size=2))
+    assert lit_peft.trainable_parameters(model) == 16

@@ -12,7 +12,7 @@ from torch import nn
 from lit_peft.architectures import Layer, Sublayer, has_module, layer_stacks
 from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
-from lit_peft.methods.targets import find_targets, linear_features
+from lit_peft.methods.targets import find_targets, is_linear, linear_features
 from lit_peft.nn.bottleneck import Bottleneck, InitBottleneck, SublayerAdapter, check
 
 
@@ -150,6 +150,13 @@ class BottleneckSettings(MethodSettings):
             )
 
     def _attach_to_sublayers(self, stacks: list[list[Layer]], attachment: Attachment) -> None:
+        crossed = [
+            layer
+            for layer in (layer for stack in stacks for layer in stack)
+            if layer.architecture.cross is not None and has_module(layer.module, layer.architecture.cross.output)
+        ]
+        if self.cross_adapter and not crossed:
+            raise LitPeftError("cross_adapter=True, and this model has no cross-attention: leave cross_adapter out.")
         for layer in self._layers(stacks).values():
             for role, wanted, sublayer in roles(layer, self):
                 if wanted and sublayer is not None and has_module(layer.module, sublayer.output):
@@ -205,6 +212,11 @@ class BottleneckSettings(MethodSettings):
             if owner is not None and owner not in layers:
                 continue
             linear = model.get_submodule(path)
+            if not is_linear(linear):
+                raise LitPeftError(
+                    f"target_modules={self.target_modules!r} matches {path}, a {type(linear).__name__}, and adapters "
+                    "stand at linear layers: name linear layers only."
+                )
             d_in, d_out = linear_features(linear)
             # An expanding layer is adapted before it, on the hidden states; any other after it.
             before = d_out > d_in and not self.is_parallel
