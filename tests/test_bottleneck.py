@@ -488,3 +488,38 @@ def test_a_model_without_known_layers_is_refused() -> None:
         lit_peft.attach(model, AdapterPSettings())
     lit_peft.attach(model, AdapterPSettings(placement="llm_adapters", target_modules=["0"], bottleneck_size=2))
     assert lit_peft.trainable_parameters(model) == 16
+
+
+@pytest.mark.parametrize(("name", "version"), [("bert", "1.3.0"), ("gpt2", "1.3.0"), ("bert", "1.0.1")])
+def test_adapterhub_lora(name: str, version: str, tmp_path: Path) -> None:
+    """W + alpha/r · B A by hand; a fused projection has an update of its own for each of q, k and v."""
+    torch.manual_seed(0)
+    places = {
+        "bert": {f"bert.encoder.layer.1.attention.self.{part}": 1 for part in ("query", "value")},
+        "gpt2": {"transformer.h.0.attn.c_attn": 2, "transformer.h.1.mlp.c_fc": 1},
+    }[name]
+    r, alpha = 4, 12
+    model, reference, stored = make(name), make(name), {}
+    scale = 1.0 if version == "1.0.1" else alpha / r
+    for path, count in places.items():
+        weight = reference.get_submodule(path).weight.data
+        delta = weight if name == "bert" else weight.T
+        a = torch.randn(count * r, delta.shape[1])
+        b = torch.randn(delta.shape[0] // 3 * 2 if count == 2 else delta.shape[0], r)
+        stored[f"{path}.loras.ref.lora_A"], stored[f"{path}.loras.ref.lora_B"] = a, b
+        if count == 1:
+            delta += scale * b @ a
+        else:
+            third = delta.shape[0] // 3
+            delta[:third] += scale * b[:third] @ a[:r]
+            delta[2 * third :] += scale * b[third:] @ a[r:]
+    torch.save(stored, tmp_path / "pytorch_adapter.bin")
+    config = {"architecture": "lora", "r": r, "alpha": alpha, "attn_matrices": ["q", "v"], "use_gating": False}
+    text = json.dumps({"config": config, "name": "ref", "version": f"adapters.{version}"})
+    (tmp_path / "adapter_config.json").write_text(text)
+    inputs = batch(name)
+    with torch.no_grad():
+        close(lit_peft.load_adapter(model, tmp_path).eval()(**inputs).logits, reference(**inputs).logits)
+    (tmp_path / "adapter_config.json").write_text(text.replace('"use_gating": false', '"use_gating": true'))
+    with pytest.raises(LitPeftError, match="use_gating"):
+        lit_peft.load_adapter(make(name), tmp_path)

@@ -17,14 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lit_peft.architectures import layer_stacks
+from lit_peft.architectures import has_module, layer_stacks
 from lit_peft.errors import LitPeftError
 from lit_peft.methods.adapter_h import AdapterHSettings
 from lit_peft.methods.adapter_p import AdapterPSettings
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
 from lit_peft.methods.bottleneck import BottleneckSettings, roles
+from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.parallel import ParallelSettings
+from lit_peft.methods.targets import linear_features
 from lit_peft.nn.bottleneck import Bottleneck
+from lit_peft.nn.lora import LoRALayer
 
 _METHODS: dict[str, type[BottleneckSettings]] = {
     kind.method: kind for kind in (AdapterHSettings, AdapterPSettings, ParallelSettings)
@@ -65,6 +68,22 @@ _NEUTRAL = {
     "shared_W_phm",
     "shared_phm_rule",
 }
+# What a LoRA's configuration may say; the stored tensors tell which modules it adapts.
+_LORA = {
+    "alpha",
+    "architecture",
+    "attn_matrices",
+    "composition_mode",
+    "dropout",
+    "dtype",
+    "init_weights",
+    "init_weights_seed",
+    "intermediate_lora",
+    "leave_out",
+    "output_lora",
+    "r",
+    "selfattn_lora",
+}
 # The names by which a folder may give one of AdapterHub's own configurations, the old ones included.
 _NAMED: dict[str, dict[str, Any]] = {
     "double_seq_bn": {"mh_adapter": True, "non_linearity": "swish", "reduction_factor": 16},
@@ -94,7 +113,13 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
             f"{folder} has neither adapter.safetensors nor pytorch_adapter.bin: give the folder AdapterHub saved."
         )
     head = _tensors(folder, "model_head.safetensors", "pytorch_model_head.bin") or {}
-    settings = _own_settings(config, folder) if "lit_peft" in config else _settings(config["config"], folder)
+    settings: MethodSettings
+    if "lit_peft" in config:
+        settings = _own_settings(config, folder)
+    elif isinstance(config["config"], dict) and config["config"].get("architecture") == "lora":
+        settings, stored = _lora(config, stored, model, folder)
+    else:
+        settings = _settings(config["config"], folder)
     attach(model, settings)
     try:
         attachment = attachment_of(model)
@@ -154,7 +179,10 @@ def write(model: nn.Module, folder: Path, name: str = "default", own: bool = Tru
         # Rounded up in the last digit, so that dividing and cutting gives the size back.
         factor = (width or 0) / (settings.bottleneck_size + 1e-6)
     config: dict[str, Any] = {
-        "config": {
+        # AdapterHub refuses an architecture it does not know, rather than load half of it.
+        "config": {"architecture": "lit_peft"}
+        if beyond
+        else {
             **{key: getattr(settings, key) for key in _DEFAULTS},
             "is_parallel": settings.is_parallel,
             "leave_out": list(settings.leave_out),
@@ -206,7 +234,7 @@ def _settings(config: dict[str, Any] | str, folder: Path) -> BottleneckSettings:
         config = _NAMED[config]
     if config.get("architecture") is not None:
         raise LitPeftError(
-            f"{where} is of the architecture {config['architecture']!r}: only bottleneck adapters can be read."
+            f"{where} is of the architecture {config['architecture']!r}: only bottleneck adapters and LoRA can be read."
         )
     active = sorted(key for key, value in config.items() if key not in _READ | _NEUTRAL and value)
     if active:
@@ -218,6 +246,52 @@ def _settings(config: dict[str, Any] | str, folder: Path) -> BottleneckSettings:
     if config.get("is_parallel"):
         return ParallelSettings(**values)
     return (AdapterHSettings if values["mh_adapter"] and values["output_adapter"] else AdapterPSettings)(**values)
+
+
+def _lora(
+    config: dict[str, Any], stored: dict[str, Tensor], model: nn.Module, folder: Path
+) -> tuple[LoRASettings, dict[str, Tensor]]:
+    """The settings of an AdapterHub LoRA, and its tensors as our layers have them.
+
+    A fused q, k, v projection has one update of rank r per adapted matrix there; here it is one update of n · r,
+    its B zero outside the blocks.
+    """
+    values, where = config["config"], f"{folder}/adapter_config.json"
+    active = sorted(key for key, value in values.items() if key not in _LORA and value)
+    if active or values.get("composition_mode", "add") != "add":
+        named = ", ".join(active) or f"composition_mode={values['composition_mode']!r}"
+        raise LitPeftError(f"{where} sets {named}, which would change the result and cannot be read.")
+    r, alpha = int(values.get("r", 8)), float(values.get("alpha", 8))
+    version = re.match(r"adapters\.(\d+)\.(\d+)", str(config.get("version", "")))
+    if version and (int(version[1]), int(version[2])) < (1, 1):
+        # AdapterHub before 1.1 did not scale its updates.
+        alpha = r
+    matrices = [name in values.get("attn_matrices", ["q", "v"]) for name in "qkv"]
+    prefix, end = getattr(model, "base_model_prefix", "") + ".", f".loras.{config.get('name') or ''}.lora_A"
+    ranks: dict[str, int] = {}
+    tensors = dict(stored)
+    for key in [key for key in stored if key.endswith(end)]:
+        found = key.removesuffix(end)
+        path = next((p for p in (found, prefix + found, found.removeprefix(prefix)) if has_module(model, p)), None)
+        if path is None or key.removesuffix("A") + "B" not in stored:
+            raise LitPeftError(f"{folder} does not fit this model: {key} has no place in it, or no lora_B beside it.")
+        ranks[path] = stored[key].shape[0]
+        b, d_out = stored[key.removesuffix("A") + "B"], linear_features(model.get_submodule(path))[1]
+        if b.shape[0] != d_out or ranks[path] != r:
+            blocks = b.unflatten(0, (ranks[path] // r, -1))
+            wide = b.new_zeros(3, blocks.shape[1], ranks[path])
+            for number, matrix in enumerate(m for m in range(3) if matrices[m]):
+                wide[matrix, :, number * r : (number + 1) * r] = blocks[number]
+            tensors[key.removesuffix("A") + "B"] = wide.flatten(0, 1)
+    patterns = {re.escape(path): rank for path, rank in ranks.items() if rank != r}
+    return LoRASettings(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=values.get("dropout", 0.0),
+        target_modules=sorted(ranks),
+        rank_pattern=patterns,
+        alpha_pattern={path: alpha * rank / r for path, rank in patterns.items()},
+    ), tensors
 
 
 def _tensors(folder: Path, safe: str, pickled: str) -> dict[str, Tensor] | None:
@@ -250,6 +324,9 @@ def _places(attachment: Attachment, name: str) -> dict[str, Tensor]:
             for inner, tensor in adapter.named_parameters():
                 for spelling in _spellings(inner, adapter):
                     places[f"{modules.get(path, path)}.adapters.{name}.{spelling}"] = tensor
+        elif isinstance(adapter, LoRALayer):
+            places[f"{path}.loras.{name}.lora_A"] = adapter.lora_A
+            places[f"{path}.loras.{name}.lora_B"] = adapter.lora_B
     return places
 
 

@@ -150,12 +150,8 @@ class BottleneckSettings(MethodSettings):
             )
 
     def _attach_to_sublayers(self, stacks: list[list[Layer]], attachment: Attachment) -> None:
-        crossed = [
-            layer
-            for layer in (layer for stack in stacks for layer in stack)
-            if layer.architecture.cross is not None and has_module(layer.module, layer.architecture.cross.output)
-        ]
-        if self.cross_adapter and not crossed:
+        kinds = {layer.architecture.cross: layer.module for stack in stacks for layer in stack}
+        if self.cross_adapter and not any(cross and has_module(layer, cross.output) for cross, layer in kinds.items()):
             raise LitPeftError("cross_adapter=True, and this model has no cross-attention: leave cross_adapter out.")
         for layer in self._layers(stacks).values():
             for role, wanted, sublayer in roles(layer, self):
