@@ -278,6 +278,32 @@ def test_padding_changes_nothing(name: str, attention: str) -> None:
         close(run(torch.cat([filler, ids], 1), torch.cat([filler * 0, mask], 1), left)[:, 3:], plain)
 
 
+# In ModernBERT and Phi, AdapterHub gives the adapter less than the layer's output.
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("modernbert", "phi")])
+def test_adapter_p_is_the_papers_formula(name: str) -> None:
+    from lit_peft.architectures import layer_stacks
+
+    model, inputs = make(name), batch(name)
+    layer = layer_stacks(model)[0][0]
+    norm = layer.architecture.ffn.norm
+    ln = None if norm is None else layer.module.get_submodule(norm)
+    outputs, sums = [], []
+    layer.module.register_forward_hook(lambda m, a, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+    if ln is not None:
+        ln.register_forward_pre_hook(lambda m, a: sums.append(a[0]))
+    with torch.no_grad():
+        model(**inputs)
+        lit_peft.attach(model, AdapterPSettings(bottleneck_size=4)).eval()
+        scramble(model)
+        z, adapter = outputs[0] if ln is None else sums[0], layer.module.ffn_adapter
+        model(**inputs)
+
+        def a(h: torch.Tensor) -> torch.Tensor:
+            return adapter.up(torch.relu(adapter.down(h)))
+
+        close(outputs[1], z + a(z) if ln is None else ln(z + a(ln(z))))
+
+
 class _Wrapped(nn.Module):
     """LLM-Adapters' three forms, written out."""
 

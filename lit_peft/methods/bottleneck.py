@@ -150,13 +150,17 @@ class BottleneckSettings(MethodSettings):
             )
 
     def _attach_to_sublayers(self, stacks: list[list[Layer]], attachment: Attachment) -> None:
-        kinds = {layer.architecture.cross: layer.module for stack in stacks for layer in stack}
-        if self.cross_adapter and not any(cross and has_module(layer, cross.output) for cross, layer in kinds.items()):
+        if self.cross_adapter and not any(
+            layer.architecture.cross is not None and has_module(layer.module, layer.architecture.cross.output)
+            for stack in stacks
+            for layer in stack
+        ):
             raise LitPeftError("cross_adapter=True, and this model has no cross-attention: leave cross_adapter out.")
-        for layer in self._layers(stacks).values():
+        numbers = self._numbers(stacks)
+        for path, layer in self._layers(stacks).items():
             for role, wanted, sublayer in roles(layer, self):
                 if wanted and sublayer is not None and has_module(layer.module, sublayer.output):
-                    self._attach_to_sublayer(layer, role, sublayer, self._numbers(stacks)[layer.path], attachment)
+                    self._attach_to_sublayer(layer, role, sublayer, numbers[path], attachment)
 
     def _attach_to_sublayer(
         self, layer: Layer, role: str, place: Sublayer, number: int, attachment: Attachment
