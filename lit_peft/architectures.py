@@ -19,8 +19,8 @@ class Sublayer:
         output: the module whose output is y.
         residual: the module whose first input is x.
         norm: LN, in a post-LN layer.
-        more_residual: a module whose output is part of x as well: the attention of a layer that runs attention and
-            FFN in parallel.
+        more_residual: a module whose output is part of x as well, run after `residual`: the attention of a layer that
+            runs attention and FFN in parallel.
         normed_before: whether AdapterHub's `original_ln_before` adds x there; not in layers without x in its eyes.
         adapterhub: the module AdapterHub keeps this sublayer's adapter in.
     """
@@ -134,16 +134,15 @@ def _t5(ffn: int) -> Architecture:
 
 
 def _gpt_neox(config: Any) -> tuple[Architecture, ...]:
-    parallel = getattr(config, "use_parallel_residual", True)
     attention = Sublayer("post_attention_dropout", "input_layernorm")
+    ffn = Sublayer("post_mlp_dropout", "post_attention_layernorm")
+    if getattr(config, "use_parallel_residual", True):
+        # Both norms take the layer's input; the first runs before the attention, whose output is added to it.
+        ffn = replace(ffn, residual=attention.residual, more_residual=attention.output)
     return (
         Architecture(
             attention=attention,
-            ffn=Sublayer(
-                "post_mlp_dropout",
-                "post_attention_layernorm",
-                more_residual=attention.output if parallel else None,
-            ),
+            ffn=ffn,
             qkv_linears=_names("attention", "query_key_value"),
             ffn_linears=_names("mlp", "dense_h_to_4h", "dense_4h_to_h"),
         ),

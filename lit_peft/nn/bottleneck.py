@@ -227,8 +227,8 @@ class SublayerAdapter(Bottleneck):
 
     def capture_more(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of a module whose output is a further summand of x."""
-        if self._residual is not None:
-            self._residual = self._residual + (output if isinstance(output, Tensor) else output[0])
+        assert self._residual is not None
+        self._residual = self._residual + (output if isinstance(output, Tensor) else output[0])
 
     def adapt(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the module that gives y: returns y' in its place."""
