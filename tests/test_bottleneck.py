@@ -304,6 +304,78 @@ def test_adapter_p_is_the_papers_formula(name: str) -> None:
         close(outputs[1], z + a(z) if ln is None else ln(z + a(ln(z))))
 
 
+OPTIONS: list[tuple[type[BottleneckSettings], dict[str, Any], Any]] = [
+    # In each formula y is the FFN's output, x the residual, a the bottleneck, ln the layer's LayerNorm.
+    (AdapterHSettings, {}, lambda y, x, a, ln, m: ln(a(y) + y + x)),
+    (AdapterHSettings, {"original_ln_after": False}, lambda y, x, a, ln, m: a(y) + y),
+    (AdapterPSettings, {"residual_before_ln": False}, lambda y, x, a, ln, m: ln(a(ln(y + x)) + ln(y + x) + x)),
+    (AdapterPSettings, {"residual_before_ln": "post_add"}, lambda y, x, a, ln, m: ln(a(ln(y + x)) + y + x + x)),
+    (
+        AdapterPSettings,
+        {"residual_before_ln": False, "original_ln_after": False},
+        lambda y, x, a, ln, m: a(ln(y + x)) + ln(y + x),
+    ),
+    (
+        AdapterHSettings,
+        {"ln_before": True, "ln_after": True},
+        lambda y, x, a, ln, m: ln(m.norm_after(a(m.norm_before(y))) + y + x),
+    ),
+    (
+        AdapterHSettings,
+        {"ln_after": True, "adapter_residual_before_ln": True},
+        lambda y, x, a, ln, m: ln(m.norm_after(a(y) + y) + x),
+    ),
+    (
+        AdapterHSettings,
+        {"use_gating": True},
+        lambda y, x, a, ln, m: ln(a(y) * torch.sigmoid(m.gate(y)).mean(1, keepdim=True) + y + x),
+    ),
+    (AdapterHSettings, {"scaling": "learned"}, lambda y, x, a, ln, m: ln(m.scaling * a(y) + y + x)),
+    (AdapterHSettings, {"scaling": "channel"}, lambda y, x, a, ln, m: ln(a(y) * m.scaling + y + x)),
+    (AdapterHSettings, {"scaling": 0.5}, lambda y, x, a, ln, m: ln(0.5 * a(y) + y + x)),
+    (ParallelSettings, {}, lambda y, x, a, ln, m: ln(y + 4 * a(x) + x)),
+    (ParallelSettings, {"original_ln_after": False}, lambda y, x, a, ln, m: y + 4 * a(x)),
+]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize(("kind", "values", "formula"), OPTIONS)
+def test_options(name: str, kind: Any, values: dict[str, Any], formula: Any) -> None:
+    model, inputs = make(name), batch(name)
+    layer = model.bert.encoder.layer[0] if name == "bert" else model.model.layers[0]
+    output, residual = (
+        (layer.output.dropout, layer.intermediate) if name == "bert" else (layer.mlp, layer.post_attention_layernorm)
+    )
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        output.register_forward_hook(lambda m, a, out: seen.update(y=out)),
+        residual.register_forward_pre_hook(lambda m, a: seen.update(x=a[0])),
+    ]
+    with torch.no_grad():
+        model(**inputs)
+        for handle in handles:
+            handle.remove()
+        layer.register_forward_hook(lambda m, a, out: seen.update(out=out))
+        values = {"mh_adapter": False, "bottleneck_size": 4, "non_linearity": "tanh", **values}
+        lit_peft.attach(model, kind(**values)).eval()
+        scramble(model)
+        model(**inputs)
+        m = layer.ffn_adapter
+        ln = layer.output.LayerNorm if name == "bert" else nn.Identity()
+        close(seen["out"], formula(seen["y"], seen["x"], lambda h: m.up(torch.tanh(m.down(h))), ln, m))
+
+
+def test_layers_are_counted_through_encoder_and_decoder() -> None:
+    settings = AdapterHSettings(leave_out=[0, 3], reduction_factor={"2": 8, "default": 4})
+    model = lit_peft.attach(make("t5"), settings)
+    sizes = {path: m.down.out_features for path, m in model.named_modules() if isinstance(m, Bottleneck)}
+    assert sizes == {
+        f"{block}.{role}_adapter": size
+        for block, size in (("encoder.block.1", 8), ("decoder.block.0", 4))
+        for role in ("attention", "ffn")
+    }
+
+
 class _Wrapped(nn.Module):
     """LLM-Adapters' three forms, written out."""
 
