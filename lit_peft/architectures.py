@@ -70,6 +70,8 @@ _PHI3 = replace(
 # Norms stand around each sublayer; y is what enters the second one.
 _GEMMA2 = replace(_LLAMA, ffn=Sublayer("mlp", "pre_feedforward_layernorm"))
 _PHI = replace(_LLAMA, ffn=Sublayer("mlp", "input_layernorm", more_residual="self_attn", normed_before=False))
+# Norms only after the sublayers, so that their input is x.
+_OLMO2 = replace(_LLAMA, attention=Sublayer("self_attn", "self_attn"), ffn=Sublayer("mlp", "mlp"))
 _GPT2 = Architecture(
     attention=Sublayer("attn", "ln_1"),
     ffn=Sublayer("mlp", "ln_2"),
@@ -83,14 +85,19 @@ _GPTJ = Architecture(
     qkv_linears=_names("attn", "q_proj", "k_proj", "v_proj", "qkv_proj"),
     ffn_linears=_names("mlp", "fc_in", "fc_out"),
 )
+
+
+def _bert(place: str, residual: str) -> Sublayer:
+    return Sublayer(f"{place}.dropout", residual, f"{place}.LayerNorm", adapterhub=place)
+
+
 _BERT = Architecture(
-    attention=Sublayer("attention.output.dropout", "attention", "attention.output.LayerNorm"),
-    ffn=Sublayer("output.dropout", "intermediate", "output.LayerNorm", adapterhub="output"),
-    cross=Sublayer("crossattention.output.dropout", "crossattention", "crossattention.output.LayerNorm"),
+    attention=_bert("attention.output", "attention"),
+    ffn=_bert("output", "intermediate"),
+    cross=_bert("crossattention.output", "crossattention"),
     qkv_linears=_names("attention.self", "query", "key", "value", "query_proj", "key_proj", "value_proj"),
     ffn_linears=("intermediate.dense", "output.dense"),
 )
-_BERT = replace(_BERT, attention=replace(_BERT.attention, adapterhub="attention.output"))
 _DISTILBERT = Architecture(
     attention=Sublayer("attention", "attention", "sa_layer_norm"),
     ffn=Sublayer("ffn", "ffn", "output_layer_norm"),
@@ -150,6 +157,11 @@ def _gpt_neox(config: Any) -> tuple[Architecture, ...]:
 
 
 def _bloom(config: Any) -> tuple[Architecture, ...]:
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+        raise LitPeftError(
+            f"slow_but_exact=True with pretraining_tp={config.pretraining_tp} computes layers without calling them, so "
+            "that adapters there would do nothing: load the model with slow_but_exact=False."
+        )
     # x is added inside the sublayers, and is the normed input where the config says so.
     normed = getattr(config, "apply_residual_connection_post_layernorm", False)
     return (
@@ -281,6 +293,7 @@ def _candidates(config: Any, owner: nn.Module) -> tuple[Architecture, ...]:
         _GEMMA2,
         _LLAMA,
         _PHI,
+        _OLMO2,
         _MBART if ends_in_norm else _BART,
         _GPT2,
         _GPTJ,

@@ -514,6 +514,30 @@ def test_a_head_beside_the_adapter_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(lit_peft.detach(loaded).classifier.weight, make("bert").classifier.weight)
 
 
+def test_cross_attention_is_named_as_adapterhub_names_it(tmp_path: Path) -> None:
+    for name, place in (("bart", "model.decoder.layers.1.cross_attention_adapters"), ("t5", "decoder.block.1.layer.1")):
+        model = lit_peft.attach(make(name), AdapterHSettings(cross_adapter=True))
+        folder = lit_peft.save_adapter(model, tmp_path / name, format="adapterhub", name="x")
+        assert f"{place}.adapters.x.adapter_up.weight" in load_file(folder / "adapter.safetensors")
+
+
+def test_an_adapterhub_bert_decoder_has_adapters_at_both_attentions(tmp_path: Path) -> None:
+    def model() -> Any:
+        torch.manual_seed(0)
+        part = transformers.BertConfig(vocab_size=61, is_decoder=True, add_cross_attention=True, **SHAPE)
+        return transformers.BertLMHeadModel(part).eval()
+
+    saved = lit_peft.attach(model(), AdapterHSettings(cross_adapter=True))
+    scramble(saved)
+    folder = lit_peft.save_adapter(saved, tmp_path / "a", format="adapterhub")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["config"]["cross_adapter"] = False
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    inputs = {"input_ids": torch.arange(7)[None], "encoder_hidden_states": torch.randn(1, 5, 32)}
+    with torch.no_grad():
+        assert torch.equal(lit_peft.load_adapter(model(), folder)(**inputs).logits, saved.eval()(**inputs).logits)
+
+
 class _Code:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(_Code.folder),)

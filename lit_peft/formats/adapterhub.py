@@ -32,6 +32,12 @@ from lit_peft.nn.lora import LoRALayer
 _METHODS: dict[str, type[BottleneckSettings]] = {
     kind.method: kind for kind in (AdapterHSettings, AdapterPSettings, ParallelSettings)
 }
+# Where AdapterHub keeps the adapters of a layer that the table of architectures has no other place for.
+_MODULES = {
+    "attention_adapter": "attention_adapters",
+    "cross_adapter": "cross_attention_adapters",
+    "ffn_adapter": "output_adapters",
+}
 # AdapterHub's values for the keys that its configuration may leave out.
 _DEFAULTS: dict[str, Any] = {
     "adapter_residual_before_ln": False,
@@ -120,6 +126,9 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
         settings, stored = _lora(config, stored, model, folder)
     else:
         settings = _settings(config["config"], folder)
+        if any("crossattention.output.adapters." in key for key in stored):
+            # In decoders of BERT's kind AdapterHub's mh_adapter means both attentions.
+            settings = dataclasses.replace(settings, cross_adapter=True)
     attach(model, settings)
     try:
         attachment = attachment_of(model)
@@ -316,8 +325,7 @@ def _places(attachment: Attachment, name: str) -> dict[str, Tensor]:
         for layer in (layer for stack in layer_stacks(attachment.model) for layer in stack):
             for role, _, place in roles(layer, attachment.settings):
                 if place is not None:
-                    hub = place.adapterhub or role.replace("ffn", "output").replace("adapter", "adapters")
-                    modules[f"{layer.path}.{role}"] = f"{layer.path}.{hub}"
+                    modules[f"{layer.path}.{role}"] = f"{layer.path}.{place.adapterhub or _MODULES[role]}"
     places: dict[str, Tensor] = {}
     for path, adapter in attachment.adapted.items():
         if isinstance(adapter, Bottleneck):

@@ -223,7 +223,7 @@ class SublayerAdapter(Bottleneck):
 
     def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the module whose first input is x."""
-        self._residual = args[0] if args else next(iter(kwargs.values()))
+        self._residual = args[0] if args else kwargs["hidden_states"]
 
     def capture_more(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of a module whose output is a further summand of x."""
