@@ -6,6 +6,10 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
+    "AdapterH": "lit_peft.modules",
+    "AdapterHSettings": "lit_peft.methods.adapter_h",
+    "AdapterP": "lit_peft.modules",
+    "AdapterPSettings": "lit_peft.methods.adapter_p",
     "BaseLM": "lit_peft.base",
     "CausalLMData": "lit_peft.data.causal_lm",
     "FullFineTuning": "lit_peft.modules",
@@ -13,12 +17,15 @@ _NAMES = {
     "LitPeftError": "lit_peft.errors",
     "LoRA": "lit_peft.modules",
     "LoRASettings": "lit_peft.methods.lora",
+    "Parallel": "lit_peft.modules",
+    "ParallelSettings": "lit_peft.methods.parallel",
     "TextClassificationData": "lit_peft.data.text_classification",
     "attach": "lit_peft.methods.attachment",
     "detach": "lit_peft.methods.attachment",
-    "load_adapter": "lit_peft.formats.peft",
+    "drop_adapters": "lit_peft.methods.bottleneck",
+    "load_adapter": "lit_peft.formats.folder",
     "merge": "lit_peft.methods.lora",
-    "save_adapter": "lit_peft.formats.peft",
+    "save_adapter": "lit_peft.formats.folder",
     "trainable_parameters": "lit_peft.methods.attachment",
 }
 __all__ = list(_NAMES)

@@ -24,7 +24,7 @@ from lit_peft.base import BaseLM
 from lit_peft.callbacks import PredictionWriter, RunBanner, TokenProgressBar
 from lit_peft.data.base import LitDataModule
 from lit_peft.errors import LitPeftError, closest
-from lit_peft.formats.peft import save_adapter
+from lit_peft.formats.folder import save_adapter
 
 RUNS = "lit_peft_runs"
 

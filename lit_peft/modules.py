@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from lit_peft.base import BaseLM
+from lit_peft.methods.adapter_h import AdapterHMixin
+from lit_peft.methods.adapter_p import AdapterPMixin
 from lit_peft.methods.baselines import FullFineTuningMixin, HeadOnlyMixin
 from lit_peft.methods.lora import LoRAMixin
+from lit_peft.methods.parallel import ParallelMixin
 
 
 class LoRA(LoRAMixin, BaseLM):
@@ -17,3 +20,15 @@ class FullFineTuning(FullFineTuningMixin, BaseLM):
 
 class HeadOnly(HeadOnlyMixin, BaseLM):
     """Only the task's head is trained: the baseline from below."""
+
+
+class AdapterH(AdapterHMixin, BaseLM):
+    """Bottlenecks after attention and FFN (Houlsby et al. 2019, arXiv:1902.00751)."""
+
+
+class AdapterP(AdapterPMixin, BaseLM):
+    """A bottleneck after the FFN (Pfeiffer et al. 2020, arXiv:2005.00052)."""
+
+
+class Parallel(ParallelMixin, BaseLM):
+    """A bottleneck beside the FFN (He et al. 2021, arXiv:2110.04366)."""

@@ -10,26 +10,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-WORDS = [
-    "a",
-    "bad",
-    "film",
-    "good",
-    "great",
-    "is",
-    "it",
-    "of",
-    "poor",
-    "the",
-    "this",
-    "was",
-    "well",
-    "weak",
-    "wonderful",
-    "awful",
-    "story",
-    "acting",
-]
+WORDS = "a bad film good great is it of poor the this was well weak wonderful awful story acting".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session")

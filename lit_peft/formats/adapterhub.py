@@ -1,0 +1,368 @@
+"""Reading and writing AdapterHub's folders: `adapter_config.json` and `adapter.safetensors` or `pytorch_adapter.bin`.
+
+AdapterHub names a tensor by the module it stands at, `….adapters.NAME.` and its place in the bottleneck. What its
+configuration cannot say (LLM-Adapters' placement, no biases, trained norms) stands under a key of ours, `lit_peft`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lit_peft.architectures import has_module, layer_stacks
+from lit_peft.errors import LitPeftError
+from lit_peft.methods.adapter_h import AdapterHSettings
+from lit_peft.methods.adapter_p import AdapterPSettings
+from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
+from lit_peft.methods.bottleneck import BottleneckSettings, roles
+from lit_peft.methods.lora import LoRASettings
+from lit_peft.methods.parallel import ParallelSettings
+from lit_peft.methods.targets import linear_features
+from lit_peft.nn.bottleneck import Bottleneck
+from lit_peft.nn.lora import LoRALayer
+
+_METHODS: dict[str, type[BottleneckSettings]] = {
+    kind.method: kind for kind in (AdapterHSettings, AdapterPSettings, ParallelSettings)
+}
+# Where AdapterHub keeps the adapters of a layer that the table of architectures has no other place for.
+_MODULES = {
+    "attention_adapter": "attention_adapters",
+    "cross_adapter": "cross_attention_adapters",
+    "ffn_adapter": "output_adapters",
+}
+# AdapterHub's values for the keys that its configuration may leave out.
+_DEFAULTS: dict[str, Any] = {
+    "adapter_residual_before_ln": False,
+    "cross_adapter": False,
+    "dropout": 0.0,
+    "init_weights": "bert",
+    "leave_out": [],
+    "ln_after": False,
+    "ln_before": False,
+    "mh_adapter": False,
+    "original_ln_after": True,
+    "original_ln_before": False,
+    "output_adapter": True,
+    "residual_before_ln": True,
+    "scaling": 1.0,
+    "use_gating": False,
+}
+_READ = {*_DEFAULTS, "reduction_factor", "non_linearity"}
+# These say nothing about an adapter without PHM layers, or only how it started.
+_NEUTRAL = {
+    "architecture",
+    "factorized_phm_W",
+    "factorized_phm_rule",
+    "hypercomplex_nonlinearity",
+    "init_weights_seed",
+    "inv_adapter_reduction_factor",
+    "is_parallel",
+    "learn_phm",
+    "phm_bias",
+    "phm_c_init",
+    "phm_dim",
+    "phm_init_range",
+    "phm_rank",
+    "shared_W_phm",
+    "shared_phm_rule",
+}
+# What a LoRA's configuration may say; the stored tensors tell which modules it adapts.
+_LORA = {
+    "alpha",
+    "architecture",
+    "attn_matrices",
+    "composition_mode",
+    "dropout",
+    "dtype",
+    "init_weights",
+    "init_weights_seed",
+    "intermediate_lora",
+    "leave_out",
+    "output_lora",
+    "r",
+    "selfattn_lora",
+}
+# The names by which a folder may give one of AdapterHub's own configurations, the old ones included.
+_NAMED: dict[str, dict[str, Any]] = {
+    "double_seq_bn": {"mh_adapter": True, "non_linearity": "swish", "reduction_factor": 16},
+    "seq_bn": {"original_ln_before": True, "non_linearity": "relu", "reduction_factor": 16},
+    "par_bn": {"is_parallel": True, "non_linearity": "relu", "reduction_factor": 2, "scaling": 4.0},
+}
+_NAMED.update(houlsby=_NAMED["double_seq_bn"], pfeiffer=_NAMED["seq_bn"], parallel=_NAMED["par_bn"])
+
+
+def holds(settings: MethodSettings) -> bool:
+    """Whether this is the format for the settings' method."""
+    return isinstance(settings, BottleneckSettings)
+
+
+def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
+    """Attach the adapter in an AdapterHub folder, whose `adapter_config.json` is `config`, to a bare model.
+
+    A head beside it (`pytorch_model_head.bin`, `model_head.safetensors`) is loaded into the model's own.
+
+    Raises:
+        LitPeftError: a file is missing, a setting is not one that can be read, or the tensors do not fit the model.
+            The model is as it was.
+    """
+    stored = _tensors(folder, "adapter.safetensors", "pytorch_adapter.bin")
+    if stored is None:
+        raise LitPeftError(
+            f"{folder} has neither adapter.safetensors nor pytorch_adapter.bin: give the folder AdapterHub saved."
+        )
+    head = _tensors(folder, "model_head.safetensors", "pytorch_model_head.bin") or {}
+    settings: MethodSettings
+    if "lit_peft" in config:
+        settings = _own_settings(config, folder)
+    elif isinstance(config["config"], dict) and config["config"].get("architecture") == "lora":
+        settings, stored = _lora(config, stored, model, folder)
+    else:
+        settings = _settings(config["config"], folder)
+        if any("crossattention.output.adapters." in key for key in stored):
+            # In decoders of BERT's kind AdapterHub's mh_adapter means both attentions.
+            settings = dataclasses.replace(settings, cross_adapter=True)
+    attach(model, settings)
+    try:
+        attachment = attachment_of(model)
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for name in head:
+            if name not in parameters:
+                raise LitPeftError(
+                    f"{folder} holds a head with a tensor {name!r}, which this {type(model).__name__} does not have: "
+                    "load it into the model class it was saved from, or take the head's files out of the folder."
+                )
+            if name not in attachment.saved:
+                attachment.train(name)
+        places = _places(attachment, str(config.get("name") or ""))
+        _fill(_plain(places, model), _plain(stored, model), folder)
+        _fill(dict(attachment.saved), head, folder)
+    except BaseException:
+        detach(model)
+        raise
+    return model
+
+
+def write(model: nn.Module, folder: Path, name: str = "default", own: bool = True) -> None:
+    """Write the attached bottleneck adapters into an existing folder.
+
+    Args:
+        model: a model with AdapterH, AdapterP or Parallel attached.
+        folder: an existing folder.
+        name: the adapter's name.
+        own: also write what AdapterHub's configuration cannot say.
+
+    Raises:
+        LitPeftError: the method is another one, or without `own`, AdapterHub could not read the result.
+    """
+    attachment = attachment_of(model)
+    settings = attachment.settings
+    if not isinstance(settings, BottleneckSettings):
+        raise LitPeftError(f"{settings.method!r} cannot be written in AdapterHub's format: use format='peft'.")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise LitPeftError(f"name={name!r}: AdapterHub's names are letters, digits, '_' and '-'.")
+    beyond = [
+        f"{field}={value!r}"
+        for field, value, plain in (
+            ("placement", settings.placement, "paper"),
+            ("bias", settings.value("bias"), True),
+            ("train_layer_norms", getattr(settings, "train_layer_norms", False), False),
+        )
+        if value != plain
+    ]
+    if beyond and not own:
+        raise LitPeftError(
+            f"AdapterHub's format cannot hold {', '.join(beyond)}: leave format out to write a folder for load_adapter."
+        )
+    base: Any = getattr(model, "config", None)
+    width = getattr(base, "hidden_size", None)
+    factor = settings.value("reduction_factor")
+    if settings.bottleneck_size is not None:
+        # Rounded up in the last digit, so that dividing and cutting gives the size back.
+        factor = (width or 0) / (settings.bottleneck_size + 1e-6)
+    config: dict[str, Any] = {
+        # AdapterHub refuses an architecture it does not know, rather than load half of it.
+        "config": {"architecture": "lit_peft"}
+        if beyond
+        else {
+            **{key: getattr(settings, key) for key in _DEFAULTS},
+            "is_parallel": settings.is_parallel,
+            "leave_out": list(settings.leave_out),
+            "non_linearity": settings.value("non_linearity"),
+            "reduction_factor": factor,
+            "scaling": settings.value("scaling"),
+        },
+        "hidden_size": width,
+        "model_class": type(model).__name__,
+        "model_name": getattr(model, "name_or_path", ""),
+        "model_type": getattr(base, "model_type", None),
+        "name": name,
+    }
+    if own:
+        config["lit_peft"] = {"method": settings.method, **dataclasses.asdict(settings)}
+    _write_json(folder / "adapter_config.json", config)
+    # AdapterHub keeps one LayerNorm under two names; a safetensors file wants two tensors.
+    tensors = {key: place.detach().clone() for key, place in _places(attachment, name).items()}
+    save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
+    if attachment.saved:
+        _write_json(folder / "head_config.json", {**config, "config": None, "name": None})
+        head = {key: place.detach().clone() for key, place in attachment.saved.items()}
+        save_file(head, folder / "model_head.safetensors", metadata={"format": "pt"})
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _own_settings(config: dict[str, Any], folder: Path) -> BottleneckSettings:
+    values = dict(config["lit_peft"])
+    method = values.pop("method", None)
+    kind = _METHODS.get(method)
+    known = set() if kind is None else {field.name for field in dataclasses.fields(kind)}
+    if kind is None or not known.issuperset(values):
+        raise LitPeftError(
+            f"{folder}/adapter_config.json has the method {method!r} with settings {sorted(set(values) - known)} that "
+            "this version of lit_peft does not know: update lit_peft."
+        )
+    return kind(**values)
+
+
+def _settings(config: dict[str, Any] | str, folder: Path) -> BottleneckSettings:
+    """The settings that say what AdapterHub's configuration says."""
+    where = f"{folder}/adapter_config.json"
+    if isinstance(config, str):
+        if config not in _NAMED:
+            raise LitPeftError(f"{where} names the configuration {config!r}, which cannot be read.")
+        config = _NAMED[config]
+    if config.get("architecture") is not None:
+        raise LitPeftError(
+            f"{where} is of the architecture {config['architecture']!r}: only bottleneck adapters and LoRA can be read."
+        )
+    active = sorted(key for key, value in config.items() if key not in _READ | _NEUTRAL and value)
+    if active:
+        raise LitPeftError(f"{where} sets {', '.join(active)}, which would change the result and cannot be read.")
+    missing = sorted({"reduction_factor", "non_linearity"} - set(config))
+    if missing:
+        raise LitPeftError(f"{where} does not give {', '.join(missing)}: give the folder that AdapterHub saved.")
+    values = {**_DEFAULTS, **{key: config[key] for key in _READ if config.get(key) is not None}}
+    if config.get("is_parallel"):
+        return ParallelSettings(**values)
+    return (AdapterHSettings if values["mh_adapter"] and values["output_adapter"] else AdapterPSettings)(**values)
+
+
+def _lora(
+    config: dict[str, Any], stored: dict[str, Tensor], model: nn.Module, folder: Path
+) -> tuple[LoRASettings, dict[str, Tensor]]:
+    """The settings of an AdapterHub LoRA, and its tensors as our layers have them.
+
+    A fused q, k, v projection has one update of rank r per adapted matrix there; here it is one update of n · r,
+    its B zero outside the blocks.
+    """
+    values, where = config["config"], f"{folder}/adapter_config.json"
+    active = sorted(key for key, value in values.items() if key not in _LORA and value)
+    if active or values.get("composition_mode", "add") != "add":
+        named = ", ".join(active) or f"composition_mode={values['composition_mode']!r}"
+        raise LitPeftError(f"{where} sets {named}, which would change the result and cannot be read.")
+    r, alpha = int(values.get("r", 8)), float(values.get("alpha", 8))
+    version = re.match(r"adapters\.(\d+)\.(\d+)", str(config.get("version", "")))
+    if version and (int(version[1]), int(version[2])) < (1, 1):
+        # AdapterHub before 1.1 did not scale its updates.
+        alpha = r
+    matrices = [name in values.get("attn_matrices", ["q", "v"]) for name in "qkv"]
+    prefix, end = getattr(model, "base_model_prefix", "") + ".", f".loras.{config.get('name') or ''}.lora_A"
+    ranks: dict[str, int] = {}
+    tensors = dict(stored)
+    for key in [key for key in stored if key.endswith(end)]:
+        found = key.removesuffix(end)
+        path = next((p for p in (found, prefix + found, found.removeprefix(prefix)) if has_module(model, p)), None)
+        if path is None or key.removesuffix("A") + "B" not in stored:
+            raise LitPeftError(f"{folder} does not fit this model: {key} has no place in it, or no lora_B beside it.")
+        ranks[path] = stored[key].shape[0]
+        b, d_out = stored[key.removesuffix("A") + "B"], linear_features(model.get_submodule(path))[1]
+        if b.shape[0] != d_out or ranks[path] != r:
+            blocks = b.unflatten(0, (ranks[path] // r, -1))
+            wide = b.new_zeros(3, blocks.shape[1], ranks[path])
+            for number, matrix in enumerate(m for m in range(3) if matrices[m]):
+                wide[matrix, :, number * r : (number + 1) * r] = blocks[number]
+            tensors[key.removesuffix("A") + "B"] = wide.flatten(0, 1)
+    patterns = {re.escape(path): rank for path, rank in ranks.items() if rank != r}
+    return LoRASettings(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=values.get("dropout", 0.0),
+        target_modules=sorted(ranks),
+        rank_pattern=patterns,
+        alpha_pattern={path: alpha * rank / r for path, rank in patterns.items()},
+    ), tensors
+
+
+def _tensors(folder: Path, safe: str, pickled: str) -> dict[str, Tensor] | None:
+    if (folder / safe).is_file():
+        return load_file(folder / safe)
+    if not (folder / pickled).is_file():
+        return None
+    try:
+        found: dict[str, Tensor] = torch.load(folder / pickled, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as problem:
+        raise LitPeftError(
+            f"{folder / pickled} is not a plain file of tensors and is not read, since it could run code "
+            f"({type(problem).__name__}): save the adapter again as safetensors."
+        ) from None
+    return found
+
+
+def _places(attachment: Attachment, name: str) -> dict[str, Tensor]:
+    """Each of the adapters' tensors under AdapterHub's name for it."""
+    modules = {}
+    if isinstance(attachment.settings, BottleneckSettings) and attachment.settings.placement == "paper":
+        for layer in (layer for stack in layer_stacks(attachment.model) for layer in stack):
+            for role, _, place in roles(layer, attachment.settings):
+                if place is not None:
+                    modules[f"{layer.path}.{role}"] = f"{layer.path}.{place.adapterhub or _MODULES[role]}"
+    places: dict[str, Tensor] = {}
+    for path, adapter in attachment.adapted.items():
+        if isinstance(adapter, Bottleneck):
+            for inner, tensor in adapter.named_parameters():
+                for spelling in _spellings(inner, adapter):
+                    places[f"{modules.get(path, path)}.adapters.{name}.{spelling}"] = tensor
+        elif isinstance(adapter, LoRALayer):
+            places[f"{path}.loras.{name}.lora_A"] = adapter.lora_A
+            places[f"{path}.loras.{name}.lora_B"] = adapter.lora_B
+    return places
+
+
+def _spellings(inner: str, adapter: Bottleneck) -> list[str]:
+    """AdapterHub's names of a bottleneck's tensor: `adapter_down` is a sequence that a LayerNorm may open."""
+    part, _, kind = inner.partition(".")
+    if part == "down":
+        return [f"adapter_down.{0 if adapter.norm_before is None else 1}.{kind}"]
+    if part == "norm_before":
+        return [f"adapter_norm_before.{kind}", f"adapter_down.0.{kind}"]
+    return [f"adapter_{inner}" if part in ("up", "norm_after") else inner]
+
+
+def _plain(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The names without what differs between a model with a head and one without, and in AdapterHub's old names."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    old = re.compile(r"(attention|layer)_text_(task|lang)_adapters\.")
+    return {old.sub("adapters.", name.removeprefix(prefix)): tensor for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _fill(places: dict[str, Tensor], stored: dict[str, Tensor], folder: Path) -> None:
+    missing, extra = sorted(set(places) - set(stored)), sorted(set(stored) - set(places))
+    if missing or extra:
+        raise LitPeftError(f"{folder} does not fit this model: missing {missing[:3]}, unexpected {extra[:3]}.")
+    for name, place in places.items():
+        if stored[name].shape != place.shape:
+            raise LitPeftError(
+                f"{folder}: {name} has shape {tuple(stored[name].shape)}, and this model needs {tuple(place.shape)}."
+            )
+        place.copy_(stored[name])

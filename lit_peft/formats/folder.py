@@ -1,0 +1,110 @@
+"""`load_adapter` and `save_adapter`: which format a folder has, and writing a folder whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from lit_peft.disk import sync_folder
+from lit_peft.errors import LitPeftError
+from lit_peft.formats import adapterhub, peft
+from lit_peft.methods.attachment import Model, attachment_of
+
+
+def load_adapter(model: Model, folder: str | Path) -> Model:
+    """Read an adapter's folder and attach it to a bare model, ready for `model.eval()`.
+
+    Args:
+        model: the base model, as transformers loaded it.
+        folder: the adapter's folder, in peft's format or AdapterHub's.
+
+    Returns:
+        The same model, the adapter attached.
+
+    Raises:
+        LitPeftError: a file is missing, the method or a setting is not one that can be read, or the tensors do not
+            fit the model. The model is as it was.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    if "peft_type" in config:
+        return peft.read(model, folder, config)
+    if "config" in config:
+        return adapterhub.read(model, folder, config)
+    raise LitPeftError(
+        f"{folder}/adapter_config.json has neither 'peft_type' (peft) nor 'config' (AdapterHub), so its format is not "
+        "known: give a folder that one of them saved."
+    )
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, format: Literal["peft", "adapterhub"] | None = None, name: str = "default"
+) -> Path:
+    """Write what is attached as a folder that `load_adapter`, and the format's own library, load.
+
+    The folder appears whole or not at all: it is written beside its place, synced, and renamed.
+
+    Args:
+        model: a model with a method attached.
+        folder: where to write; it must not exist yet, or be empty.
+        format: `peft` or `adapterhub`; when None, peft's where peft has the method, else AdapterHub's.
+        name: the adapter's name in AdapterHub's format.
+
+    Returns:
+        The folder.
+
+    Raises:
+        LitPeftError: nothing is attached, the format cannot hold it, or the folder holds files already.
+    """
+    attachment = attachment_of(model)
+    if format not in (None, "peft", "adapterhub"):
+        raise LitPeftError(f"format={format!r} is not known: use 'peft' or 'adapterhub'.")
+    if format is None and not adapterhub.holds(attachment.settings):
+        format = "peft"
+    with new_folder(folder) as temporary:
+        if format == "peft":
+            peft.write(model, temporary)
+        else:
+            adapterhub.write(model, temporary, name, own=format is None)
+    return Path(folder)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends, and is gone if the block fails.
+
+    Raises:
+        LitPeftError: `folder` exists and is not an empty folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LitPeftError(f"{folder} exists and is not an empty folder: give a new one.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        sync_folder(temporary)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LitPeftError(f"{folder} has no adapter_config.json: give the folder of an adapter.") from None
+    except ValueError as problem:
+        raise LitPeftError(f"{folder}/adapter_config.json is not valid JSON ({problem}).") from None
+    if not isinstance(config, dict):
+        raise LitPeftError(f"{folder}/adapter_config.json holds no settings: give the folder of an adapter.")
+    return config

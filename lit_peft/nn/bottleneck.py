@@ -1,0 +1,300 @@
+"""Bottleneck adapters: a small two-layer network beside or behind a frozen sublayer.
+
+serial (Houlsby et al. 2019; Pfeiffer et al. 2021)        parallel (He et al. 2022)
+
+      x ──────────────┐                                    x ──┬──────────────┐
+      │               │                                        │              │
+┌─────▼─────┐         │                                  ┌─────▼─────┐  ┌─────▼─────┐
+│ attention │         │                                  │    FFN    │  │ down      │
+│  or FFN   │         │                                  │  frozen   │  │ act       │
+└─────┬─────┘         │                                  └─────┬─────┘  │ up   · s  │
+      ├────────┐      │                                        │        └─────┬─────┘
+┌─────▼─────┐  │      │                                        └──────(+)─────┘
+│ down, act │  │      │                                                │
+│ up    · s │  │      │                                     + x, LayerNorm, as the base has it
+└─────┬─────┘  │      │
+     (+)───────┘      │
+      └──────(+)──────┘   LayerNorm, as the base has it
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_peft.errors import LitPeftError, closest
+
+InitBottleneck = Literal["mam_adapter", "bert", "houlsby"]
+Scaling = float | Literal["learned", "channel"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "leakyrelu": F.leaky_relu,
+    "linear": lambda x: x,
+    "mish": F.mish,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+ACTIVATIONS["gelu_pytorch_tanh"] = ACTIVATIONS["gelu_new"]
+
+
+class Bottleneck(nn.Module):
+    """`A(h) = s · up(act(down(h)))`, the trained network of every bottleneck adapter.
+
+    Houlsby et al. 2019 (arXiv:1902.00751), section 2.1; the scale s is that of He et al. 2022 (arXiv:2110.04366).
+
+    Args:
+        in_features: width of the input.
+        bottleneck_size: width between `down` and `up`.
+        out_features: width of the output; `in_features` when None.
+        non_linearity: the activation, a name in `ACTIVATIONS`.
+        bias: whether `down` and `up` have biases.
+        scaling: s: a number, `learned` (one trained number) or `channel` (one per output feature); both start at 1.
+        dropout: dropout probability on the scaled output.
+        init_weights: `mam_adapter` (`down` Kaiming-uniform, `up` zero: A starts as zero), `bert` (both normal,
+            standard deviation 0.02) or `houlsby` (both normal, 0.01, cut at two standard deviations).
+        use_gating: multiply the output by a gate in (0, 1), `mean over the sequence of sigmoid(W h)`
+            (UniPELT, arXiv:2110.07577). The mean runs over whatever tokens a call sees, padding included. Input
+            without a sequence axis is gated token by token.
+        ln_before: a new LayerNorm on the input.
+        ln_after: a new LayerNorm on the output.
+        adapter_residual_before_ln: add the residual before that LayerNorm rather than after it.
+        device: where the parameters live.
+        dtype: the parameters' type; the input's type decides what is computed in.
+
+    Shapes:
+        input (..., in_features), residual (..., out_features) → output (..., out_features)
+
+    Raises:
+        LitPeftError: a size is not positive, the dropout is not in [0, 1), or a name is not known.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        bottleneck_size: int,
+        out_features: int | None = None,
+        *,
+        non_linearity: str = "relu",
+        bias: bool = True,
+        scaling: Scaling = 1.0,
+        dropout: float = 0.0,
+        init_weights: InitBottleneck = "mam_adapter",
+        use_gating: bool = False,
+        ln_before: bool = False,
+        ln_after: bool = False,
+        adapter_residual_before_ln: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check(bottleneck_size=bottleneck_size, non_linearity=non_linearity, scaling=scaling, dropout=dropout)
+        out_features = in_features if out_features is None else out_features
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.act, self.non_linearity, self.dropout = ACTIVATIONS[non_linearity.lower()], non_linearity, dropout
+        self.adapter_residual_before_ln = adapter_residual_before_ln
+        self.enabled = True
+        self.norm_before = nn.LayerNorm(in_features, **at) if ln_before else None
+        self.down = nn.Linear(in_features, bottleneck_size, bias=bias, **at)
+        self.up = nn.Linear(bottleneck_size, out_features, bias=bias, **at)
+        self.gate = nn.Linear(in_features, 1, **at) if use_gating else None
+        self.norm_after = nn.LayerNorm(out_features, **at) if ln_after else None
+        self.scaling: float | nn.Parameter
+        if isinstance(scaling, str):
+            self.scaling = nn.Parameter(torch.ones(1 if scaling == "learned" else out_features, **at))
+        else:
+            self.scaling = float(scaling)
+        self.reset_parameters(init_weights)
+
+    def reset_parameters(self, init_weights: InitBottleneck) -> None:
+        """Start `down`, `up` and the gate anew, as `init_weights` says."""
+        check(init_weights=init_weights)
+        if init_weights == "mam_adapter":
+            nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+            nn.init.zeros_(self.up.weight)
+        for layer in (self.down, self.up, self.gate):
+            if layer is None:
+                continue
+            if init_weights == "houlsby" and layer is not self.gate:
+                nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
+            elif init_weights == "bert" or layer is self.gate:
+                nn.init.normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return `A(hidden)`, plus `residual` where one is given, in the residual's type."""
+        x = hidden if self.norm_before is None else _norm(self.norm_before, hidden)
+        out = _linear(self.up, self.act(_linear(self.down, x)))
+        out = out * (self.scaling.to(out.dtype) if isinstance(self.scaling, Tensor) else self.scaling)
+        if self.dropout:
+            out = F.dropout(out, self.dropout, self.training)
+        if self.gate is not None:
+            gate = torch.sigmoid(_linear(self.gate, hidden))
+            out = out * (gate.mean(dim=-2, keepdim=True) if gate.dim() > 2 else gate)
+        if residual is not None and self.adapter_residual_before_ln:
+            out = out.to(residual.dtype) + residual
+        if self.norm_after is not None:
+            out = _norm(self.norm_after, out)
+        if residual is not None and not self.adapter_residual_before_ln:
+            out = out.to(residual.dtype) + residual
+        return out
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Forward pre-hook: the module gets `x + A(x)` in place of its input x."""
+        return (self(args[0], args[0]), *args[1:]) if self.enabled else None
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook: the module gives `y + A(y)` in place of its output y."""
+        return self(output, output) if self.enabled else None
+
+    def beside(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook: the module gives `y + A(x)`, x its input."""
+        return output + self(args[0]).to(output.dtype) if self.enabled else None
+
+    def extra_repr(self) -> str:
+        scaling = self.scaling if isinstance(self.scaling, float) else "learned"
+        return f"non_linearity={self.non_linearity!r}, scaling={scaling}, dropout={self.dropout}"
+
+
+class SublayerAdapter(Bottleneck):
+    """A bottleneck at a sublayer (attention or FFN) of a transformer layer, acting through forward hooks.
+
+    With y the sublayer's output, x what the layer adds to it (the residual) and LN the LayerNorm that follows in a
+    post-LN layer, the layer computes `LN(y + x)`, or `y + x`. The adapter puts y' in y's place:
+
+    - serial: `y' = A(y) + y`;
+    - serial, `original_ln_before`: `y' = A(LN(y + x)) + y`, or `A(y + x) + y` without LN; the residual around A is
+      `LN(y + x)` in y's place when `residual_before_ln` is False, and `y + x` when it is `"post_add"`;
+    - parallel: `y' = y + A(x)`.
+
+    Without `original_ln_after`, y' itself is the result: the layer's own residual and LN are passed over.
+
+    Args:
+        in_features: width of the hidden states.
+        bottleneck_size: width between `down` and `up`.
+        is_parallel: the parallel form.
+        original_ln_before: as above; serial only.
+        original_ln_after: as above.
+        residual_before_ln: as above.
+        norm: the layer's LN after the residual; None in a pre-LN layer. It stays the layer's own.
+        **settings: as `Bottleneck`.
+
+    Shapes:
+        y, x, y' (batch, sequence, in_features), or (tokens, in_features)
+    """
+
+    _residual: Tensor | None = None
+    _result: Tensor | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        bottleneck_size: int,
+        *,
+        is_parallel: bool = False,
+        original_ln_before: bool = False,
+        original_ln_after: bool = True,
+        residual_before_ln: bool | Literal["post_add"] = True,
+        norm: nn.Module | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(in_features, bottleneck_size, **settings)
+        self.is_parallel, self.original_ln_before = is_parallel, original_ln_before
+        self.original_ln_after, self.residual_before_ln = original_ln_after, residual_before_ln
+        # In a tuple, so that the base's LN is not registered a second time.
+        self._norm = (norm,)
+
+    @property
+    def needs_residual(self) -> bool:
+        """Whether x must be captured."""
+        return self.is_parallel or self.original_ln_before or not self.original_ln_after
+
+    def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the module whose first input is x."""
+        self._residual = args[0] if args else kwargs["hidden_states"]
+
+    def capture_more(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of a module whose output is a further summand of x."""
+        assert self._residual is not None
+        self._residual = self._residual + (output if isinstance(output, Tensor) else output[0])
+
+    def adapt(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the module that gives y: returns y' in its place."""
+        x, self._residual = self._residual, None
+        if not self.enabled:
+            return None
+        y = output if isinstance(output, Tensor) else output[0]
+        adapted = self._adapted(y, x)
+        return adapted if isinstance(output, Tensor) else (adapted, *output[1:])
+
+    def pass_over(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook of LN: the layer's result where `original_ln_after` is False."""
+        result, self._result = self._result, None
+        return result
+
+    def _adapted(self, y: Tensor, x: Tensor | None) -> Tensor:
+        (norm,) = self._norm
+        if self.is_parallel:
+            assert x is not None
+            out = y + self(x).to(y.dtype)
+        else:
+            hidden = around = y
+            if self.original_ln_before and x is not None:
+                total = y + x
+                hidden = total if norm is None else norm(total)
+                if self.residual_before_ln is not True:
+                    around = total if self.residual_before_ln == "post_add" else hidden
+            out = self(hidden, around)
+        if self.original_ln_after or x is None:
+            return out
+        if norm is None:
+            return out - x
+        self._result = out
+        return y
+
+
+def check(
+    *,
+    bottleneck_size: int | None = None,
+    non_linearity: str | None = None,
+    scaling: Scaling | None = None,
+    dropout: float | None = None,
+    init_weights: str | None = None,
+) -> None:
+    """Check the settings of a bottleneck that are given.
+
+    Raises:
+        LitPeftError: one is out of range or not known; the message names it and the fix.
+    """
+    if bottleneck_size is not None and bottleneck_size < 1:
+        raise LitPeftError(f"bottleneck_size={bottleneck_size}: give a positive integer, e.g. bottleneck_size=64.")
+    if non_linearity is not None and non_linearity.lower() not in ACTIVATIONS:
+        known = closest(non_linearity.lower(), ACTIVATIONS)
+        raise LitPeftError(f"non_linearity={non_linearity!r} is not known: the closest are {known}.")
+    if isinstance(scaling, str) and scaling not in ("learned", "channel"):
+        raise LitPeftError(f"scaling={scaling!r} is not known: give a number, 'learned' or 'channel'.")
+    if dropout is not None and not 0.0 <= dropout < 1.0:
+        raise LitPeftError(f"dropout={dropout}: give a probability from 0 up to, not including, 1.")
+    if init_weights is not None and init_weights not in ("mam_adapter", "bert", "houlsby"):
+        raise LitPeftError(f"init_weights={init_weights!r} is not known: use 'mam_adapter', 'bert' or 'houlsby'.")
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    # The weights are cast, not x: they are the smaller ones.
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+
+def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)

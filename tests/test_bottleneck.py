@@ -1,0 +1,647 @@
+"""AdapterH, AdapterP and Parallel: AdapterHub's reference cases, every architecture, published counts, folders."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+
+import lit_peft
+from lit_peft import AdapterHSettings, AdapterPSettings, LitPeftError, ParallelSettings
+from lit_peft.methods.bottleneck import BottleneckSettings
+from lit_peft.nn.bottleneck import Bottleneck
+
+GOLDEN = Path(os.environ.get("LIT_PEFT_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
+METHODS = {"adapter_h": AdapterHSettings, "adapter_p": AdapterPSettings, "parallel": ParallelSettings}
+CASES = sorted(
+    path.parent
+    for path in (GOLDEN / "adapters").glob("*/case.json")
+    if json.loads(path.read_text())["method"] in METHODS
+)
+
+SHAPE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+GPT = {"n_layer": 2, "n_embd": 32, "n_head": 4}
+SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+T5 = {"num_layers": 2, "d_model": 32, "d_ff": 48, "num_heads": 4, "d_kv": 8, "decoder_start_token_id": 0}
+GROUPED = {**SHAPE, "num_key_value_heads": 2}
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "mistral": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": {**GROUPED, "head_dim": 16},
+    "gemma": {**GROUPED, "head_dim": 16},
+    "phi": SHAPE,
+    "phi3": {**GROUPED, "pad_token_id": 0},
+    "gpt2": GPT,
+    "gpt_neox": SHAPE,
+    "gpt_neox serial": {**SHAPE, "use_parallel_residual": False},
+    "gptj": {**GPT, "rotary_dim": 4},
+    "opt": {**SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "opt post-LN": {**SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    "bloom": {"n_layer": 2, "hidden_size": 32, "n_head": 4},
+    "bloom normed": {
+        "n_layer": 2,
+        "hidden_size": 32,
+        "n_head": 4,
+        "apply_residual_connection_post_layernorm": True,
+    },
+    "falcon": SHAPE,
+    "falcon new": {**GROUPED, "num_kv_heads": 2, "new_decoder_architecture": True},
+    "falcon serial": {**SHAPE, "parallel_attn": False, "alibi": True},
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": SHAPE,
+    "roberta": SHAPE,
+    "distilbert": {"n_layers": 2, "dim": 32, "n_heads": 4, "hidden_dim": 48},
+    "deberta-v2": {**SHAPE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "electra": {**SHAPE, "embedding_size": 16},
+    "modernbert": {**SHAPE, "pad_token_id": 0},
+}
+SEQ2SEQS: dict[str, dict[str, Any]] = {
+    "t5": T5,
+    "mt5": {**T5, "feed_forward_proj": "gated-gelu"},
+    "bart": SEQ2SEQ,
+    "mbart": SEQ2SEQ,
+    "marian": SEQ2SEQ,
+}
+ALL = {**DECODERS, **ENCODERS, **SEQ2SEQS}
+AUTO = {
+    **dict.fromkeys(DECODERS, transformers.AutoModelForCausalLM),
+    **dict.fromkeys(ENCODERS, transformers.AutoModelForSequenceClassification),
+    **dict.fromkeys(SEQ2SEQS, transformers.AutoModelForSeq2SeqLM),
+}
+
+
+@cache
+def _made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    settings = {"vocab_size": 61, "max_position_embeddings": 64, "eos_token_id": None, **ALL[name]}
+    config = transformers.AutoConfig.for_model(name.split()[0], **settings)
+    model = AUTO[name].from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Away from the start, where norms are ones and biases zeros.
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def make(name: str) -> Any:
+    return copy.deepcopy(_made(name))
+
+
+def batch(name: str) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(3, 61, (2, 7))
+    mask = torch.ones_like(ids)
+    if name in DECODERS:
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    labels = torch.tensor([0, 1]) if name in ENCODERS else torch.randint(3, 61, (2, 5))
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def scramble(model: nn.Module) -> None:
+    """Move every trained parameter away from its start."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.skipif(not CASES, reason="no reference cases: set LIT_PEFT_GOLDEN to their folder")
+@pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
+def test_reference_case(case: Path, tmp_path: Path) -> None:
+    facts = json.loads((case / "case.json").read_text())
+    io = load_file(case / "io.safetensors")
+    inputs = {name: io[name] for name in io if not name.startswith("output")}
+
+    def base() -> Any:
+        return getattr(transformers, facts["auto_class"]).from_pretrained(case / "base").eval()
+
+    model = lit_peft.load_adapter(base(), case / "adapter").eval()
+    assert lit_peft.trainable_parameters(model) == facts["trainable"]
+    with torch.no_grad():
+        close(model(**inputs)[facts["output"]], io["output"])
+        # The names and settings we write are AdapterHub's own.
+        lit_peft.save_adapter(model, tmp_path / "again", format="adapterhub", name="ref")
+        theirs = torch.load(case / "adapter" / "pytorch_adapter.bin", weights_only=True)
+        ours = load_file(tmp_path / "again" / "adapter.safetensors")
+        assert {n: tuple(t.shape) for n, t in ours.items()} == {n: tuple(t.shape) for n, t in theirs.items()}
+        config, wanted = (
+            json.loads((folder / "adapter_config.json").read_text())["config"]
+            for folder in (tmp_path / "again", case / "adapter")
+        )
+        assert {name: wanted[name] for name in config} == config
+        close(lit_peft.detach(model)(**inputs)[facts["output"]], io["output_base"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ALL)
+def test_every_architecture(name: str, method: str) -> None:
+    model, inputs = make(name), batch(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        base = model(**inputs).logits
+    extra = {"cross_adapter": True} if name in SEQ2SEQS else {}
+    extra.update(mh_adapter=method != "adapter_p")
+    lit_peft.attach(model, METHODS[method](bottleneck_size=4, non_linearity="gelu", **extra))
+    with torch.no_grad():
+        close(model(**inputs).logits, base, 1e-6)
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 4 * (2 if name not in SEQ2SEQS else 4) * (1 + extra["mh_adapter"]) + 8 * (len(extra) - 1)
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    model.train()
+    losses, seen = [], dict.fromkeys(trained, False)
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.manual_seed(3)
+        loss = model(**inputs).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        for key, parameter in trained.items():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+            seen[key] |= bool(parameter.grad.abs().max() > 0)
+        optimizer.step()
+    assert all(seen.values()), [key for key, ok in seen.items() if not ok]
+    assert losses[1] < losses[0]
+    # Checkpointed layers run their hooks a second time; the gradients are the same.
+    scramble(model)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        optimizer.zero_grad()
+        torch.manual_seed(4)
+        model(**inputs).loss.backward()
+        gradients.append({key: parameter.grad.clone() for key, parameter in trained.items()})
+    for key, gradient in gradients[0].items():
+        close(gradients[1][key], gradient, 1e-4)
+    with torch.no_grad():
+        assert (model.eval()(**inputs).logits - base).abs().max() > 1e-3
+    lit_peft.detach(model)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, base)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_unknown_model_types_are_found_by_structure(name: str) -> None:
+    from lit_peft.architectures import layer_stacks
+
+    model = make(name)
+    known = layer_stacks(model)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.model_type = "new"
+    found = layer_stacks(model)
+    assert [[layer.path for layer in stack] for stack in found] == [[layer.path for layer in stack] for stack in known]
+    inputs = {key: value for key, value in batch(name).items() if key != "labels"}
+    if name in SEQ2SEQS:
+        inputs["decoder_input_ids"] = batch(name)["labels"]
+    outputs = []
+    for kind in ("new", name.split()[0]):
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config.model_type = kind
+        torch.manual_seed(0)
+        lit_peft.attach(
+            model, AdapterHSettings(bottleneck_size=4, original_ln_before=name != "phi", init_weights="bert")
+        )
+        scramble(model)
+        with torch.no_grad():
+            outputs.append(model(**inputs).logits)
+        lit_peft.detach(model)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gptj", "falcon", "bloom", "opt post-LN", "t5", "bart", "marian"])
+def test_generate_with_and_without_cache(name: str, beams: int) -> None:
+    model = lit_peft.attach(make(name), ParallelSettings(mh_adapter=True, reduction_factor=8)).eval()
+    scramble(model)
+    inputs = {key: value for key, value in batch(name).items() if key != "labels"}
+    cached, plain = (
+        model.generate(**inputs, max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=1, use_cache=cache)
+        for cache in (True, False)
+    )
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_padding_changes_nothing(name: str, attention: str) -> None:
+    model = make(name)
+    model.set_attn_implementation(attention)
+    lit_peft.attach(model, AdapterHSettings(bottleneck_size=4)).eval()
+    scramble(model)
+    ids, mask = batch(name)["input_ids"], batch(name)["attention_mask"]
+    filler = torch.full((2, 3), 5)
+    position_ids = torch.arange(7).expand(2, 7)
+
+    def run(ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        more = {"position_ids": position_ids} if name in DECODERS else {}
+        if name == "t5":
+            more = {"decoder_input_ids": ids[:, :4] * 0 + 7}
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=mask, **more).logits
+
+    plain = run(ids, mask, position_ids)
+    right = run(torch.cat([ids, filler], 1), torch.cat([mask, filler * 0], 1), torch.arange(10).expand(2, 10))
+    close(right[:, :7] if name in DECODERS else right, plain)
+    if name in DECODERS:
+        left = torch.cat([filler * 0, position_ids], 1)
+        close(run(torch.cat([filler, ids], 1), torch.cat([filler * 0, mask], 1), left)[:, 3:], plain)
+
+
+# In ModernBERT and Phi, AdapterHub gives the adapter less than the layer's output.
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("modernbert", "phi")])
+def test_adapter_p_is_the_papers_formula(name: str) -> None:
+    from lit_peft.architectures import layer_stacks
+
+    model, inputs = make(name), batch(name)
+    layer = layer_stacks(model)[0][0]
+    norm = layer.architecture.ffn.norm
+    ln = None if norm is None else layer.module.get_submodule(norm)
+    outputs, sums = [], []
+    layer.module.register_forward_hook(lambda m, a, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+    if ln is not None:
+        ln.register_forward_pre_hook(lambda m, a: sums.append(a[0]))
+    with torch.no_grad():
+        model(**inputs)
+        lit_peft.attach(model, AdapterPSettings(bottleneck_size=4)).eval()
+        scramble(model)
+        z, adapter = outputs[0] if ln is None else sums[0], layer.module.ffn_adapter
+        model(**inputs)
+
+        def a(h: torch.Tensor) -> torch.Tensor:
+            return adapter.up(torch.relu(adapter.down(h)))
+
+        close(outputs[1], z + a(z) if ln is None else ln(z + a(ln(z))))
+
+
+OPTIONS: list[tuple[type[BottleneckSettings], dict[str, Any], Any]] = [
+    # In each formula y is the FFN's output, x the residual, a the bottleneck, ln the layer's LayerNorm.
+    (AdapterHSettings, {}, lambda y, x, a, ln, m: ln(a(y) + y + x)),
+    (AdapterHSettings, {"original_ln_after": False}, lambda y, x, a, ln, m: a(y) + y),
+    (AdapterPSettings, {"residual_before_ln": False}, lambda y, x, a, ln, m: ln(a(ln(y + x)) + ln(y + x) + x)),
+    (AdapterPSettings, {"residual_before_ln": "post_add"}, lambda y, x, a, ln, m: ln(a(ln(y + x)) + y + x + x)),
+    (
+        AdapterPSettings,
+        {"residual_before_ln": False, "original_ln_after": False},
+        lambda y, x, a, ln, m: a(ln(y + x)) + ln(y + x),
+    ),
+    (
+        AdapterHSettings,
+        {"ln_before": True, "ln_after": True},
+        lambda y, x, a, ln, m: ln(m.norm_after(a(m.norm_before(y))) + y + x),
+    ),
+    (
+        AdapterHSettings,
+        {"ln_after": True, "adapter_residual_before_ln": True},
+        lambda y, x, a, ln, m: ln(m.norm_after(a(y) + y) + x),
+    ),
+    (
+        AdapterHSettings,
+        {"use_gating": True},
+        lambda y, x, a, ln, m: ln(a(y) * torch.sigmoid(m.gate(y)).mean(1, keepdim=True) + y + x),
+    ),
+    (AdapterHSettings, {"scaling": "learned"}, lambda y, x, a, ln, m: ln(m.scaling * a(y) + y + x)),
+    (AdapterHSettings, {"scaling": "channel"}, lambda y, x, a, ln, m: ln(a(y) * m.scaling + y + x)),
+    (AdapterHSettings, {"scaling": 0.5}, lambda y, x, a, ln, m: ln(0.5 * a(y) + y + x)),
+    (ParallelSettings, {}, lambda y, x, a, ln, m: ln(y + 4 * a(x) + x)),
+    (ParallelSettings, {"original_ln_after": False}, lambda y, x, a, ln, m: y + 4 * a(x)),
+]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize(("kind", "values", "formula"), OPTIONS)
+def test_options(name: str, kind: Any, values: dict[str, Any], formula: Any) -> None:
+    model, inputs = make(name), batch(name)
+    layer = model.bert.encoder.layer[0] if name == "bert" else model.model.layers[0]
+    output, residual = (
+        (layer.output.dropout, layer.intermediate) if name == "bert" else (layer.mlp, layer.post_attention_layernorm)
+    )
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        output.register_forward_hook(lambda m, a, out: seen.update(y=out)),
+        residual.register_forward_pre_hook(lambda m, a: seen.update(x=a[0])),
+    ]
+    with torch.no_grad():
+        model(**inputs)
+        for handle in handles:
+            handle.remove()
+        layer.register_forward_hook(lambda m, a, out: seen.update(out=out))
+        values = {"mh_adapter": False, "bottleneck_size": 4, "non_linearity": "tanh", **values}
+        lit_peft.attach(model, kind(**values)).eval()
+        scramble(model)
+        model(**inputs)
+        m = layer.ffn_adapter
+        ln = layer.output.LayerNorm if name == "bert" else nn.Identity()
+        close(seen["out"], formula(seen["y"], seen["x"], lambda h: m.up(torch.tanh(m.down(h))), ln, m))
+
+
+def test_layers_are_counted_through_encoder_and_decoder() -> None:
+    settings = AdapterHSettings(leave_out=[0, 3], reduction_factor={"2": 8, "default": 4})
+    model = lit_peft.attach(make("t5"), settings)
+    sizes = {path: m.down.out_features for path, m in model.named_modules() if isinstance(m, Bottleneck)}
+    assert sizes == {
+        f"{block}.{role}_adapter": size
+        for block, size in (("encoder.block.1", 8), ("decoder.block.0", 4))
+        for role in ("attention", "ffn")
+    }
+
+
+class _Wrapped(nn.Module):
+    """LLM-Adapters' three forms, written out."""
+
+    def __init__(self, linear: nn.Linear, adapter: Bottleneck, form: str) -> None:
+        super().__init__()
+        self.linear, self.adapter, self.form = linear, adapter, form
+
+    def a(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.adapter.down.weight.T) @ self.adapter.up.weight.T
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.form == "before":
+            return self.linear(self.a(x) + x)
+        y = self.linear(x)
+        return y + (self.a(x) if self.form == "beside" else self.a(y))
+
+
+@pytest.mark.parametrize(
+    ("method", "forms"),
+    [
+        ("adapter_h", {"mlp.gate_proj": "before", "mlp.up_proj": "before", "mlp.down_proj": "after"}),
+        ("adapter_p", {"mlp.down_proj": "after"}),
+        ("parallel", {f"self_attn.{name}": "beside" for name in ("q_proj", "k_proj", "v_proj")}),
+    ],
+)
+def test_llm_adapters_placement(method: str, forms: dict[str, str], tmp_path: Path) -> None:
+    model = lit_peft.attach(make("llama"), METHODS[method](placement="llm_adapters", bottleneck_size=4)).eval()
+    scramble(model)
+    adapters = {path: module for path, module in model.named_modules() if isinstance(module, Bottleneck)}
+    assert set(adapters) == {f"model.layers.{i}.{name}.adapter" for i in range(2) for name in forms}
+    reference = make("llama")
+    for path, adapter in adapters.items():
+        place = path.removesuffix(".adapter")
+        parent, _, name = place.rpartition(".")
+        form = forms[place.split(".", 3)[3]]
+        setattr(reference.get_submodule(parent), name, _Wrapped(reference.get_submodule(place), adapter, form))
+    ids = batch("llama")["input_ids"]
+    close(model(ids).logits, reference(ids).logits)
+    lit_peft.save_adapter(model, tmp_path / "a")
+    assert torch.equal(lit_peft.load_adapter(make("llama"), tmp_path / "a").eval()(ids).logits, model(ids).logits)
+    with pytest.raises(LitPeftError, match="placement"):
+        lit_peft.save_adapter(model, tmp_path / "b", format="adapterhub")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "bloom", "modernbert", "phi3"])
+def test_named_linears_of_every_kind(name: str) -> None:
+    inputs = batch(name)
+    for method, settings in METHODS.items():
+        model = make(name)
+        base = model(**inputs).loss
+        lit_peft.attach(model, settings(placement="llm_adapters", bottleneck_size=4))
+        loss = model(**inputs).loss
+        close(loss, base, 1e-6)
+        loss.backward()
+        assert any(p.requires_grad and p.grad.abs().max() > 0 for p in model.parameters()), method
+
+
+def test_published_count() -> None:
+    with torch.device("meta"):
+        config = transformers.LlamaConfig(vocab_size=32000, intermediate_size=11008)
+        model = transformers.LlamaForCausalLM(config)
+    lit_peft.attach(model, AdapterPSettings(placement="llm_adapters"))
+    trained = lit_peft.trainable_parameters(model)
+    assert trained == 32 * 2 * 4096 * 256
+    # LLM-Adapters, table 1: the series adapter trains 0.99 % of base plus adapter.
+    assert round(100 * trained / sum(p.numel() for p in model.parameters()), 2) == 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("bert", AdapterHSettings(train_layer_norms=True, leave_out=[1], modules_to_save=["classifier"])),
+        ("gpt2", AdapterPSettings(bottleneck_size=5, scaling="learned", bias=False, ln_before=True, ln_after=True)),
+        ("mbart", ParallelSettings(mh_adapter=True, cross_adapter=True, reduction_factor={"0": 4, "default": 8})),
+        ("t5", AdapterHSettings(use_gating=True, scaling="channel", original_ln_after=False)),
+        ("llama", AdapterHSettings(placement="llm_adapters", target_modules=["k_proj", "up_proj"], leave_out=[0])),
+    ],
+)
+def test_folders_round_trip(name: str, settings: BottleneckSettings, tmp_path: Path) -> None:
+    model = lit_peft.attach(make(name), settings).eval()
+    scramble(model)
+    inputs = batch(name)
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter")
+    again = lit_peft.load_adapter(make(name), folder).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    names = [key for key, p in model.named_parameters() if p.requires_grad]
+    assert [key for key, p in again.named_parameters() if p.requires_grad] == names
+
+
+def test_layer_norms_are_trained_and_come_back() -> None:
+    model = make("bert")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    lit_peft.attach(model, AdapterHSettings(train_layer_norms=True))
+    trained = [key for key, p in model.named_parameters() if p.requires_grad and "_adapter" not in key]
+    assert trained == [key for key in before if "LayerNorm" in key]
+    scramble(model)
+    after = lit_peft.detach(model).state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_dropped_adapters_are_left_out(name: str) -> None:
+    inputs = batch(name)
+    model = lit_peft.attach(make(name), AdapterPSettings(bottleneck_size=4)).eval()
+    scramble(model)
+    whole = model(**inputs).logits
+    less = lit_peft.attach(make(name), AdapterPSettings(bottleneck_size=4, leave_out=[0])).eval()
+    less.load_state_dict(model.state_dict(), strict=False)
+    close(lit_peft.drop_adapters(model, 1)(**inputs).logits, less(**inputs).logits)
+    assert torch.equal(lit_peft.drop_adapters(model, 2)(**inputs).logits, make(name)(**inputs).logits)
+    assert torch.equal(lit_peft.drop_adapters(model, 0)(**inputs).logits, whole)
+    with pytest.raises(LitPeftError, match="lowest=3"):
+        lit_peft.drop_adapters(model, 3)
+
+
+@pytest.mark.parametrize("settings", [AdapterHSettings(), AdapterPSettings(ln_before=True), ParallelSettings()])
+def test_half_precision_bases_keep_full_precision_adapters(settings: BottleneckSettings) -> None:
+    model = lit_peft.attach(make("llama").to(torch.bfloat16), settings)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    scramble(model)
+    outputs = model(**batch("llama"))
+    assert outputs.logits.dtype == torch.bfloat16
+    outputs.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_head_beside_the_adapter_is_loaded(tmp_path: Path) -> None:
+    model = make("bert")
+    lit_peft.save_adapter(lit_peft.attach(model, AdapterPSettings()), tmp_path / "a", format="adapterhub")
+    head = {"classifier.weight": torch.randn(2, 32), "classifier.bias": torch.randn(2)}
+    torch.save(head, tmp_path / "a" / "pytorch_model_head.bin")
+    loaded = lit_peft.load_adapter(make("bert"), tmp_path / "a")
+    assert torch.equal(loaded.classifier.weight, head["classifier.weight"]) and loaded.classifier.bias.requires_grad
+    assert torch.equal(lit_peft.detach(loaded).classifier.weight, make("bert").classifier.weight)
+
+
+def test_cross_attention_is_named_as_adapterhub_names_it(tmp_path: Path) -> None:
+    for name, place in (("bart", "model.decoder.layers.1.cross_attention_adapters"), ("t5", "decoder.block.1.layer.1")):
+        model = lit_peft.attach(make(name), AdapterHSettings(cross_adapter=True))
+        folder = lit_peft.save_adapter(model, tmp_path / name, format="adapterhub", name="x")
+        assert f"{place}.adapters.x.adapter_up.weight" in load_file(folder / "adapter.safetensors")
+
+
+def test_an_adapterhub_bert_decoder_has_adapters_at_both_attentions(tmp_path: Path) -> None:
+    def model() -> Any:
+        torch.manual_seed(0)
+        part = transformers.BertConfig(vocab_size=61, is_decoder=True, add_cross_attention=True, **SHAPE)
+        return transformers.BertLMHeadModel(part).eval()
+
+    saved = lit_peft.attach(model(), AdapterHSettings(cross_adapter=True))
+    scramble(saved)
+    folder = lit_peft.save_adapter(saved, tmp_path / "a", format="adapterhub")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["config"]["cross_adapter"] = False
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    inputs = {"input_ids": torch.arange(7)[None], "encoder_hidden_states": torch.randn(1, 5, 32)}
+    with torch.no_grad():
+        assert torch.equal(lit_peft.load_adapter(model(), folder)(**inputs).logits, saved.eval()(**inputs).logits)
+
+
+class _Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(_Code.folder),)
+
+
+def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
+    folder = lit_peft.save_adapter(lit_peft.attach(make("bert"), AdapterPSettings()), tmp_path / "a", "adapterhub")
+    text = (folder / "adapter_config.json").read_text()
+    model = make("bert")
+
+    def refused(match: str, **changes: Any) -> None:
+        config = json.loads(text)
+        config["config"].update(changes)
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(LitPeftError, match=match):
+            lit_peft.load_adapter(model, folder)
+        assert not any("_adapter" in key for key in model.state_dict())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    refused("inv_adapter, phm_layer", phm_layer=True, inv_adapter="nice")
+    refused("new_setting", new_setting=3)
+    refused("union", architecture="union")
+    refused("unexpected", leave_out=[0])
+    refused("shape", reduction_factor=8)
+    (folder / "adapter.safetensors").unlink()
+    refused("adapter.safetensors nor")
+    _Code.folder = tmp_path / "run"
+    torch.save(_Code(), folder / "pytorch_adapter.bin")
+    refused("could run code")
+    assert not _Code.folder.exists()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(LitPeftError, match="neither 'peft_type'"):
+        lit_peft.load_adapter(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "match"),
+    [
+        (AdapterHSettings, {"non_linearity": "rely"}, "'relu'"),
+        (AdapterHSettings, {"scaling": "learnt"}, "scaling='learnt'"),
+        (AdapterHSettings, {"reduction_factor": 0}, "reduction_factor=0"),
+        (AdapterPSettings, {"reduction_factor": 4, "bottleneck_size": 8}, "give one"),
+        (AdapterPSettings, {"bottleneck_size": 0}, "bottleneck_size=0"),
+        (AdapterPSettings, {"dropout": 1.0}, "dropout=1.0"),
+        (AdapterPSettings, {"output_adapter": False}, "all false"),
+        (ParallelSettings, {"init_weights": "zero"}, "init_weights='zero'"),
+        (ParallelSettings, {"placement": "here"}, "placement='here'"),
+        (ParallelSettings, {"target_modules": ["mlp"]}, "llm_adapters"),
+        (ParallelSettings, {"residual_before_ln": "post"}, "post_add"),
+        (AdapterHSettings, {"leave_out": [2]}, "layers are 0 to 1"),
+        (AdapterHSettings, {"leave_out": [0, 1]}, "without any adapter"),
+        (AdapterHSettings, {"reduction_factor": {"0": 4}}, "layer 1"),
+        (AdapterHSettings, {"cross_adapter": True}, "no cross-attention"),
+        (AdapterHSettings, {"placement": "llm_adapters", "target_modules": ["down_prj"]}, "'down_proj'"),
+        (AdapterHSettings, {"placement": "llm_adapters", "target_modules": ["embed_tokens"]}, "linear layers only"),
+    ],
+)
+def test_bad_input_names_the_fix_and_leaves_the_model_alone(kind: Any, values: dict[str, Any], match: str) -> None:
+    model = make("llama")
+    names = list(model.state_dict())
+    with pytest.raises(LitPeftError, match=match):
+        lit_peft.attach(model, kind(**values))
+    assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_without_known_layers_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(LitPeftError, match="target_modules"):
+        lit_peft.attach(model, AdapterPSettings())
+    lit_peft.attach(model, AdapterPSettings(placement="llm_adapters", target_modules=["0"], bottleneck_size=2))
+    assert lit_peft.trainable_parameters(model) == 16
+
+
+@pytest.mark.parametrize(("name", "version"), [("bert", "1.3.0"), ("gpt2", "1.3.0"), ("bert", "1.0.1")])
+def test_adapterhub_lora(name: str, version: str, tmp_path: Path) -> None:
+    """W + alpha/r · B A by hand; a fused projection has an update of its own for each of q, k and v."""
+    torch.manual_seed(0)
+    places = {
+        "bert": {f"bert.encoder.layer.1.attention.self.{part}": 1 for part in ("query", "value")},
+        "gpt2": {"transformer.h.0.attn.c_attn": 2, "transformer.h.1.mlp.c_fc": 1},
+    }[name]
+    r, alpha = 4, 12
+    model, reference, stored = make(name), make(name), {}
+    scale = 1.0 if version == "1.0.1" else alpha / r
+    for path, count in places.items():
+        weight = reference.get_submodule(path).weight.data
+        delta = weight if name == "bert" else weight.T
+        a = torch.randn(count * r, delta.shape[1])
+        b = torch.randn(delta.shape[0] // 3 * 2 if count == 2 else delta.shape[0], r)
+        stored[f"{path}.loras.ref.lora_A"], stored[f"{path}.loras.ref.lora_B"] = a, b
+        if count == 1:
+            delta += scale * b @ a
+        else:
+            third = delta.shape[0] // 3
+            delta[:third] += scale * b[:third] @ a[:r]
+            delta[2 * third :] += scale * b[third:] @ a[r:]
+    torch.save(stored, tmp_path / "pytorch_adapter.bin")
+    config = {"architecture": "lora", "r": r, "alpha": alpha, "attn_matrices": ["q", "v"], "use_gating": False}
+    text = json.dumps({"config": config, "name": "ref", "version": f"adapters.{version}"})
+    (tmp_path / "adapter_config.json").write_text(text)
+    inputs = batch(name)
+    with torch.no_grad():
+        close(lit_peft.load_adapter(model, tmp_path).eval()(**inputs).logits, reference(**inputs).logits)
+    (tmp_path / "adapter_config.json").write_text(text.replace('"use_gating": false', '"use_gating": true'))
+    with pytest.raises(LitPeftError, match="use_gating"):
+        lit_peft.load_adapter(make(name), tmp_path)
