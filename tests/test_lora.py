@@ -71,7 +71,7 @@ def test_gradients_equal_peft(dora: bool, targets: list[str], tmp_path: Path) ->
         name = name.replace("lora_magnitude", "lora_magnitude_vector")
         spellings = [name, name.replace("lora_", "lora_embedding_")]
         found = next(g for n, g in wanted.items() if any(n.startswith(s + ".default") for s in spellings))
-        torch.testing.assert_close(gradient, found, rtol=1e-4, atol=1e-5 * float(found.abs().max()))
+        torch.testing.assert_close(gradient, found, rtol=1e-5, atol=1e-5 * float(found.abs().max()))
 
 
 @pytest.mark.parametrize(
