@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from lit_peft.lazy import lazy_names
 
 _NAMES = {
     "PredictionWriter": "lit_peft.callbacks.prediction_writer",
@@ -11,9 +10,4 @@ _NAMES = {
     "TokenProgressBar": "lit_peft.callbacks.token_progress_bar",
 }
 __all__ = list(_NAMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(import_module(_NAMES[name]), name)
-    raise AttributeError(f"module 'lit_peft.callbacks' has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _NAMES)

@@ -6,6 +6,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lit_peft.methods.attachment import trainable_parameters
+
 
 class RunBanner(Callback):
     """Prints, when fitting starts, the base, method, trainable parameters, precision, devices and results folder.
@@ -17,8 +19,8 @@ class RunBanner(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         describe = getattr(pl_module, "describe", None)
         facts = describe() if callable(describe) else {}
-        trainable = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        total = facts.get("total") or sum(parameter.numel() for parameter in pl_module.parameters())
+        trainable = trainable_parameters(pl_module)
+        total = sum(parameter.numel() for parameter in pl_module.parameters())
         device = trainer.strategy.root_device.type
         lines = {
             "base": facts.get("base", ""),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from lit_peft.lazy import lazy_names
 
 _NAMES = {
     "AdapterH": "lit_peft.modules",
@@ -30,9 +29,4 @@ _NAMES = {
 }
 __all__ = list(_NAMES)
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(import_module(_NAMES[name]), name)
-    raise AttributeError(f"module 'lit_peft' has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _NAMES)

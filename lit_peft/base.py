@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError, closest
-from lit_peft.methods.attachment import MethodSettings, trainable_parameters
+from lit_peft.methods.attachment import MethodSettings
 from lit_peft.optim import SCHEDULES, make_optimizer, make_schedule
 from lit_peft.sources import BaseSource, hub_error, resolve_base
 from lit_peft.tasks import find_task
@@ -86,6 +86,7 @@ class BaseLM(pl.LightningModule):
         self.test_metrics = nn.ModuleDict()
         self.strict_loading = False
         self._tokenizer: Any = None
+        self._takes_positions = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -126,6 +127,7 @@ class BaseLM(pl.LightningModule):
             model.gradient_checkpointing_enable()
         self._attach(model, report["missing_keys"])
         self.model = model
+        self._takes_positions = self.task.causal and "position_ids" in inspect.signature(model.forward).parameters
         self.val_metrics, self.test_metrics = (nn.ModuleDict(self.task.metrics(config.num_labels)) for _ in range(2))
 
     def check(self) -> None:
@@ -146,9 +148,7 @@ class BaseLM(pl.LightningModule):
         except Exception as problem:
             raise hub_error(self.hparams.base, problem) from problem
         if self.task.labelled:
-            data = getattr(self._trainer, "datamodule", None)
-            if self.hparams.labels is None and self.hparams.num_labels is None:
-                self.hparams["labels"] = getattr(data, "label_names", None)
+            self.take_labels(getattr(self._trainer, "datamodule", None))
             if self.hparams.labels is not None:
                 config.id2label = dict(enumerate(map(str, self.hparams.labels)))
                 config.label2id = {name: at for at, name in config.id2label.items()}
@@ -159,6 +159,11 @@ class BaseLM(pl.LightningModule):
                 end = config.eos_token_id
                 config.pad_token_id = end[0] if isinstance(end, list) else end
         return config
+
+    def take_labels(self, data: Any) -> None:
+        """Take the labels' names from a data module, where the task needs them and the settings give none."""
+        if self.task.labelled and self.hparams.labels is None and self.hparams.num_labels is None:
+            self.hparams["labels"] = getattr(data, "label_names", None)
 
     def _hub_settings(self, attention: bool = True) -> dict[str, Any]:
         settings: dict[str, Any] = {"trust_remote_code": self.hparams.trust_remote_code}
@@ -196,8 +201,7 @@ class BaseLM(pl.LightningModule):
         Positions follow the attention mask, so that padding on the left changes nothing.
         """
         mask = batch.get("attention_mask")
-        takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        if self.task.causal and takes_positions and mask is not None and mask.dim() == 2:
+        if self._takes_positions and mask is not None and mask.dim() == 2:
             batch.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
         return self.model(**batch)
 
@@ -310,16 +314,9 @@ class BaseLM(pl.LightningModule):
         """Build the model before its tensors arrive."""
         self.configure_model()
 
-    def describe(self) -> dict[str, Any]:
-        """Return what a banner shows: base, task, method, trainable and total parameters."""
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        return {
-            "base": self.hparams.base,
-            "task": self.task.name,
-            "method": type(self).__name__,
-            "trainable": trainable_parameters(self.model),
-            "total": total,
-        }
+    def describe(self) -> dict[str, str]:
+        """Return what a banner shows: base, task and method."""
+        return {"base": self.hparams.base, "task": self.task.name, "method": type(self).__name__}
 
 
 def _transformers() -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lit_peft.errors import LitPeftError, causes, closest
 
@@ -50,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"lit-peft {lit_peft.__version__}")
             return 0
         if arguments[0] not in _COMMANDS:
-            raise LitPeftError(f"{arguments[0]!r} is not a command of lit-peft: the closest are {_near(arguments[0])}.")
-        _command(arguments[0])(arguments)
+            raise LitPeftError(
+                f"{arguments[0]!r} is not a command of lit-peft: the closest are {closest(arguments[0], _COMMANDS)}."
+            )
+        from lit_peft.lightning_cli import run
+
+        run(arguments)
     except ValueError as problem:
         # jsonargparse wraps what a class raises while it is built.
         ours = next((cause for cause in causes(problem) if isinstance(cause, LitPeftError)), None)
@@ -75,13 +78,3 @@ def _usage() -> str:
         "  --debug    show the whole traceback of an error (so does LIT_PEFT_DEBUG=1)\n"
         "  --version  print the version"
     )
-
-
-def _near(name: str) -> str:
-    return closest(name, _COMMANDS)
-
-
-def _command(name: str) -> Callable[[list[str]], Any]:
-    from lit_peft.lightning_cli import run
-
-    return run

@@ -61,9 +61,7 @@ class CLI(LightningCLI):
         """Check model and data, then build the trainer with what every run has: bar, banner, checkpoints."""
         if self.datamodule is not None:
             self.datamodule.setup(str(self.subcommand))
-        labels = getattr(self.datamodule, "label_names", None) if self.model.task.labelled else None
-        if labels is not None and self.model.hparams.labels is None and self.model.hparams.num_labels is None:
-            self.model.hparams["labels"] = labels
+        self.model.take_labels(self.datamodule)
         self.model.check()
         config = self.config_init[self.subcommand]
         given = config.trainer.callbacks or []
@@ -92,12 +90,11 @@ class CLI(LightningCLI):
         checkpoint = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
         best = checkpoint.best_model_path if checkpoint else ""
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        values = {name: value.item() for name, value in sorted(self.trainer.callback_metrics.items())}
         print()
         if self.trainer.interrupted:
             print("Training was interrupted; the last checkpoint is kept.")
-        for name, value in values.items():
-            print(f"{name:<18}{value:.4f}")
+        for name, value in sorted(self.trainer.callback_metrics.items()):
+            print(f"{name:<18}{value.item():.4f}")
         if best and checkpoint and checkpoint.monitor and checkpoint.best_model_score is not None:
             print(f"{'best ' + checkpoint.monitor:<18}{checkpoint.best_model_score.item():.4f}  ({best})")
         if not best:
@@ -171,15 +168,14 @@ def _readable(message: str) -> str:
     """Bring what jsonargparse reports to one paragraph that names the closest settings or classes."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     text = " ".join(line for line in lines if line and not _NOISE.match(line))
+    kinds = [*_subclasses(BaseLM), *_subclasses(LitDataModule)]
     unknown = re.search(r"Option '([^']+)' is not accepted", text)
     if unknown:
-        kinds = [*_subclasses(BaseLM), *_subclasses(LitDataModule)]
         names = [name for kind in kinds for name in inspect.signature(kind).parameters]
         near = closest(unknown[1], names)
         return f"{unknown[1]!r} is not a setting of the class it is given to: the closest are {near}."
     unknown = re.search(r"Expected a dot import path string: (\S+)", text)
     if unknown:
-        kinds = [*_subclasses(BaseLM), *_subclasses(LitDataModule)]
         return (
             f"{unknown[1]!r} is not a known class: the closest are {closest(unknown[1], [k.__name__ for k in kinds])}."
         )

@@ -16,13 +16,12 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_peft.disk import files_below, sync_folder
+from lit_peft.disk import files_below, whole_folder
 from lit_peft.errors import LitPeftError, causes, closest, first_line
 
 PACKAGE_PREFIX = "pkg:"
@@ -427,21 +426,15 @@ def _convert(file: Path, target: Path) -> None:
         flush=True,
     )
     start = time.monotonic()
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
     try:
-        _write_model(file, temporary)
-        # mkdtemp and safetensors write for the owner alone, which would hide a shared cache from others.
-        temporary.chmod(0o755)
-        for path in files_below(temporary):
-            path.chmod(0o644)
-        sync_folder(temporary)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not (target / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with whole_folder(target) as temporary:
+            _write_model(file, temporary)
+            # safetensors writes for the owner alone, which would hide a shared cache from others.
+            for path in files_below(temporary):
+                path.chmod(0o644)
+    except OSError:
+        if not (target / "config.json").is_file():
+            raise
     print(f"lit-peft: kept in {target} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
 
 

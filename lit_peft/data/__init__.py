@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from lit_peft.lazy import lazy_names
 
 _NAMES = {
     "CausalLMData": "lit_peft.data.causal_lm",
@@ -11,9 +10,4 @@ _NAMES = {
     "TextClassificationData": "lit_peft.data.text_classification",
 }
 __all__ = list(_NAMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(import_module(_NAMES[name]), name)
-    raise AttributeError(f"module 'lit_peft.data' has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _NAMES)

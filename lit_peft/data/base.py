@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.files import column_values, is_file, read_file, read_hub, require_columns
 from lit_peft.data.sampling import SeededSampler
-from lit_peft.data.splits import carve, first_of_each, limited, matching
+from lit_peft.data.splits import carve, first_of_each, limited, matching, normalized
 from lit_peft.data.tokenization import load_tokenizer, tokenizer_digest, with_padding
 from lit_peft.errors import LitPeftError, closest
 
@@ -182,6 +182,25 @@ class LitDataModule(pl.LightningDataModule):
             )
         if self.padding_side not in (None, "left", "right"):
             raise LitPeftError(f"data.padding_side is {self.padding_side!r}; use 'left' or 'right'.")
+
+    # ------------------------------------------------------------------------- what tasks on text share
+
+    def text_key(self, table: Dataset, columns: Iterable[str | None]) -> Callable[[int], Hashable]:
+        """Return a function row number -> the texts of those columns (None: no column), normalized."""
+        values = [column_values(table, column) for column in columns if column]
+        return lambda row: tuple(normalized(str(column[row])) for column in values)
+
+    def require_text(self, rows: Rows, columns: Iterable[str | None]) -> None:
+        """Check that every row has a text in each of those columns (None: no column).
+
+        Raises:
+            LitPeftError: names the first row without.
+        """
+        for column in filter(None, columns):
+            texts = column_values(rows.table, column)
+            for row in rows.numbers:
+                if texts[row] is None or not str(texts[row]).strip():
+                    raise LitPeftError(f"{rows.where(row)} has no text in column {column!r}; remove the row.")
 
     # ----------------------------------------------------------------------- what a task must provide
 
@@ -377,9 +396,7 @@ class LitDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fill the caches on one process per machine, so that the others only read them."""
-        state = self.trainer.state.fn if self.trainer is not None else None
-        stage = str(getattr(state, "value", state)) if state is not None else "fit"
-        self.setup(stage)
+        self.setup((self.trainer.state.fn if self.trainer is not None else None) or "fit")
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenize what a stage needs; calling it again does nothing.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.collate import IGNORE, PadCollator
 from lit_peft.data.files import column_values
-from lit_peft.data.splits import normalized
 from lit_peft.errors import LitPeftError
 
 if TYPE_CHECKING:
@@ -67,19 +67,14 @@ class CausalLMData(LitDataModule):
 
     def duplicate_key(self, table: Dataset) -> Callable[[int], Hashable]:
         """The text, or the prompt."""
-        names = [self.text_column] if self.completion_column is None else self._prompt_columns
-        values = [column_values(table, name) for name in names]
-        return lambda row: tuple(normalized(str(column[row])) for column in values)
+        return self.text_key(table, [self.text_column] if self.completion_column is None else self._prompt_columns)
 
     def check_rows(self, rows: Rows, split: Split) -> Rows:
         """Every row needs a text, or a completion."""
-        required = self.text_column if self.completion_column is None else self.completion_column
-        if self.completion_column is not None and split == "predict":
-            return rows
-        texts = column_values(rows.table, required)
-        for row in rows.numbers:
-            if texts[row] is None or not str(texts[row]).strip():
-                raise LitPeftError(f"{rows.where(row)} has no text in column {required!r}; remove the row.")
+        if self.completion_column is None:
+            self.require_text(rows, [self.text_column])
+        elif split != "predict":
+            self.require_text(rows, [self.completion_column])
         return rows
 
     def encode(self, rows: Rows, split: Split) -> Any:
@@ -112,8 +107,9 @@ class CausalLMData(LitDataModule):
 
     def collator(self, split: Split) -> PadCollator:
         """As `LitDataModule.collator`, but prompts are padded on the left, to be continued."""
-        side = self.padding_side or ("left" if split == "predict" else "right")
-        return PadCollator(self.tokenizer.pad_token_id, side, self.pad_to_multiple_of)
+        collator = super().collator(split)
+        prompts = split == "predict" and self.padding_side is None
+        return replace(collator, padding_side="left") if prompts else collator
 
 
 def encode_text(

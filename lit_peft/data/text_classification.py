@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.files import column_values
-from lit_peft.data.splits import normalized
 from lit_peft.errors import LitPeftError, closest
 
 if TYPE_CHECKING:
@@ -110,17 +109,11 @@ class TextClassificationData(LitDataModule):
 
     def duplicate_key(self, table: Dataset) -> Callable[[int], Hashable]:
         """The text or the pair, whatever its label."""
-        columns = [column for column in (self.text_column, self.text_pair_column) if column]
-        values = [column_values(table, column) for column in columns]
-        return lambda row: tuple(normalized(str(column[row])) for column in values)
+        return self.text_key(table, (self.text_column, self.text_pair_column))
 
     def check_rows(self, rows: Rows, split: Split) -> Rows:
         """Every row needs a text, and a label that training has seen."""
-        for column in filter(None, (self.text_column, self.text_pair_column)):
-            texts = column_values(rows.table, column)
-            for row in rows.numbers:
-                if texts[row] is None or not str(texts[row]).strip():
-                    raise LitPeftError(f"{rows.where(row)} has no text in column {column!r}; remove the row.")
+        self.require_text(rows, (self.text_column, self.text_pair_column))
         if split != "predict":
             values = self._labels_of(rows.table)
             for row in rows.numbers:

@@ -7,7 +7,6 @@ configuration cannot say (LLM-Adapters' placement, no biases, trained norms) sta
 from __future__ import annotations
 
 import dataclasses
-import json
 import pickle
 import re
 from pathlib import Path
@@ -19,14 +18,15 @@ from torch import Tensor, nn
 
 from lit_peft.architectures import has_module, layer_stacks
 from lit_peft.errors import LitPeftError
+from lit_peft.formats.files import fill, write_json
 from lit_peft.methods.adapter_h import AdapterHSettings
 from lit_peft.methods.adapter_p import AdapterPSettings
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
 from lit_peft.methods.bottleneck import BottleneckSettings, roles
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.parallel import ParallelSettings
-from lit_peft.methods.targets import linear_features
 from lit_peft.nn.bottleneck import Bottleneck
+from lit_peft.nn.linear import linear_features
 from lit_peft.nn.lora import LoRALayer
 
 _METHODS: dict[str, type[BottleneckSettings]] = {
@@ -142,8 +142,8 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
             if name not in attachment.saved:
                 attachment.train(name)
         places = _places(attachment, str(config.get("name") or ""))
-        _fill(_plain(places, model), _plain(stored, model), folder)
-        _fill(dict(attachment.saved), head, folder)
+        fill(_plain(places, model), _plain(stored, model), folder)
+        fill(dict(attachment.saved), head, folder)
     except BaseException:
         detach(model)
         raise
@@ -207,18 +207,14 @@ def write(model: nn.Module, folder: Path, name: str = "default", own: bool = Tru
     }
     if own:
         config["lit_peft"] = {"method": settings.method, **dataclasses.asdict(settings)}
-    _write_json(folder / "adapter_config.json", config)
+    write_json(folder / "adapter_config.json", config)
     # AdapterHub keeps one LayerNorm under two names; a safetensors file wants two tensors.
     tensors = {key: place.detach().clone() for key, place in _places(attachment, name).items()}
     save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
     if attachment.saved:
-        _write_json(folder / "head_config.json", {**config, "config": None, "name": None})
+        write_json(folder / "head_config.json", {**config, "config": None, "name": None})
         head = {key: place.detach().clone() for key, place in attachment.saved.items()}
         save_file(head, folder / "model_head.safetensors", metadata={"format": "pt"})
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _own_settings(config: dict[str, Any], folder: Path) -> BottleneckSettings:
@@ -353,16 +349,3 @@ def _plain(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     prefix = getattr(model, "base_model_prefix", "") + "."
     old = re.compile(r"(attention|layer)_text_(task|lang)_adapters\.")
     return {old.sub("adapters.", name.removeprefix(prefix)): tensor for name, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def _fill(places: dict[str, Tensor], stored: dict[str, Tensor], folder: Path) -> None:
-    missing, extra = sorted(set(places) - set(stored)), sorted(set(stored) - set(places))
-    if missing or extra:
-        raise LitPeftError(f"{folder} does not fit this model: missing {missing[:3]}, unexpected {extra[:3]}.")
-    for name, place in places.items():
-        if stored[name].shape != place.shape:
-            raise LitPeftError(
-                f"{folder}: {name} has shape {tuple(stored[name].shape)}, and this model needs {tuple(place.shape)}."
-            )
-        place.copy_(stored[name])

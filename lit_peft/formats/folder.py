@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lit_peft.disk import sync_folder
+from lit_peft.disk import whole_folder
 from lit_peft.errors import LitPeftError
 from lit_peft.formats import adapterhub, peft
 from lit_peft.methods.attachment import Model, attachment_of
@@ -87,15 +85,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LitPeftError(f"{folder} exists and is not an empty folder: give a new one.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as temporary:
         yield temporary
-        sync_folder(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lit_peft.errors import LitPeftError
+from lit_peft.formats.files import fill, write_json
 from lit_peft.methods.attachment import Attachment, Model, attach, attachment_of, base_name, detach
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.nn.lora import LoRAEmbedding
@@ -106,8 +106,7 @@ def write(model: nn.Module, folder: Path) -> None:
     )
     tensors = {f"{_PREFIX}{name}": place.detach().contiguous() for name, place in _places(attachment).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "adapter_config.json", config)
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -133,20 +132,8 @@ def _places(attachment: Attachment) -> dict[str, torch.Tensor]:
     return places
 
 
-@torch.no_grad()
 def _fill(model: nn.Module, stored: dict[str, torch.Tensor], folder: Path) -> None:
-    attachment = attachment_of(model)
-    places = _places(attachment)
     found = {base_name(name.removeprefix(_PREFIX)): tensor for name, tensor in stored.items()}
     # peft stores the whole module of a vocabulary-sized target; what was not trained is the base's own.
     own = {base_name(name) for name in model.state_dict()}
-    missing = sorted(set(places) - set(found))
-    extra = sorted(set(found) - set(places) - own)
-    if missing or extra:
-        raise LitPeftError(f"{folder} does not fit this model: missing {missing[:3]}, unexpected {extra[:3]}.")
-    for name, place in places.items():
-        if found[name].shape != place.shape:
-            raise LitPeftError(
-                f"{folder}: {name} has shape {tuple(found[name].shape)}, and this model needs {tuple(place.shape)}."
-            )
-        place.copy_(found[name])
+    fill(_places(attachment_of(model)), found, folder, ignored=own)

@@ -36,7 +36,6 @@ class HeadOnlySettings(MethodSettings):
     """Settings of training the task's head on the frozen model: there are none of its own."""
 
     method: ClassVar[str] = "head_only"
-    learning_rate: ClassVar[float] = 1e-3
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
         """Add nothing; a language model, which has no task head, trains its output projection."""

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import nn
 
 from lit_peft.architectures import Layer, Sublayer, has_module, layer_stacks
 from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
-from lit_peft.methods.targets import find_targets, is_linear, linear_features
+from lit_peft.methods.targets import find_targets, is_linear
 from lit_peft.nn.bottleneck import Bottleneck, InitBottleneck, SublayerAdapter, check
+from lit_peft.nn.linear import adapter_dtype, linear_features
 
 
 @dataclass(frozen=True)
@@ -249,8 +249,6 @@ class BottleneckSettings(MethodSettings):
     def _bottleneck(self, near: nn.Module) -> dict[str, Any]:
         """The settings of the bottleneck itself, its parameters on the device of the module it adapts."""
         weight = next(near.parameters())
-        # Half-precision bases keep fp32 adapters: small updates vanish in bf16's 8 bits of mantissa.
-        dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
         return {
             "non_linearity": self.value("non_linearity"),
             "bias": self.value("bias"),
@@ -262,7 +260,7 @@ class BottleneckSettings(MethodSettings):
             "ln_after": self.ln_after,
             "adapter_residual_before_ln": self.adapter_residual_before_ln,
             "device": weight.device,
-            "dtype": dtype,
+            "dtype": adapter_dtype(weight),
         }
 
 

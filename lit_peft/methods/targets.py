@@ -28,14 +28,6 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit", "Linear8bitLt")
 
 
-def linear_features(module: nn.Module) -> tuple[int, int]:
-    """The widths of a linear layer's input and output, however it stores its weight."""
-    if isinstance(module.__dict__.get("in_features"), int):
-        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    rows, columns = module.get_parameter("weight").shape
-    return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
-
-
 def default_targets(model: nn.Module) -> list[str]:
     """The names of the query and value projections, or of the fused one, in this model.
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
+from lit_peft.nn.linear import adapter_dtype, linear_features
 
 InitLoRA = Literal["kaiming", "gaussian", "pissa", "olora"]
 
@@ -71,9 +72,7 @@ class LoRALayer(nn.Module):
         self.lora_dropout = lora_dropout
         self._unmerged_weight: Tensor | None = None
         weight = self.weight
-        floating = weight.dtype if weight.is_floating_point() else torch.float32
-        # Half-precision bases keep fp32 adapters: small updates vanish in bf16's 8 bits of mantissa.
-        dtype = torch.float32 if floating in (torch.float16, torch.bfloat16) else floating
+        dtype = adapter_dtype(weight)
         self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, dtype=dtype, device=weight.device))
         self.lora_magnitude: nn.Parameter | None = None
@@ -219,11 +218,7 @@ class LoRALinear(LoRALayer):
         if fan_in_fan_out is None:
             fan_in_fan_out = type(base_layer).__name__ == "Conv1D"
         self.fan_in_fan_out = fan_in_fan_out
-        if hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features"):
-            d_in, d_out = int(base_layer.in_features), int(base_layer.out_features)  # type: ignore[arg-type]
-        else:
-            rows, columns = base_layer.get_parameter("weight").shape
-            d_in, d_out = (rows, columns) if fan_in_fan_out else (columns, rows)
+        d_in, d_out = linear_features(base_layer, fan_in_fan_out)
         super().__init__(base_layer, d_in, d_out, **settings)  # type: ignore[arg-type]
 
     def dense_weight(self) -> Tensor:

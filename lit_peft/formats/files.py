@@ -1,0 +1,44 @@
+"""What the formats share: copying stored tensors into a model, and writing settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_peft.errors import LitPeftError
+
+
+@torch.no_grad()
+def fill(
+    places: Mapping[str, Tensor], stored: Mapping[str, Tensor], folder: Path, ignored: Collection[str] = ()
+) -> None:
+    """Copy each stored tensor into its place.
+
+    Args:
+        places: the model's tensors by name.
+        stored: the folder's tensors by name.
+        folder: where they come from, for messages.
+        ignored: names that may be stored without having a place.
+
+    Raises:
+        LitPeftError: a tensor is missing, has no place, or has another shape than its place.
+    """
+    missing, extra = sorted(set(places) - set(stored)), sorted(set(stored) - set(places) - set(ignored))
+    if missing or extra:
+        raise LitPeftError(f"{folder} does not fit this model: missing {missing[:3]}, unexpected {extra[:3]}.")
+    for name, place in places.items():
+        if stored[name].shape != place.shape:
+            raise LitPeftError(
+                f"{folder}: {name} has shape {tuple(stored[name].shape)}, and this model needs {tuple(place.shape)}."
+            )
+        place.copy_(stored[name])
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write settings in a fixed order, readable."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
