@@ -1,0 +1,118 @@
+"""Tiny random models of every architecture, and what tests do with them."""
+
+from __future__ import annotations
+
+import copy
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+GOLDEN = Path(os.environ.get("LIT_PEFT_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
+
+SHAPE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+GPT = {"n_layer": 2, "n_embd": 32, "n_head": 4}
+SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+T5 = {"num_layers": 2, "d_model": 32, "d_ff": 48, "num_heads": 4, "d_kv": 8, "decoder_start_token_id": 0}
+GROUPED = {**SHAPE, "num_key_value_heads": 2}
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "mistral": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": {**GROUPED, "head_dim": 16},
+    "gemma": {**GROUPED, "head_dim": 16},
+    "phi": SHAPE,
+    "phi3": {**GROUPED, "pad_token_id": 0},
+    "gpt2": GPT,
+    "gpt_neox": SHAPE,
+    "gpt_neox serial": {**SHAPE, "use_parallel_residual": False},
+    "gptj": {**GPT, "rotary_dim": 4},
+    "opt": {**SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "opt post-LN": {**SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    "bloom": {"n_layer": 2, "hidden_size": 32, "n_head": 4},
+    "bloom normed": {
+        "n_layer": 2,
+        "hidden_size": 32,
+        "n_head": 4,
+        "apply_residual_connection_post_layernorm": True,
+    },
+    "falcon": SHAPE,
+    "falcon new": {**GROUPED, "num_kv_heads": 2, "new_decoder_architecture": True},
+    "falcon serial": {**SHAPE, "parallel_attn": False, "alibi": True},
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": SHAPE,
+    "roberta": SHAPE,
+    "distilbert": {"n_layers": 2, "dim": 32, "n_heads": 4, "hidden_dim": 48},
+    "deberta-v2": {**SHAPE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "electra": {**SHAPE, "embedding_size": 16},
+    "modernbert": {**SHAPE, "pad_token_id": 0},
+}
+SEQ2SEQS: dict[str, dict[str, Any]] = {
+    "t5": T5,
+    "mt5": {**T5, "feed_forward_proj": "gated-gelu"},
+    "bart": SEQ2SEQ,
+    "mbart": SEQ2SEQ,
+    "marian": SEQ2SEQ,
+}
+ALL = {**DECODERS, **ENCODERS, **SEQ2SEQS}
+AUTO = {
+    **dict.fromkeys(DECODERS, transformers.AutoModelForCausalLM),
+    **dict.fromkeys(ENCODERS, transformers.AutoModelForSequenceClassification),
+    **dict.fromkeys(SEQ2SEQS, transformers.AutoModelForSeq2SeqLM),
+}
+
+
+@cache
+def _made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    settings = {"vocab_size": 61, "max_position_embeddings": 64, "eos_token_id": None, **ALL[name]}
+    config = transformers.AutoConfig.for_model(name.split()[0], **settings)
+    model = AUTO[name].from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Away from the start, where norms are ones and biases zeros.
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def make(name: str) -> Any:
+    return copy.deepcopy(_made(name))
+
+
+def batch(name: str) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(3, 61, (2, 7))
+    mask = torch.ones_like(ids)
+    if name in DECODERS:
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    labels = torch.tensor([0, 1]) if name in ENCODERS else torch.randint(3, 61, (2, 5))
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def scramble(model: nn.Module) -> None:
+    """Move every trained parameter away from its start."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance * float(expected.abs().max()), rtol=0)
