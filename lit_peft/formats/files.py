@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lit_peft.errors import LitPeftError
 
+EXTRA = "lit_peft.json"
+
 
 @torch.no_grad()
 def fill(
@@ -42,3 +44,24 @@ def fill(
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write settings in a fixed order, readable."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_extra(folder: Path, values: Mapping[str, Any]) -> None:
+    """Keep settings that the format's own library does not know in `lit_peft.json`, beside what is there already."""
+    if values:
+        write_json(folder / EXTRA, {**read_extra(folder), **values})
+
+
+def read_extra(folder: Path) -> dict[str, Any]:
+    """The settings in a folder's `lit_peft.json`; none where another library wrote the folder.
+
+    Raises:
+        LitPeftError: the file is not valid JSON.
+    """
+    try:
+        values = json.loads((folder / EXTRA).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as problem:
+        raise LitPeftError(f"{folder / EXTRA} is not valid JSON ({problem}).") from None
+    return dict(values)

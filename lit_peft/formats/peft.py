@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.formats import peft_lora
-from lit_peft.formats.files import write_json
+from lit_peft.formats.files import read_extra, write_extra, write_json
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
 
 # These change nothing in how the stored weights act, whatever the method.
@@ -44,13 +44,16 @@ class Kind(Protocol):
         """Whether it is the one to write a method with these settings."""
 
     def settings(self, model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]) -> MethodSettings:
-        """The settings to attach with, from a folder's configuration and tensors."""
+        """The settings to attach with, from a folder's configuration and tensors.
+
+        `config["lit_peft"]` holds what `lit_peft.json` says beside peft's own settings; nothing in peft's own folders.
+        """
 
     def fill(self, model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
         """Copy the folder's tensors into what was attached."""
 
     def config(self, model: nn.Module, attachment: Attachment) -> dict[str, Any]:
-        """The configuration to write, `peft_type` included."""
+        """The configuration to write, `peft_type` included; what peft does not know under `lit_peft`."""
 
     def tensors(self, attachment: Attachment) -> dict[str, Tensor]:
         """The tensors to write, by peft's names."""
@@ -81,7 +84,7 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
     if not weights.is_file():
         raise LitPeftError(f"{folder} has no adapter_model.safetensors: give the folder that peft's save wrote.")
     stored = load_file(weights)
-    attach(model, kind.settings(model, config, stored))
+    attach(model, kind.settings(model, {**config, "lit_peft": read_extra(folder)}, stored))
     try:
         kind.fill(model, stored, folder)
     except BaseException:
@@ -106,6 +109,7 @@ def write(model: nn.Module, folder: Path) -> None:
         "inference_mode": True,
         **kind.config(model, attachment),
     }
+    write_extra(folder, config.pop("lit_peft", {}))
     tensors = {name: tensor.detach().contiguous() for name, tensor in kind.tensors(attachment).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", config)
