@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 import lit_peft.data
 import lit_peft.modules
@@ -59,6 +59,7 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Check model and data, then build the trainer with what every run has: bar, banner, checkpoints."""
+        self._check_checkpoint()
         if self.datamodule is not None:
             self.datamodule.setup(str(self.subcommand))
         self.model.take_labels(self.datamodule)
@@ -78,6 +79,15 @@ class CLI(LightningCLI):
         if logger is None or logger is True:
             kwargs["logger"] = CSVLogger(config.trainer.default_root_dir or RUNS, name=None)
         return super().instantiate_trainer(callbacks=[*given, *extra], **kwargs)
+
+    def _check_checkpoint(self) -> None:
+        """Refuse a checkpoint that is not there, and say where testing without one is testing what is not trained."""
+        path = self.config_init[self.subcommand].get("ckpt_path")
+        named = path is not None and path not in ("last", "best", "hpc") and "://" not in path
+        if named and not path.startswith("registry") and not Path(path).exists():
+            raise LitPeftError(f"ckpt_path={path!r} does not exist: give the checkpoint that `lit-peft fit` wrote.")
+        if path is None and self.subcommand != "fit":
+            rank_zero_warn(f"No ckpt_path is given, so {self.subcommand} runs on the method as it starts, untrained.")
 
     def _checkpoint(self) -> ModelCheckpoint:
         validates = "validation" in getattr(self.datamodule, "rows", {})
@@ -169,6 +179,14 @@ def _readable(message: str) -> str:
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     text = " ".join(line for line in lines if line and not _NOISE.match(line))
     kinds = [*_subclasses(BaseLM), *_subclasses(LitDataModule)]
+    missing = re.search(r"arguments are required: (.+)", text)
+    if missing:
+        options = ", ".join("--" + name.rpartition(".")[2] for name in missing[1].split(", "))
+        return (
+            f"{options} must be given, on the command line or by a --config file, e.g. "
+            "`lit-peft fit --config configs/quickstart.yaml`."
+        )
+    text = re.sub(r'Parser key "[^"]+": (?=Parser key )', "", text)
     unknown = re.search(r"Option '([^']+)' is not accepted", text)
     if unknown:
         names = [name for kind in kinds for name in inspect.signature(kind).parameters]

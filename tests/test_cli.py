@@ -67,6 +67,7 @@ def test_fit_then_test_then_predict(encoder: Path, reviews: Path, tmp_path: Path
         (["--data.train", "EMPTY"], "empty"),
         (["--model.base", "NO_WEIGHTS"], "no weights"),
         (["--config", "KEY"], "'modle'"),
+        (["--ckpt_path", "none.ckpt"], "'none.ckpt' does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -107,6 +108,21 @@ def test_help_is_quick() -> None:
 
     pairs = [(seconds(COMMAND, "--help"), seconds(sys.executable, "-c", "import torch")) for _ in range(3)]
     assert min(shown / torch for shown, torch in pairs) < 2.5
+
+
+def test_what_must_be_given(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    assert main(["fit"]) == 2
+    assert "--data, --model must be given" in capsys.readouterr().err
+
+
+def test_testing_without_a_checkpoint_is_said(
+    encoder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    with pytest.warns(UserWarning, match="untrained"):
+        assert main(["test", *settings(encoder, reviews)]) == 0
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
