@@ -7,7 +7,9 @@ from lit_peft.methods.adapter_h import AdapterHMixin
 from lit_peft.methods.adapter_p import AdapterPMixin
 from lit_peft.methods.baselines import FullFineTuningMixin, HeadOnlyMixin
 from lit_peft.methods.lora import LoRAMixin
+from lit_peft.methods.p_tuning import PTuningMixin
 from lit_peft.methods.parallel import ParallelMixin
+from lit_peft.methods.prompt_tuning import PromptTuningMixin
 
 
 class LoRA(LoRAMixin, BaseLM):
@@ -32,3 +34,11 @@ class AdapterP(AdapterPMixin, BaseLM):
 
 class Parallel(ParallelMixin, BaseLM):
     """A bottleneck beside the FFN (He et al. 2021, arXiv:2110.04366)."""
+
+
+class PromptTuning(PromptTuningMixin, BaseLM):
+    """Trained embeddings in front of the input (Lester et al. 2021, arXiv:2104.08691)."""
+
+
+class PTuning(PTuningMixin, BaseLM):
+    """Virtual tokens computed by a bi-LSTM, in front or in a template (Liu et al. 2021, arXiv:2103.10385)."""

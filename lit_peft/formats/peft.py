@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
-from lit_peft.formats import peft_lora
+from lit_peft.formats import peft_lora, peft_prompt
 from lit_peft.formats.files import read_extra, write_extra, write_json
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
 
@@ -59,7 +59,11 @@ class Kind(Protocol):
         """The tensors to write, by peft's names."""
 
 
-KINDS: dict[str, Kind] = {"LORA": peft_lora}
+KINDS: dict[str, Kind] = {
+    "LORA": peft_lora,
+    "PROMPT_TUNING": peft_prompt.PROMPT_TUNING,
+    "P_TUNING": peft_prompt.P_TUNING,
+}
 
 
 def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:

@@ -1,0 +1,113 @@
+"""Prompt Tuning and P-Tuning in peft's format: one tensor of virtual tokens, computed to the end, and the head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_peft.errors import LitPeftError
+from lit_peft.formats.files import fill as fill_places
+from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
+from lit_peft.methods.p_tuning import PTuningSettings
+from lit_peft.methods.prompt_tuning import PromptTuningSettings
+from lit_peft.methods.soft_prompt import SoftPromptSettings
+from lit_peft.nn.prompt import PromptEncoder, SoftPrompt
+
+_PREFIX = "base_model."
+_PROMPT = "prompt_embeddings"
+_OWN = ("positions", "prompt_token_id")
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+class PromptKind:
+    """Reads and writes the folders of one of the two `peft_type`s."""
+
+    def __init__(self, peft_type: str, settings_class: type[SoftPromptSettings], own: set[str]) -> None:
+        self.peft_type = peft_type
+        self.settings_class = settings_class
+        self.READ = {"num_virtual_tokens", "num_transformer_submodules", "modules_to_save", *own}
+        # The stored tensor says these too, or they are about how it came to be.
+        self.NEUTRAL = {
+            "num_attention_heads",
+            "num_layers",
+            "prompt_tuning_init",
+            "prompt_tuning_init_text",
+            "token_dim",
+            "tokenizer_kwargs",
+            "tokenizer_name_or_path",
+        }
+
+    def writes(self, settings: MethodSettings) -> bool:
+        """Whether the settings are this method's."""
+        return isinstance(settings, self.settings_class)
+
+    def settings(self, model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]) -> SoftPromptSettings:
+        """The settings in a folder's configuration; positions as peft counts them, where peft wrote it."""
+        if _PROMPT not in stored:
+            raise LitPeftError(f"adapter_model.safetensors has no tensor {_PROMPT}: it is not one that peft saved.")
+        values = {name: value for name, value in config.items() if name in self.READ and value is not None}
+        values["num_transformer_submodules"] = max(1, len(stored[_PROMPT]) // config["num_virtual_tokens"])
+        if self.settings_class is PromptTuningSettings:
+            values["prompt_tuning_init"] = "RANDOM"
+        own = {"positions": "sequence", **config["lit_peft"]}
+        return self.settings_class(**values, **{name: own[name] for name in _OWN if name in own})
+
+    def fill(self, model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
+        """Copy a folder's tensors into what was attached; what computed the virtual tokens is not needed any more."""
+        attachment = attachment_of(model)
+        prompt = _prompt(attachment)
+        prompt.fold()
+        found = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
+        # peft stores a head whole; what was not trained is the base's own.
+        fill_places({**attachment.saved, _PROMPT: prompt.embedding.weight}, found, folder)
+
+    def config(self, model: nn.Module, attachment: Attachment) -> dict[str, Any]:
+        """The configuration of what is attached."""
+        settings = attachment.settings
+        assert isinstance(settings, SoftPromptSettings)
+        top: Any = model
+        name, encoder_decoder = type(model).__name__, bool(getattr(top.config, "is_encoder_decoder", False))
+        task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+        if task is None and top.can_generate():
+            task = "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
+        config = top.config.get_text_config()
+        own = {key: getattr(settings, key) for key in _OWN}
+        dim = _prompt(attachment).embedding.weight.shape[1]
+        values = {key: getattr(settings, key) for key in self.READ}
+        if "encoder_hidden_size" in values:
+            values["encoder_hidden_size"] = values["encoder_hidden_size"] or max(1, dim // 2)
+        return {
+            **values,
+            "peft_type": self.peft_type,
+            "task_type": task or "FEATURE_EXTRACTION",
+            "modules_to_save": list(settings.modules_to_save) if settings.modules_to_save else None,
+            "token_dim": dim,
+            "num_layers": getattr(config, "num_hidden_layers", None),
+            "num_attention_heads": getattr(config, "num_attention_heads", None),
+            "lit_peft": {} if own["positions"] == "sequence" else {k: v for k, v in own.items() if v is not None},
+        }
+
+    def tensors(self, attachment: Attachment) -> dict[str, Tensor]:
+        """The virtual tokens, and the trained modules by peft's names."""
+        head = {f"{_PREFIX}{path}": value for path, value in attachment.saved.items()}
+        return {_PROMPT: _prompt(attachment).folded(), **head}
+
+
+def _prompt(attachment: Attachment) -> SoftPrompt | PromptEncoder:
+    prompt: Any = attachment.adapted["prompt_encoder"]
+    found: SoftPrompt | PromptEncoder = prompt
+    return found
+
+
+PROMPT_TUNING = PromptKind("PROMPT_TUNING", PromptTuningSettings, set())
+P_TUNING = PromptKind(
+    "P_TUNING",
+    PTuningSettings,
+    {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"},
+)

@@ -1,0 +1,292 @@
+"""What Prompt Tuning and P-Tuning share: virtual tokens among the input embeddings of any transformers model."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_peft.errors import LitPeftError
+from lit_peft.methods.attachment import Attachment, MethodSettings
+from lit_peft.nn.prompt import PromptEncoder, SoftPrompt
+
+_NAME = "prompt_encoder"
+
+
+@dataclass(frozen=True)
+class SoftPromptSettings(MethodSettings):
+    """Settings of the methods that put virtual tokens among the input embeddings.
+
+    Args:
+        num_virtual_tokens: v, how many virtual tokens.
+        prompt_token_id: the id of a token that stands for a virtual token. Each row of `input_ids` then holds it v
+            times, wherever the template has a virtual token, and the virtual tokens take these places in their order.
+            None puts all of them in front.
+        positions: `mask` counts positions over the tokens that the attention mask shows, so that padding on either
+            side changes nothing; `sequence` does as peft, which counts the padding too and hides the ids from the
+            model. Folders that peft wrote are read with `sequence`.
+        num_transformer_submodules: 2 keeps twice the rows, as peft does for encoder-decoders. The encoder uses the
+            first half.
+    """
+
+    num_virtual_tokens: int = 20
+    prompt_token_id: int | None = None
+    positions: Literal["mask", "sequence"] = "mask"
+    num_transformer_submodules: int = 1
+    learning_rate: ClassVar[float] = 1e-2
+
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens <= 0:
+            raise LitPeftError(f"num_virtual_tokens={self.num_virtual_tokens}: give a positive number, e.g. 20.")
+        if self.positions not in ("mask", "sequence"):
+            raise LitPeftError(f"positions={self.positions!r} is not known: use 'mask' or 'sequence'.")
+        if self.num_transformer_submodules not in (1, 2):
+            raise LitPeftError(f"num_transformer_submodules={self.num_transformer_submodules}: give 1, or 2 as peft.")
+        if self.prompt_token_id is not None and self.positions == "sequence":
+            raise LitPeftError(
+                f"prompt_token_id={self.prompt_token_id} marks the places of the virtual tokens, and peft, whose "
+                "positions='sequence' are, only has them in front: leave positions out."
+            )
+
+    @property
+    def rows(self) -> int:
+        """How many embeddings are stored."""
+        return self.num_virtual_tokens * self.num_transformer_submodules
+
+    def make_prompt(self, model: nn.Module, embeddings: nn.Module) -> SoftPrompt | PromptEncoder:
+        """The module that gives the virtual tokens' embeddings, [rows, d], for these input embeddings."""
+        raise NotImplementedError
+
+    def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
+        """Add the prompt, and the hooks that let the model see it."""
+        placement = _Placement(model, self)
+        prompt = self.make_prompt(model, placement.embeddings)
+        attachment.add(_NAME, prompt)
+        placement.register(prompt, attachment)
+
+
+class _Placement:
+    """Shows the virtual tokens to a model, and hides from its caller that its sequences are longer inside.
+
+    The host is the module whose inputs are made longer, and whose output is cut back: the encoder of an
+    encoder-decoder, whose output stays long for the cross-attention; a sequence classifier itself, whose head pools
+    over the long sequence; of other models the part without the head, so that any head and loss sees the user's
+    tokens alone. Only a causal model's own loss sees one position more: the last virtual token predicts the first
+    token, as in peft.
+
+    With a cache that has entries the virtual tokens are among them, and only the mask and positions are extended.
+    """
+
+    def __init__(self, model: nn.Module, settings: SoftPromptSettings) -> None:
+        self.settings = settings
+        self.front = 0 if settings.prompt_token_id is not None else settings.num_virtual_tokens
+        config: Any = getattr(model, "config", None)
+        if not hasattr(model, "get_input_embeddings") or config is None:
+            raise LitPeftError(
+                f"{type(model).__name__} is not a transformers model, so its input embeddings are not known: attach to "
+                "the transformers model inside of it."
+            )
+        top: Any = model
+        self.decoder: nn.Module | None = None
+        self.host: Any
+        if getattr(config, "is_encoder_decoder", False):
+            self.host, self.decoder = top.get_encoder(), top.get_decoder()
+            if self.host is top:
+                raise LitPeftError(f"{type(model).__name__} has no encoder to put virtual tokens in front of.")
+        else:
+            self.host = top if type(model).__name__.endswith("ForSequenceClassification") else top.base_model
+        self.cuts = self.decoder is None and not type(self.host).__name__.endswith("ForSequenceClassification")
+        self.loses = self.cuts and self.host is not top and top.can_generate()
+        self.names = list(inspect.signature(self.host.forward).parameters)
+        self.top_names = list(inspect.signature(top.forward).parameters)
+        self.counts = settings.positions == "mask" and "position_ids" in self.names and _is_causal(config)
+        embeddings = self.host.get_input_embeddings()
+        if not isinstance(getattr(embeddings, "weight", None), Tensor):
+            raise LitPeftError(
+                f"{type(model).__name__} has no input embeddings of tokens ({type(embeddings).__name__}), so that "
+                "virtual tokens have no place in it: use a method that adapts layers, e.g. LoRASettings()."
+            )
+        self.embeddings: Any = embeddings
+        avoid = {getattr(config, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+        self.placeholder = next(number for number in range(4) if number not in avoid)
+        self.limit = _learned_positions(self.host)
+        if self.limit is not None and self.front >= self.limit:
+            raise LitPeftError(
+                f"num_virtual_tokens={self.front} leaves no room in the {self.limit} positions that "
+                f"{type(model).__name__} has: give fewer."
+            )
+        self._rest()
+
+    def _rest(self) -> None:
+        self.pending = self.inserted = False
+        self.extra = 0
+        self.marks: Tensor | None = None
+
+    def register(self, prompt: SoftPrompt | PromptEncoder, attachment: Attachment) -> None:
+        """Register the hooks, noted for their removal."""
+        self.prompt = prompt
+        if self.loses:
+            attachment.hook(attachment.model.register_forward_pre_hook(self._take_labels, with_kwargs=True))
+            attachment.hook(attachment.model.register_forward_hook(self._cut_logits, always_call=True))
+        attachment.hook(self.host.register_forward_pre_hook(self._extend, with_kwargs=True))
+        attachment.hook(self.host.register_forward_hook(self._cut, always_call=True))
+        attachment.hook(self.embeddings.register_forward_pre_hook(self._look_up_marks))
+        attachment.hook(self.embeddings.register_forward_hook(self._insert))
+        if self.decoder is not None and self.front:
+            names = list(inspect.signature(self.decoder.forward).parameters)
+
+            def extend(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+                kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+                mask = kwargs.get("encoder_attention_mask")
+                if mask is not None:
+                    kwargs["encoder_attention_mask"] = self._in_front(mask, 1)
+                return (), kwargs
+
+            attachment.hook(self.decoder.register_forward_pre_hook(extend, with_kwargs=True))
+
+    # ------------------------------------------------------------------------------------- the host's inputs
+
+    def _extend(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self.pending = self.inserted = False
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cached = bool(cache is not None and cache.get_seq_length() > 0)
+        if self.front:
+            self._extend_front(kwargs, cached)
+        elif not cached or self._marked(kwargs):
+            self.pending = True
+        return (), kwargs
+
+    def _extend_front(self, kwargs: dict[str, Any], cached: bool) -> None:
+        sequence = self.settings.positions == "sequence"
+        ids, embeds, mask = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        given = ids if ids is not None else embeds
+        if given is None:
+            return
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise LitPeftError(
+                "attention_mask is not of shape [batch, length], as with a static cache or packed rows, and virtual "
+                "tokens in front cannot be added to it: use a dynamic cache, unpacked rows, or prompt_token_id."
+            )
+        length = given.shape[1]
+        if mask is not None:
+            kwargs["attention_mask"] = mask = self._in_front(mask, 1)
+        if sequence:
+            kwargs.pop("position_ids", None)
+        elif kwargs.get("position_ids") is not None:
+            moved = kwargs["position_ids"] + self.front
+            first = torch.arange(self.front, device=moved.device).expand(*moved.shape[:-1], -1)
+            kwargs["position_ids"] = moved if cached else torch.cat([first, moved], -1)
+        elif self.counts and mask is not None:
+            counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            kwargs["position_ids"] = counted[:, -(length if cached else length + self.front) :]
+        if cached:
+            return
+        if self.limit is not None and length + self.front > self.limit:
+            raise LitPeftError(
+                f"{length} tokens and {self.front} virtual tokens are more than the {self.limit} positions the model "
+                f"has: shorten the texts to {self.limit - self.front} tokens (data.max_length)."
+            )
+        self.inserted = True
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = self._in_front(kwargs["token_type_ids"], 0)
+        if ids is not None and embeds is None and not sequence:
+            kwargs["input_ids"] = self._in_front(ids, self.placeholder)
+            self.pending = True
+            return
+        embeds = self.embeddings(ids) if embeds is None else embeds
+        kwargs.pop("input_ids", None)
+        kwargs["inputs_embeds"] = self._join(embeds)
+
+    def _in_front(self, tensor: Tensor, value: int) -> Tensor:
+        return torch.cat([tensor.new_full((tensor.shape[0], self.front), value), tensor], 1)
+
+    def _join(self, embeds: Tensor) -> Tensor:
+        prompt = self.prompt()[: self.front].to(embeds)
+        return torch.cat([prompt.expand(embeds.shape[0], -1, -1), embeds], 1)
+
+    # --------------------------------------------------------------------------------------- the embeddings
+
+    def _marked(self, kwargs: dict[str, Any]) -> bool:
+        ids = kwargs.get("input_ids")
+        return ids is not None and bool((ids == self.settings.prompt_token_id).any())
+
+    def _look_up_marks(self, module: nn.Module, args: Any) -> Any:
+        if not self.pending or self.front:
+            return None
+        ids = args[0]
+        self.marks = ids == self.settings.prompt_token_id
+        found = self.marks.sum(1)
+        if found.device.type == "cpu" and not bool((found == self.settings.num_virtual_tokens).all()):
+            raise LitPeftError(
+                f"prompt_token_id={self.settings.prompt_token_id} is in the rows of input_ids {found.tolist()} times: "
+                f"each row needs it {self.settings.num_virtual_tokens} times, once for each virtual token."
+            )
+        # The mark may lie outside of the vocabulary.
+        return (ids.masked_fill(self.marks, self.placeholder), *args[1:])
+
+    def _insert(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not self.pending:
+            return None
+        self.pending = False
+        if self.front:
+            return self._join(output[:, self.front :])
+        marks, self.marks = self.marks, None
+        assert marks is not None
+        number = (marks.cumsum(1) - 1).clamp(0, self.settings.num_virtual_tokens - 1)
+        return torch.where(marks[..., None], self.prompt().to(output)[number], output)
+
+    # ----------------------------------------------------------------------------------------- the outputs
+
+    def _cut(self, module: nn.Module, args: Any, output: Any) -> Any:
+        inserted, self.pending, self.inserted = self.inserted, False, False
+        if not (inserted and self.cuts) or output is None:
+            return None
+        start = self.front - self.extra
+        if isinstance(output, tuple):
+            return (output[0][:, start:], *output[1:])
+        output["last_hidden_state"] = output["last_hidden_state"][:, start:]
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(state[:, self.front :] for state in output["hidden_states"])
+        return output
+
+    def _take_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs = {**dict(zip(self.top_names, args, strict=False)), **kwargs}
+        self.extra = 0
+        labels = kwargs.get("labels")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cached = cache is not None and cache.get_seq_length() > 0
+        whole = isinstance(kwargs.get("logits_to_keep", 0), int) and not kwargs.get("logits_to_keep", 0)
+        if self.front and labels is not None and whole and not cached and kwargs.get("shift_labels") is None:
+            kwargs["labels"] = torch.cat([labels.new_full((labels.shape[0], 1), -100), labels], 1)
+            self.extra = 1
+        return (), kwargs
+
+    def _cut_logits(self, module: nn.Module, args: Any, output: Any) -> Any:
+        extra, self.extra = self.extra, 0
+        if not extra or output is None:
+            return None
+        if isinstance(output, tuple):
+            return (output[0], output[1][:, extra:], *output[2:])
+        output["logits"] = output["logits"][:, extra:]
+        return output
+
+
+def _is_causal(config: Any) -> bool:
+    """Whether the model is one whose tokens see only those before them, with positions counted from 0."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and getattr(config, "is_decoder", True)
+
+
+def _learned_positions(host: nn.Module) -> int | None:
+    """How many positions a table of position embeddings has; None without one."""
+    for name, module in host.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and last in ("position_embeddings", "embed_positions", "wpe"):
+            offset = getattr(module, "offset", 0) or (module.padding_idx or -1) + 1
+            return int(module.num_embeddings) - int(offset)
+    return None
