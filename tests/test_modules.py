@@ -18,7 +18,9 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "AdapterH", "AdapterP", "Parallel", "PTuning", "PromptTuning", "FullFineTuning", "HeadOnly"])
+@pytest.mark.parametrize(
+    "kind", ["LoRA", "AdapterH", "AdapterP", "Parallel", "PTuning", "PromptTuning", "FullFineTuning", "HeadOnly"]
+)
 def test_trains_without_a_trainer(kind: str, decoder: Path) -> None:
     module = getattr(lit_peft, kind)(base=str(decoder), task="causal_lm", learning_rate=1e-2)
     module.configure_model()

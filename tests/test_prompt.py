@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import AUTO, DECODERS, ENCODERS, GOLDEN, SEQ2SEQS, batch, close, make, scramble
+from models import GOLDEN, close
 from safetensors.torch import load_file
 
 import lit_peft
