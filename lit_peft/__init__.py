@@ -29,6 +29,7 @@ _NAMES = {
     "load_adapter": "lit_peft.formats.folder",
     "merge": "lit_peft.methods.lora",
     "save_adapter": "lit_peft.formats.folder",
+    "supervised_loss": "lit_peft.tasks.supervised_loss",
     "trainable_parameters": "lit_peft.methods.attachment",
 }
 __all__ = list(_NAMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
@@ -39,6 +40,7 @@ class BaseLM(pl.LightningModule):
         dtype: `float32`, `bfloat16` or `float16` for the frozen base; the trainer's precision decides when unset.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`, ...: transformers' choice when unset.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
+        supervised_loss: compute a causal LM's loss on the supervised tokens alone: the same loss for less.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run code that a hub model brings with it. It can do anything on this machine.
     """
@@ -62,6 +64,7 @@ class BaseLM(pl.LightningModule):
         dtype: str | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        supervised_loss: bool = True,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -212,11 +215,15 @@ class BaseLM(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of a batch. Works without a Trainer, too."""
-        loss = self.task.loss(self(**batch), batch)
+        with self._loss_alone():
+            loss = self.task.loss(self(**batch), batch)
         if self._trainer is not None:
             size = len(next(iter(batch.values())))
             self.log("train_loss", loss, prog_bar=True, batch_size=size)
         return loss
+
+    def _loss_alone(self) -> AbstractContextManager[None]:
+        return self.task.loss_alone(self.model) if self.hparams.supervised_loss else nullcontext()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch to the validation metrics."""
@@ -227,7 +234,9 @@ class BaseLM(pl.LightningModule):
         self._evaluate(batch, self.test_metrics, "test")
 
     def _evaluate(self, batch: dict[str, Tensor], metrics: Any, stage: str) -> None:
-        self.task.update(metrics, self(**batch), batch)
+        with self._loss_alone():
+            output = self(**batch)
+        self.task.update(metrics, output, batch)
         if self._trainer is not None:
             size = len(next(iter(batch.values())))
             for name, metric in metrics.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -34,6 +35,10 @@ class Task:
         """Return the mean loss of a batch, a scalar."""
         loss: Tensor = output.loss
         return loss
+
+    def loss_alone(self, model: Any) -> AbstractContextManager[None]:
+        """A context in which the model computes its loss, and perhaps no more than that."""
+        return nullcontext()
 
     def weight(self, batch: dict[str, Tensor]) -> Tensor:
         """Return how many terms the batch's mean loss is over, a scalar."""

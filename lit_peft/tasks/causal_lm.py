@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from lit_peft.tasks.base import Metrics, Task
+from lit_peft.tasks.supervised_loss import supervised_loss
 
 
 class Perplexity(MeanMetric):
@@ -26,6 +28,9 @@ class CausalLM(Task):
     name = "causal_lm"
     auto_class = "AutoModelForCausalLM"
     causal = True
+
+    def loss_alone(self, model: Any) -> AbstractContextManager[None]:
+        return supervised_loss(model)
 
     def weight(self, batch: dict[str, Tensor]) -> Tensor:
         return (batch["labels"][:, 1:] != -100).sum()

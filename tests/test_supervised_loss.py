@@ -1,0 +1,211 @@
+"""The supervised-only loss against the model's own: loss and gradients, on every architecture and kind of head."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import DECODERS, GROUPED, SHAPE
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lit_peft
+from lit_peft import LoRASettings, supervised_loss
+from lit_peft.nn import cross_entropy
+from lit_peft.tasks import supervised_loss as wiring
+
+FINISHED: dict[str, dict[str, Any]] = {
+    "gemma2": {**GROUPED, "head_dim": 8, "final_logit_softcapping": 5.0},
+    "cohere": {**GROUPED, "logit_scale": 0.25},
+    "granite": {**GROUPED, "logits_scaling": 8.0},
+    "mixtral": {**GROUPED, "num_local_experts": 2, "output_router_logits": True},
+    "llama tied": {**GROUPED, "tie_word_embeddings": True},
+    "bert": {**SHAPE, "is_decoder": True},
+}
+MODELS = {**DECODERS, **FINISHED}
+
+
+def build(name: str = "llama", vocabulary: int = 97) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name.split()[0], vocab_size=vocabulary, **MODELS[name])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def batch(supervised: float = 0.5) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 97, (3, 11), generator=generator)
+    labels = torch.where(torch.rand(3, 11, generator=generator) < supervised, ids, -100)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def adapted(name: str, settings: LoRASettings | None = None) -> Any:
+    model = lit_peft.attach(build(name), settings or LoRASettings(r=4, target_modules="all-linear")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def assert_equal_to_plain(model: nn.Module, inputs: dict[str, Any], calls: int = 2) -> None:
+    plain = copy.deepcopy(model)
+    reference = plain(**inputs)
+    reference.loss.backward()
+    for _ in range(calls):
+        model.zero_grad()
+        with supervised_loss(model):
+            output = model(**inputs)
+        assert output.logits is None and "logits" not in output
+        torch.testing.assert_close(output.loss, reference.loss, rtol=1e-5, atol=0, equal_nan=True)
+        output.loss.backward()
+        # One scale for all: some gradients, a key bias's for one, are zero but for rounding.
+        scale = max(float(p.grad.abs().max()) for p in plain.parameters() if p.grad is not None)
+        for (path, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert (mine.grad is None) == (theirs.grad is None), path
+            if mine.grad is not None:
+                torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-5 * scale)
+    torch.testing.assert_close(model(**inputs).logits, reference.logits)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_models_own_loss(name: str) -> None:
+    model = adapted(name)
+    assert_equal_to_plain(model, batch())
+    assert wiring._FINISHES[model] is not None
+
+
+def test_the_finish_is_found_or_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for name in ("gemma2", "cohere", "granite", "llama"):
+        model = adapted(name)
+        with supervised_loss(model):
+            model(**batch())
+        found[name] = wiring._FINISHES[model]
+    assert found == {"gemma2": (1.0, 5.0), "cohere": (0.25, None), "granite": (0.125, None), "llama": (1.0, None)}
+    model = adapted("gemma2")
+    monkeypatch.setattr(wiring, "_find_finish", lambda *_: None)
+    assert_equal_to_plain(model, batch())
+    assert wiring._FINISHES[model] is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LoRASettings(target_modules=["q_proj", "lm_head"]),
+        LoRASettings(modules_to_save=["lm_head"]),
+        LoRASettings(target_modules=["embed_tokens"], modules_to_save=["norm"]),
+    ],
+    ids=["LoRA on the head", "trained head", "embeddings"],
+)
+@pytest.mark.parametrize("name", ["llama", "llama tied"])
+def test_trained_heads(settings: LoRASettings, name: str) -> None:
+    assert_equal_to_plain(adapted(name, settings), batch())
+
+
+def test_full_fine_tuning() -> None:
+    assert_equal_to_plain(build("llama tied").eval(), batch())
+
+
+def test_num_items_shift_labels_and_labels_at_the_ends() -> None:
+    inputs = batch()
+    assert_equal_to_plain(adapted("llama"), {**inputs, "num_items_in_batch": torch.tensor(40)})
+    assert_equal_to_plain(adapted("llama"), {**inputs, "num_items_in_batch": 7})
+    assert_equal_to_plain(adapted("llama"), {**inputs, "shift_labels": inputs["labels"].flip(1)})
+    assert_equal_to_plain(adapted("llama"), batch(supervised=2.0))
+
+
+def test_nothing_supervised_is_as_without() -> None:
+    assert_equal_to_plain(adapted("llama"), batch(supervised=-1.0))
+    assert_equal_to_plain(adapted("llama"), {**batch(supervised=-1.0), "num_items_in_batch": 3})
+
+
+def test_calls_without_labels_and_errors_leave_the_model_alone() -> None:
+    model = adapted("llama")
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    with supervised_loss(model):
+        torch.testing.assert_close(model(**inputs).logits, adapted("llama")(**inputs).logits)
+        assert model.generate(**inputs, max_new_tokens=2, pad_token_id=0).shape == (3, 13)
+    with pytest.raises(IndexError), supervised_loss(model):
+        model(**{**batch(), "input_ids": batch()["input_ids"] + 1000})
+    assert "_loss_function" not in vars(model)
+    assert not model._forward_hooks and not model.lm_head._forward_hooks and not model.lm_head._forward_pre_hooks
+    with supervised_loss(model, enabled=False):
+        assert model(**batch()).logits is not None
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_blocks_equal_the_formula(softcap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "_BLOCK", 1)
+    monkeypatch.setattr(cross_entropy, "_FEWEST_ROWS", 4)
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(11, 8), torch.randn(19, 8), torch.randint(0, 19, (11,))
+    offset = torch.randn(19) if bias else None
+    ours, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    loss = cross_entropy.head_cross_entropy(ours, weight, targets, offset, 0.5, softcap)
+    logits = F.linear(plain, weight, offset) * 0.5
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    reference = F.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+    (loss * 3).backward()
+    (reference * 3).backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
+def test_half_precision(kind: str) -> None:
+    model = adapted("llama")
+    model = model.bfloat16() if kind == "bfloat16" else model
+    plain = copy.deepcopy(model)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            with supervised_loss(model):
+                loss = model(**batch()).loss
+            reference = plain(**batch()).loss
+        assert loss.dtype == reference.dtype == torch.float32
+        torch.testing.assert_close(loss, reference, rtol=2e-3, atol=0)
+        model.zero_grad(), plain.zero_grad()
+        loss.backward(), reference.backward()
+        for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            if mine.grad is not None:
+                assert (mine.grad - theirs.grad).norm() <= 0.03 * theirs.grad.norm()
+
+
+def test_gradient_checkpointing() -> None:
+    model = adapted("llama").train()
+    model.gradient_checkpointing_enable()
+    assert_equal_to_plain(model, batch())
+
+
+def test_data_parallel_wrapper() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.module(**inputs)
+
+    assert_equal_to_plain(Wrapper(adapted("llama")), batch())
+
+
+def test_lightning_module(decoder: Path) -> None:
+    losses = {}
+    for enabled in (True, False):
+        torch.manual_seed(0)
+        module = lit_peft.LoRA(base=str(decoder), supervised_loss=enabled)
+        module.configure_model()
+        inputs = {name: value.clamp(max=39) for name, value in batch().items()}
+        losses[enabled] = module.training_step(inputs, 0)
+        module.validation_step(inputs, 0)
+        losses[enabled, "val"] = module.val_metrics["perplexity"].compute()
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses[True, "val"], losses[False, "val"], rtol=1e-5, atol=0)
