@@ -18,10 +18,11 @@ from lit_peft.nn.prompt import PromptEncoder, SoftPrompt
 _PREFIX = "base_model."
 _PROMPT = "prompt_embeddings"
 _OWN = ("positions", "prompt_token_id")
-_TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
+# For each end of a model's name, peft's task, and the modules that peft then takes for the head and stores.
+_TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
 }
 
 
@@ -52,6 +53,7 @@ class PromptKind:
         if _PROMPT not in stored:
             raise LitPeftError(f"adapter_model.safetensors has no tensor {_PROMPT}: it is not one that peft saved.")
         values = {name: value for name, value in config.items() if name in self.READ and value is not None}
+        values["modules_to_save"] = config["lit_peft"].get("modules_to_save", _stored_modules(stored)) or None
         values["num_transformer_submodules"] = max(1, len(stored[_PROMPT]) // config["num_virtual_tokens"])
         if self.settings_class is PromptTuningSettings:
             values["prompt_tuning_init"] = "RANDOM"
@@ -64,20 +66,21 @@ class PromptKind:
         prompt = _prompt(attachment)
         prompt.fold()
         found = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
-        # peft stores a head whole; what was not trained is the base's own.
-        fill_places({**attachment.saved, _PROMPT: prompt.embedding.weight}, found, folder)
+        # peft stores a head in any case; what was not trained is the base's own.
+        places = {**attachment.saved, _PROMPT: prompt.embedding.weight}
+        fill_places(places, found, folder, ignored=set(model.state_dict()) - set(places))
 
     def config(self, model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         """The configuration of what is attached."""
         settings = attachment.settings
         assert isinstance(settings, SoftPromptSettings)
         top: Any = model
-        name, encoder_decoder = type(model).__name__, bool(getattr(top.config, "is_encoder_decoder", False))
-        task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
-        if task is None and top.can_generate():
-            task = "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
+        task, _ = _task(model)
+        if task == "FEATURE_EXTRACTION" and top.can_generate():
+            task = "SEQ_2_SEQ_LM" if getattr(top.config, "is_encoder_decoder", False) else "CAUSAL_LM"
         config = top.config.get_text_config()
         own = {key: getattr(settings, key) for key in _OWN}
+        trained = list(settings.modules_to_save) if settings.modules_to_save else []
         dim = _prompt(attachment).embedding.weight.shape[1]
         values = {key: getattr(settings, key) for key in self.READ}
         if "encoder_hidden_size" in values:
@@ -85,18 +88,19 @@ class PromptKind:
         return {
             **values,
             "peft_type": self.peft_type,
-            "task_type": task or "FEATURE_EXTRACTION",
-            "modules_to_save": list(settings.modules_to_save) if settings.modules_to_save else None,
+            "task_type": task,
+            "modules_to_save": _saved_by_peft(attachment) or None,
             "token_dim": dim,
             "num_layers": getattr(config, "num_hidden_layers", None),
             "num_attention_heads": getattr(config, "num_attention_heads", None),
-            "lit_peft": {} if own["positions"] == "sequence" else {k: v for k, v in own.items() if v is not None},
+            "lit_peft": {**{key: value for key, value in own.items() if value is not None}, "modules_to_save": trained},
         }
 
     def tensors(self, attachment: Attachment) -> dict[str, Tensor]:
         """The virtual tokens, and the trained modules by peft's names."""
-        head = {f"{_PREFIX}{path}": value for path, value in attachment.saved.items()}
-        return {_PROMPT: _prompt(attachment).folded(), **head}
+        state, heads = attachment.model.state_dict(), _saved_by_peft(attachment)
+        names = [*attachment.saved, *(name for name in state if any(name.startswith(f"{head}.") for head in heads))]
+        return {_PROMPT: _prompt(attachment).folded(), **{f"{_PREFIX}{name}": state[name].clone() for name in names}}
 
 
 def _prompt(attachment: Attachment) -> SoftPrompt | PromptEncoder:
@@ -111,3 +115,20 @@ P_TUNING = PromptKind(
     PTuningSettings,
     {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"},
 )
+
+
+def _task(model: nn.Module) -> tuple[str, tuple[str, ...]]:
+    name = type(model).__name__
+    return next((task for end, task in _TASKS.items() if name.endswith(end)), ("FEATURE_EXTRACTION", ()))
+
+
+def _saved_by_peft(attachment: Attachment) -> list[str]:
+    """The modules peft stores whole: those to save, and its task's head, found by the ends of their names."""
+    ends = (*(attachment.settings.modules_to_save or ()), *_task(attachment.model)[1])
+    return [name for name, _ in attachment.model.named_modules() if name.endswith(ends)] if ends else []
+
+
+def _stored_modules(stored: dict[str, Tensor]) -> list[str]:
+    """The modules whose tensors a folder holds, beside the virtual tokens."""
+    names = (name.removeprefix(_PREFIX).rpartition(".")[0] for name in stored if name != _PROMPT)
+    return list(dict.fromkeys(names))

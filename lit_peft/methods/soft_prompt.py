@@ -96,8 +96,11 @@ class _Placement:
             self.host, self.decoder = top.get_encoder(), top.get_decoder()
             if self.host is top:
                 raise LitPeftError(f"{type(model).__name__} has no encoder to put virtual tokens in front of.")
+        elif type(model).__name__.endswith("ForSequenceClassification"):
+            self.host = top
         else:
-            self.host = top if type(model).__name__.endswith("ForSequenceClassification") else top.base_model
+            # Some heads call the inner decoder of the headless model.
+            self.host = top.base_model.get_decoder()
         self.cuts = self.decoder is None and not type(self.host).__name__.endswith("ForSequenceClassification")
         self.loses = self.cuts and self.host is not top and top.can_generate()
         self.names = list(inspect.signature(self.host.forward).parameters)
