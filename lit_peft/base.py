@@ -17,6 +17,7 @@ from lit_peft.methods.attachment import MethodSettings
 from lit_peft.optim import SCHEDULES, make_optimizer, make_schedule
 from lit_peft.sources import BaseSource, hub_error, resolve_base
 from lit_peft.tasks import find_task
+from lit_peft.tasks.base import Batch
 
 
 class BaseLM(pl.LightningModule):
@@ -27,7 +28,8 @@ class BaseLM(pl.LightningModule):
 
     Args:
         base: hub id, model folder, `.gguf` file, or `pkg:DISTRIBUTION` for a model in an installed package.
-        task: `causal_lm` or `sequence_classification`.
+        task: `causal_lm`, `seq2seq`, `sequence_classification`, `token_classification`, `multiple_choice` or
+            `question_answering`.
         labels: names of the labels, for classification; taken from the data module when unset.
         num_labels: number of labels where they have no names.
         learning_rate: peak learning rate; the method's usual one when unset.
@@ -108,7 +110,7 @@ class BaseLM(pl.LightningModule):
             return
         source = resolve_base(self.hparams.base)
         config = self._config(source)
-        auto = getattr(_transformers(), self.task.auto_class)
+        auto = self.task.model_class(config)
         dtype = getattr(torch, self.hparams.dtype) if self.hparams.dtype else torch.get_default_dtype()
         try:
             model, report = auto.from_pretrained(
@@ -120,18 +122,19 @@ class BaseLM(pl.LightningModule):
             )
         except Exception as problem:  # OSError, ValueError, ImportError, KeyError, by what is wrong
             raise hub_error(self.hparams.base, problem) from problem
-        if not self.task.labelled and report["missing_keys"]:
+        missing = self._with_backbone(model, source, dtype, report["missing_keys"])
+        if not self.task.new_head and missing:
             raise LitPeftError(
-                f"base={self.hparams.base!r} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, which "
+                f"base={self.hparams.base!r} has no weights for {', '.join(sorted(missing)[:3])}, which "
                 f"task={self.hparams.task!r} needs: choose a base that was trained for it, or another task."
             )
         model.train()  # transformers hands models over in evaluation mode, and Lightning keeps the mode it finds
         if self.hparams.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        self._attach(model, report["missing_keys"])
+        self._attach(model, missing)
         self.model = model
-        self._takes_positions = self.task.causal and "position_ids" in inspect.signature(model.forward).parameters
-        self.val_metrics, self.test_metrics = (nn.ModuleDict(self.task.metrics(config.num_labels)) for _ in range(2))
+        self._takes_positions = _is_decoder(config) and "position_ids" in inspect.signature(model.forward).parameters
+        self.val_metrics, self.test_metrics = (nn.ModuleDict(self.task.metrics(config)) for _ in range(2))
 
     def check(self) -> None:
         """Find what is wrong with the settings before anything is loaded or written: attach to a model without data.
@@ -142,8 +145,23 @@ class BaseLM(pl.LightningModule):
         config = self._config(resolve_base(self.hparams.base))
         settings = {"trust_remote_code": self.hparams.trust_remote_code}
         with torch.device("meta"):
-            model = getattr(_transformers(), self.task.auto_class).from_config(config, **settings)
+            model = self.task.model_class(config).from_config(config, **settings)
         self._attach(model, ())
+
+    def _with_backbone(self, model: Any, source: BaseSource, dtype: torch.dtype, missing: Any) -> set[str]:
+        """Load the backbone apart where the head's class calls it by another name; return what is missing then.
+
+        transformers' QuestionAnswering classes of Llama and Qwen do, and would leave it random without an error.
+        """
+        prefix = f"{model.base_model_prefix}."
+        backbone = getattr(model, model.base_model_prefix, None)
+        tensors = set() if backbone is None else set(backbone.state_dict())
+        if not tensors or not {f"{prefix}{name}" for name in tensors} <= set(missing):
+            return set(missing)
+        settings = {**self._hub_settings(), "config": model.config, "dtype": dtype}
+        loaded = _transformers().AutoModel.from_pretrained(source.path, **settings)
+        setattr(model, model.base_model_prefix, loaded)
+        return {name for name in missing if not name.startswith(prefix)}
 
     def _config(self, source: BaseSource) -> Any:
         try:
@@ -157,16 +175,19 @@ class BaseLM(pl.LightningModule):
                 config.label2id = {name: at for at, name in config.id2label.items()}
             elif self.hparams.num_labels is not None:
                 config.num_labels = self.hparams.num_labels
-            if config.pad_token_id is None:
-                # Decoders find the last token of each row by it.
-                end = config.eos_token_id
-                config.pad_token_id = end[0] if isinstance(end, list) else end
+        if self.task.new_head and getattr(config, "pad_token_id", None) is None:
+            # Decoders find the last token of each row by it.
+            end = getattr(config, "eos_token_id", None)
+            config.pad_token_id = end[0] if isinstance(end, list) else end
         return config
 
     def take_labels(self, data: Any) -> None:
         """Take the labels' names from a data module, where the task needs them and the settings give none."""
         if self.task.labelled and self.hparams.labels is None and self.hparams.num_labels is None:
             self.hparams["labels"] = getattr(data, "label_names", None)
+            if self.hparams.labels is None:
+                self.hparams["num_labels"] = getattr(data, "num_labels", None)
+        self.task.monitor = getattr(data, "monitor", None) or self.task.monitor
 
     def _hub_settings(self, attention: bool = True) -> dict[str, Any]:
         settings: dict[str, Any] = {"trust_remote_code": self.hparams.trust_remote_code}
@@ -198,22 +219,23 @@ class BaseLM(pl.LightningModule):
 
     # --------------------------------------------------------------------------------------------- steps
 
-    def forward(self, **batch: Tensor) -> Any:
+    def forward(self, **batch: Any) -> Any:
         """Run the model on a batch; returns transformers' output object.
 
         Positions follow the attention mask, so that padding on the left changes nothing.
         """
+        batch = {name: value for name, value in batch.items() if name not in self.task.extras}
         mask = batch.get("attention_mask")
         if self._takes_positions and mask is not None and mask.dim() == 2:
             batch.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
-        return self.model(**batch)
+        return self.task.run(self.model, batch)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the adapted model; arguments as transformers' `generate`."""
         with torch.no_grad():
             return self.model.generate(*args, **kwargs)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of a batch. Works without a Trainer, too."""
         with self._loss_alone():
             loss = self.task.loss(self(**batch), batch)
@@ -225,25 +247,28 @@ class BaseLM(pl.LightningModule):
     def _loss_alone(self) -> AbstractContextManager[None]:
         return self.task.loss_alone(self.model) if self.hparams.supervised_loss else nullcontext()
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the validation metrics."""
         self._evaluate(batch, self.val_metrics, "val")
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the test metrics."""
         self._evaluate(batch, self.test_metrics, "test")
 
-    def _evaluate(self, batch: dict[str, Tensor], metrics: Any, stage: str) -> None:
+    def _evaluate(self, batch: Batch, metrics: Any, stage: str) -> None:
         with self._loss_alone():
-            output = self(**batch)
-        self.task.update(metrics, output, batch)
+            if batch.pop("surplus", False):
+                # Repeated to even out the processes: for their collective calls alone.
+                self(**batch)
+            else:
+                self.task.evaluate(self, metrics, batch)
         if self._trainer is not None:
             size = len(next(iter(batch.values())))
             for name, metric in metrics.items():
                 shown = stage == "val" and name == self.task.monitor[0].removeprefix("val_")
                 self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=shown, batch_size=size)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Return one plain dict per example: label and probabilities, or generated text."""
         return self.task.predict(self, batch)
 
@@ -332,6 +357,16 @@ def _transformers() -> Any:
     import transformers
 
     return transformers
+
+
+def _is_decoder(config: Any) -> bool:
+    """Whether each token of a model sees only those before it, whatever its head (BERT-likes can be made to, too)."""
+    transformers = _transformers()
+    kind = type(config)
+    return (
+        kind in transformers.AutoModelForCausalLM._model_mapping
+        and kind not in transformers.AutoModelForMaskedLM._model_mapping
+    )
 
 
 def _flat_init(cls: type[Any]) -> Any:

@@ -5,9 +5,16 @@ from __future__ import annotations
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.tasks.base import Task
 from lit_peft.tasks.causal_lm import CausalLM
+from lit_peft.tasks.multiple_choice import MultipleChoice
+from lit_peft.tasks.question_answering import QuestionAnswering
+from lit_peft.tasks.seq2seq import Seq2Seq
 from lit_peft.tasks.sequence_classification import SequenceClassification
+from lit_peft.tasks.token_classification import TokenClassification
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (CausalLM, SequenceClassification)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (CausalLM, Seq2Seq, SequenceClassification, TokenClassification, MultipleChoice, QuestionAnswering)
+}
 
 
 def find_task(name: str) -> Task:

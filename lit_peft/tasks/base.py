@@ -9,7 +9,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
+from lit_peft.errors import LitPeftError
+
 Metrics = Mapping[str, Any]
+Batch = dict[str, Any]
 
 
 class Task:
@@ -20,7 +23,9 @@ class Task:
         auto_class: the transformers class that builds the model with this head.
         heads: names of the head's modules over all architectures; those a model has are trained in full.
         labelled: whether the head has one output per label.
+        new_head: whether the head may be a new one, which the base has no weights for.
         causal: whether each token sees only those before it.
+        extras: keys of a batch that are not for the model, but for metrics and predictions.
         monitor: the metric that tells the best checkpoint, and "min" or "max".
     """
 
@@ -28,10 +33,33 @@ class Task:
     auto_class: ClassVar[str]
     heads: ClassVar[tuple[str, ...]] = ()
     labelled: ClassVar[bool] = False
+    new_head: ClassVar[bool] = True
     causal: ClassVar[bool] = False
-    monitor: ClassVar[tuple[str, str]] = ("val_loss", "min")
+    extras: ClassVar[tuple[str, ...]] = ()
+    monitor: tuple[str, str] = ("val_loss", "min")
 
-    def loss(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
+    def model_class(self, config: Any) -> Any:
+        """Return the auto class that builds a model of this config for the task.
+
+        Raises:
+            LitPeftError: transformers has no such model.
+        """
+        import transformers
+
+        auto = getattr(transformers, self.auto_class)
+        if type(config) in auto._model_mapping or self.auto_class in (getattr(config, "auto_map", None) or {}):
+            return auto
+        kind = self.auto_class.removeprefix("AutoModelFor")
+        raise LitPeftError(
+            f"task={self.name!r} needs a {kind} model, and transformers has none of model_type={config.model_type!r}: "
+            "choose another base or another task."
+        )
+
+    def run(self, model: Any, batch: Batch) -> Any:
+        """Call the model on a batch without its extras."""
+        return model(**batch)
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
         """Return the mean loss of a batch, a scalar."""
         loss: Tensor = output.loss
         return loss
@@ -40,20 +68,24 @@ class Task:
         """A context in which the model computes its loss, and perhaps no more than that."""
         return nullcontext()
 
-    def weight(self, batch: dict[str, Tensor]) -> Tensor:
+    def weight(self, batch: Batch) -> Tensor:
         """Return how many terms the batch's mean loss is over, a scalar."""
         import torch
 
         return torch.tensor(len(next(iter(batch.values()))))
 
-    def metrics(self, num_labels: int) -> dict[str, Metric]:
-        """Return fresh metrics by name; every task has at least `loss`."""
+    def metrics(self, config: Any) -> dict[str, Metric]:
+        """Return fresh metrics by name, of a model with this config; every task has at least `loss`."""
         return {"loss": MeanMetric()}
 
-    def update(self, metrics: Metrics, output: Any, batch: dict[str, Tensor]) -> None:
+    def evaluate(self, module: Any, metrics: Metrics, batch: Batch) -> None:
+        """Run the module on a batch and add it to the metrics."""
+        self.update(metrics, module(**batch), batch)
+
+    def update(self, metrics: Metrics, output: Any, batch: Batch) -> None:
         """Add a batch to the metrics."""
         metrics["loss"].update(self.loss(output, batch).detach(), self.weight(batch))
 
-    def predict(self, module: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def predict(self, module: Any, batch: Batch) -> list[dict[str, Any]]:
         """Return one plain dict per example of the batch."""
         raise NotImplementedError

@@ -27,6 +27,7 @@ class CausalLM(Task):
 
     name = "causal_lm"
     auto_class = "AutoModelForCausalLM"
+    new_head = False
     causal = True
 
     def loss_alone(self, model: Any) -> AbstractContextManager[None]:
@@ -35,7 +36,7 @@ class CausalLM(Task):
     def weight(self, batch: dict[str, Tensor]) -> Tensor:
         return (batch["labels"][:, 1:] != -100).sum()
 
-    def metrics(self, num_labels: int) -> dict[str, Metric]:
+    def metrics(self, config: Any) -> dict[str, Metric]:
         return {"loss": MeanMetric(), "perplexity": Perplexity()}
 
     def update(self, metrics: Metrics, output: Any, batch: dict[str, Tensor]) -> None:

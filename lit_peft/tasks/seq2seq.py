@@ -1,0 +1,60 @@
+"""Text to text with an encoder and a decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.functional.text import rouge_score
+from torchmetrics.text import BLEUScore, SacreBLEUScore
+
+from lit_peft.tasks.base import Batch, Metrics, Task
+
+_ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+class Seq2Seq(Task):
+    """Summarization, translation. Batches: `input_ids`, `attention_mask` [batch, length], `labels` [batch, target].
+
+    Labels are -100 on padding; the model makes the decoder's inputs from them. Metrics: `loss` over target tokens, and
+    on the text generated for each source `rouge1`, `rouge2`, `rougeL` (mean F1 over examples), `bleu` and `sacrebleu`
+    (over the corpus), all from 0 to 1. Generation takes `model.generation`. Prediction gives source and generated text.
+    """
+
+    name = "seq2seq"
+    auto_class = "AutoModelForSeq2SeqLM"
+    new_head = False
+    extras = ("references",)
+
+    def weight(self, batch: Batch) -> Tensor:
+        return (batch["labels"] != -100).sum()
+
+    def metrics(self, config: Any) -> dict[str, Metric]:
+        rouge = {name: MeanMetric() for name in _ROUGE}
+        return {"loss": MeanMetric(), **rouge, "bleu": BLEUScore(), "sacrebleu": SacreBLEUScore()}
+
+    def evaluate(self, module: Any, metrics: Metrics, batch: Batch) -> None:
+        self.update(metrics, module(**batch), batch)
+        texts = self._generate(module, batch)
+        references = batch.get("references")
+        if references is None:
+            labels = batch["labels"].masked_fill(batch["labels"] == -100, module.tokenizer.pad_token_id)
+            references = module.tokenizer.batch_decode(labels, skip_special_tokens=True)
+        for text, reference in zip(texts, references, strict=True):
+            scores = rouge_score(text, reference, rouge_keys=_ROUGE)
+            for name in _ROUGE:
+                metrics[name].update(scores[f"{name}_fmeasure"])
+        for name in ("bleu", "sacrebleu"):
+            metrics[name].update(texts, [[reference] for reference in references])
+
+    def predict(self, module: Any, batch: Batch) -> list[dict[str, Any]]:
+        sources = module.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+        texts = self._generate(module, batch)
+        return [{"source": source, "text": text} for source, text in zip(sources, texts, strict=True)]
+
+    def _generate(self, module: Any, batch: Batch) -> list[str]:
+        settings = {"max_new_tokens": 128, **module.hparams.generation}
+        out = module.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
+        texts: list[str] = module.tokenizer.batch_decode(out, skip_special_tokens=True)
+        return texts
