@@ -7,18 +7,17 @@ configuration cannot say (LLM-Adapters' placement, no biases, trained norms) sta
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_peft.architectures import has_module, layer_stacks
 from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import fill, write_json
+from lit_peft.formats.untrusted import read_tensors
 from lit_peft.methods.adapter_h import AdapterHSettings
 from lit_peft.methods.adapter_p import AdapterPSettings
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
@@ -113,12 +112,12 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
         LitPeftError: a file is missing, a setting is not one that can be read, or the tensors do not fit the model.
             The model is as it was.
     """
-    stored = _tensors(folder, "adapter.safetensors", "pytorch_adapter.bin")
+    stored = read_tensors(folder, "adapter.safetensors", "pytorch_adapter.bin")
     if stored is None:
         raise LitPeftError(
             f"{folder} has neither adapter.safetensors nor pytorch_adapter.bin: give the folder AdapterHub saved."
         )
-    head = _tensors(folder, "model_head.safetensors", "pytorch_model_head.bin") or {}
+    head = read_tensors(folder, "model_head.safetensors", "pytorch_model_head.bin") or {}
     settings: MethodSettings
     if "lit_peft" in config:
         settings = _own_settings(config, folder)
@@ -297,21 +296,6 @@ def _lora(
         rank_pattern=patterns,
         alpha_pattern={path: alpha * rank / r for path, rank in patterns.items()},
     ), tensors
-
-
-def _tensors(folder: Path, safe: str, pickled: str) -> dict[str, Tensor] | None:
-    if (folder / safe).is_file():
-        return load_file(folder / safe)
-    if not (folder / pickled).is_file():
-        return None
-    try:
-        found: dict[str, Tensor] = torch.load(folder / pickled, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as problem:
-        raise LitPeftError(
-            f"{folder / pickled} is not a plain file of tensors and is not read, since it could run code "
-            f"({type(problem).__name__}): save the adapter again as safetensors."
-        ) from None
-    return found
 
 
 def _places(attachment: Attachment, name: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_peft.errors import LitPeftError
+from lit_peft.formats.untrusted import check_finite, read_json
 
 EXTRA = "lit_peft.json"
 
@@ -28,7 +29,7 @@ def fill(
         ignored: names that may be stored without having a place.
 
     Raises:
-        LitPeftError: a tensor is missing, has no place, or has another shape than its place.
+        LitPeftError: a tensor is missing, has no place, has another shape than its place, or is not finite.
     """
     missing, extra = sorted(set(places) - set(stored)), sorted(set(stored) - set(places) - set(ignored))
     if missing or extra:
@@ -38,6 +39,7 @@ def fill(
             raise LitPeftError(
                 f"{folder}: {name} has shape {tuple(stored[name].shape)}, and this model needs {tuple(place.shape)}."
             )
+        check_finite(name, stored[name], folder)
         place.copy_(stored[name])
 
 
@@ -58,10 +60,4 @@ def read_extra(folder: Path) -> dict[str, Any]:
     Raises:
         LitPeftError: the file is not valid JSON.
     """
-    try:
-        values = json.loads((folder / EXTRA).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as problem:
-        raise LitPeftError(f"{folder / EXTRA} is not valid JSON ({problem}).") from None
-    return dict(values)
+    return read_json(folder, EXTRA) or {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from lit_peft.disk import whole_folder
 from lit_peft.errors import LitPeftError
 from lit_peft.formats import adapterhub, peft
+from lit_peft.formats.untrusted import read_json
 from lit_peft.methods.attachment import Model, attachment_of
 
 
@@ -90,12 +90,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LitPeftError(f"{folder} has no adapter_config.json: give the folder of an adapter.") from None
-    except ValueError as problem:
-        raise LitPeftError(f"{folder}/adapter_config.json is not valid JSON ({problem}).") from None
-    if not isinstance(config, dict):
-        raise LitPeftError(f"{folder}/adapter_config.json holds no settings: give the folder of an adapter.")
+    config = read_json(folder, "adapter_config.json")
+    if config is None:
+        raise LitPeftError(f"{folder} has no adapter_config.json: give the folder of an adapter.")
     return config

@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.formats import peft_lora, peft_prompt
 from lit_peft.formats.files import read_extra, write_extra, write_json
+from lit_peft.formats.untrusted import read_tensors
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
 
 # These change nothing in how the stored weights act, whatever the method.
@@ -73,7 +74,7 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
         LitPeftError: a file is missing, the method or a setting is not one that can be read, or the tensors do not
             fit the model. The model is as it was.
     """
-    kind = KINDS.get(config["peft_type"])
+    kind = KINDS.get(str(config["peft_type"]))
     if kind is None:
         raise LitPeftError(
             f"{folder}: adapters of type {config['peft_type']!r} cannot be read, only {', '.join(KINDS)}."
@@ -84,10 +85,9 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
         raise LitPeftError(
             f"{folder}/adapter_config.json sets {', '.join(active)}, which would change the result and cannot be read."
         )
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
+    stored = read_tensors(folder, "adapter_model.safetensors", "adapter_model.bin")
+    if stored is None:
         raise LitPeftError(f"{folder} has no adapter_model.safetensors: give the folder that peft's save wrote.")
-    stored = load_file(weights)
     attach(model, kind.settings(model, {**config, "lit_peft": read_extra(folder)}, stored))
     try:
         kind.fill(model, stored, folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,15 @@ from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import fill as fill_places
+from lit_peft.formats.untrusted import check_pattern
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.nn.lora import LoRAEmbedding
 
 _PREFIX = "base_model.model."
+_A = re.compile(r"\.lora_(embedding_)?A(\.|$)")
+# Starts that leave the base weights as they are, and those that are computed from them alone.
+_STARTS = {"gaussian", "orthogonal", "eva", "pissa", "olora"}
 
 READ = {
     "r",
@@ -27,6 +33,7 @@ READ = {
     "layers_to_transform",
     "layers_pattern",
     "bias",
+    "init_lora_weights",
     "use_rslora",
     "use_dora",
     "modules_to_save",
@@ -37,11 +44,38 @@ NEUTRAL = {
     "ensure_weight_tying",
     "eva_config",
     "fan_in_fan_out",
-    "init_lora_weights",
     "loftq_config",
     "lora_ga_config",
     "megatron_core",
     "qalora_group_size",
+}
+
+
+def _is(*kinds: type, each: type | None = None) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        if isinstance(value, bool) and bool not in kinds:
+            return False
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return isinstance(value, kinds) and (each is None or all(type(part) in (each, int) for part in inner))
+
+    return check
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "r": _is(int),
+    "lora_alpha": _is(int, float),
+    "lora_dropout": _is(int, float),
+    "target_modules": _is(str, list, each=str),
+    "exclude_modules": _is(str, list, each=str),
+    "rank_pattern": _is(dict, each=int),
+    "alpha_pattern": _is(dict, each=float),
+    "layers_to_transform": _is(int, list, each=int),
+    "layers_pattern": _is(str, list, each=str),
+    "bias": _is(str),
+    "init_lora_weights": _is(bool, str),
+    "use_rslora": _is(bool),
+    "use_dora": _is(bool),
+    "modules_to_save": _is(list, each=str),
 }
 
 
@@ -51,16 +85,76 @@ def writes(settings: MethodSettings) -> bool:
 
 
 def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]) -> LoRASettings:
-    """The settings in a folder's configuration."""
-    return LoRASettings(**{name: value for name, value in config.items() if name in READ and value is not None})
+    """The settings in a folder's configuration.
+
+    Raises:
+        LitPeftError: a value is of another kind than peft writes, a start cannot be had again, or a rank is larger than
+            the stored tensors.
+    """
+    values = {name: value for name, value in config.items() if name in READ and value is not None}
+    for name, value in values.items():
+        if not _KINDS[name](value):
+            raise LitPeftError(f"adapter_config.json: {name}={repr(value)[:80]} is not a value peft writes there.")
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(name), str) and values[name] != "all-linear":
+            check_pattern(values[name], f"adapter_config.json: {name}")
+    layers = values.get("layers_pattern") or []
+    for pattern in [*values.get("rank_pattern", ()), *values.get("alpha_pattern", ())]:
+        check_pattern(pattern, "adapter_config.json: rank_pattern or alpha_pattern")
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        check_pattern(pattern, "adapter_config.json: layers_pattern")
+    if values.get("layers_to_transform") == []:
+        del values["layers_to_transform"]
+    start = values.pop("init_lora_weights", True)
+    if isinstance(start, str) and start not in _STARTS:
+        raise LitPeftError(
+            f"adapter_config.json: init_lora_weights={start!r} changed the base weights in a way that cannot be had "
+            "again: save it with peft's path_initial_model_for_weight_conversion, or merged."
+        )
+    stored_rank = max([tensor.shape[0] for name, tensor in stored.items() if _A.search(name) and tensor.dim()] or [0])
+    if max([values.get("r", 8), *values.get("rank_pattern", {}).values()]) > stored_rank and not (
+        # With a rank for each module, the common one need not occur.
+        values.get("rank_pattern") and max(values["rank_pattern"].values()) <= stored_rank <= values.get("r", 8)
+    ):
+        raise LitPeftError(
+            f"adapter_config.json: r={values.get('r', 8)} with rank_pattern={values.get('rank_pattern', {})} is more "
+            f"than the stored tensors have (rank {stored_rank}): the folder is not whole."
+        )
+    values["modules_to_save"] = _modules(model, values.get("modules_to_save") or ()) or None
+    return LoRASettings(**values, init_lora_weights=start if start in ("pissa", "olora") else "kaiming")
 
 
 def fill(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
     """Copy a folder's tensors into the attached LoRA."""
-    found = {base_name(name.removeprefix(_PREFIX)): tensor for name, tensor in stored.items()}
-    # peft stores the whole module of a vocabulary-sized target; what was not trained is the base's own.
-    own = {base_name(name) for name in model.state_dict()}
-    fill_places(_places(attachment_of(model)), found, folder, ignored=own)
+    found = {
+        base_name(name.removeprefix(_PREFIX)): tensor
+        for name, tensor in stored.items()
+        # With bias="all" peft stores the biases of a trained module's wrapper besides the module's own.
+        if not re.search(r"\.(original_module|modules_to_save)\.", name)
+    }
+    attachment = attachment_of(model)
+    own = {base_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in set(found) - set(_places(attachment)):
+        # peft also stores some of the base's own tensors: whole vocabularies, what bias="all" takes for a bias.
+        if name in own and not _same(model.get_parameter(own[name]), found[name]):
+            attachment.train(own[name])
+    places = {base_name(name): place for name, place in _places(attachment).items()}
+    # Biases that were not stored are the base's.
+    biases = {base_name(name) for name in attachment.saved if name.endswith(".bias")} - set(found)
+    fill_places({name: place for name, place in places.items() if name not in biases}, found, folder, ignored=own)
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.equal(ours.detach().cpu(), theirs.to(ours.dtype))
+
+
+def _modules(model: nn.Module, names: Collection[str]) -> list[str]:
+    """The outermost modules whose names end in one of `names`, letters before it or not, as peft has it."""
+    found: list[str] = []
+    for path, _ in model.named_modules():
+        if path and path.endswith(tuple(names)) and not any(path.startswith(f"{outer}.") for outer in found):
+            found.append(path)
+    return found
 
 
 def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
@@ -79,6 +173,7 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
     first = next(iter(attachment.adapted.values()))
     return {
         **{name: getattr(settings, name) for name in READ},
+        "init_lora_weights": True,
         "peft_type": "LORA",
         # Full names, so that the reader adapts these modules and no others.
         "target_modules": sorted(attachment.adapted),
@@ -104,5 +199,5 @@ def _places(attachment: Attachment) -> dict[str, torch.Tensor]:
         places[f"{path}.{middle}B{end}"] = layer.lora_B  # type: ignore[assignment]
         if layer.lora_magnitude is not None:
             places[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude  # type: ignore[assignment]
-    places.update({base_name(path): value for path, value in attachment.saved.items()})
+    places.update(attachment.saved)
     return places

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -70,7 +71,8 @@ class LoRASettings(MethodSettings):
         """Wrap every target in a LoRA layer and train the biases that `bias` names."""
         layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         targets = self.target_modules if self.target_modules is not None else default_targets(model)
-        for path in find_targets(model, targets, self.exclude_modules, layers, self.layers_pattern):
+        saved = self.modules_to_save
+        for path in find_targets(model, targets, self.exclude_modules, layers, self.layers_pattern, saved):
             base = model.get_submodule(path)
             kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
             layer = kind(
@@ -107,13 +109,35 @@ def merge(model: Model) -> Model:
     layers = [module for module in attachment.adapted.values() if isinstance(module, LoRALayer)]
     if not layers:
         raise LitPeftError(f"{attachment.settings.method!r} is not a weight update and cannot be merged.")
+    for path in (path for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)):
+        _untie(model, f"{path}.base_layer.weight")
     # All merge before any is made final: one that refuses must leave the others able to go back.
     for layer in layers:
         layer.merge()
     for layer in layers:
         layer.keep_merged()
+    saved = dict(attachment.saved)
     detach(model)
     with torch.no_grad():
-        for path, value in attachment.saved.items():
+        for path, value in saved.items():
+            _untie(model, base_name(path))
             model.get_parameter(base_name(path)).copy_(value)
     return model
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    """Make a parameter that others share (tied embeddings) its module's own: it is about to change there alone."""
+    original = model.get_parameter(name)
+    if sum(parameter is original for _, parameter in model.named_parameters(remove_duplicate=False)) < 2:
+        return
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, nn.Parameter(original.detach().clone(), original.requires_grad))
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+        if getattr(config, "is_encoder_decoder", False):
+            warnings.warn(
+                f"{name} was tied to other embeddings and is not any more: transformers cannot save such an "
+                f"{type(model).__name__}. Use the merged model as it is, or keep the adapter's folder.",
+                stacklevel=3,
+            )

@@ -50,6 +50,7 @@ def find_targets(
     exclude_modules: str | Sequence[str] | None = None,
     layers_to_transform: Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
 ) -> list[str]:
     """Return the full names of the modules to adapt, in the model's order.
 
@@ -60,6 +61,7 @@ def find_targets(
         exclude_modules: names or a regular expression to leave out.
         layers_to_transform: keep only modules in layers of these numbers, counted from 0.
         layers_pattern: the name of the list of layers, e.g. `"layers"`; any numbered one when None.
+        modules_to_save: modules trained in full, which are left out with everything in them.
 
     Raises:
         LitPeftError: nothing matches; the message names the closest modules there are.
@@ -88,6 +90,8 @@ def find_targets(
                 )
     if exclude_modules:
         found = [name for name in found if not _matches(name, exclude_modules)]
+    if modules_to_save:
+        found = [name for name in found if not any(_within(name, saved) for saved in modules_to_save)]
     if layers_to_transform is not None:
         numbers = set(layers_to_transform)
         found = [name for name in found if _layer_of(name, layers_pattern) in numbers]
@@ -112,6 +116,10 @@ def _matches(name: str, wanted: str | Sequence[str]) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == target or name.endswith("." + target) for target in wanted)
+
+
+def _within(name: str, module: str) -> bool:
+    return f".{module}." in f".{name}."
 
 
 def _layer_of(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:

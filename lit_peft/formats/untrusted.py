@@ -1,0 +1,185 @@
+"""Reading files that come from someone else: bounded in size, never code, nothing outside their folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lit_peft.errors import LitPeftError, first_line
+
+# An adapter's settings are a few KB; a safetensors header has about 100 bytes for each tensor.
+MAX_JSON = MAX_HEADER = 16 * 2**20
+# Python's regular expressions take exponential time where repeats are nested, polynomial where they follow each other.
+_MAX_REPEATS = 6
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """The file `name` of a folder, None if it is not there.
+
+    Raises:
+        LitPeftError: it is a link to a place outside of the folder (the hub's cache, with its `blobs` beside the
+            snapshots, excepted), or not a plain file.
+    """
+    path = folder / name
+    if not path.exists():
+        return None
+    root, real = folder.resolve(), path.resolve()
+    if not (real.is_relative_to(root) or real.is_relative_to(root.parent.parent / "blobs")):
+        raise LitPeftError(f"{path} is a link out of its folder and is not read: copy the file into the folder.")
+    if not real.is_file():
+        raise LitPeftError(f"{path} is not a plain file: give the folder of an adapter.")
+    return path
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    """The object in a folder's JSON file, None if there is no such file.
+
+    Raises:
+        LitPeftError: it is too large, not valid JSON, names a key twice, holds a number JSON does not have, or is no
+            object.
+    """
+    path = inside(folder, name)
+    if path is None:
+        return None
+    if path.stat().st_size > MAX_JSON:
+        raise LitPeftError(f"{path} has {path.stat().st_size:,} bytes, too many for settings ({MAX_JSON:,} at most).")
+    return parse_object(path.read_bytes(), path)
+
+
+def parse_object(text: bytes, path: Path) -> dict[str, Any]:
+    """The object that JSON from `path` holds. Raises as `read_json`."""
+    try:
+        values = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as problem:
+        raise LitPeftError(f"{path} is not valid JSON ({first_line(problem)}).") from None
+    if not isinstance(values, dict):
+        raise LitPeftError(f"{path} holds no settings: give the folder of an adapter.")
+    return values
+
+
+def read_tensors(folder: Path, safe: str, pickled: str | None = None) -> dict[str, Tensor] | None:
+    """The tensors in a folder's safetensors file, or else in its pickled one; None if neither is there.
+
+    Nothing is unpickled but plain tensors. The safetensors file is mapped, not read: what does not fit the model is
+    refused by its shape before its bytes are touched.
+
+    Raises:
+        LitPeftError: a file is not what its name says, or would take more memory than it has bytes.
+    """
+    path = inside(folder, safe)
+    if path is not None:
+        _check_header(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, ValueError, KeyError, OSError) as problem:
+            raise LitPeftError(f"{path} is not a valid safetensors file ({first_line(problem)}).") from None
+    path = inside(folder, pickled) if pickled else None
+    if path is None:
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        _refuse_pickle(path, "an old or broken format")
+    if (
+        any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        or sum(entry.file_size for entry in entries) > path.stat().st_size
+    ):
+        _refuse_pickle(path, "it would unpack to more than it has bytes")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, OSError) as problem:
+        _refuse_pickle(path, type(problem).__name__)
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+    ):
+        _refuse_pickle(path, "it holds other things than named tensors")
+    return found
+
+
+def check_finite(name: str, tensor: Tensor, folder: Path) -> None:
+    """Raise `LitPeftError` if a tensor holds NaN or infinite numbers."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise LitPeftError(
+            f"{folder}: {name} holds NaN or infinite numbers, so the model would answer nonsense: the training that "
+            "wrote it failed; use an earlier checkpoint."
+        )
+
+
+def check_pattern(pattern: str, where: str) -> str:
+    """Return a regular expression from a foreign file, if it is valid and quick on any name.
+
+    Raises:
+        LitPeftError: it is not.
+    """
+    try:
+        parsed = re._parser.parse(pattern)  # type: ignore[attr-defined]
+        repeats = _repeats(parsed, False)
+    except (re.error, RecursionError, OverflowError) as problem:
+        raise LitPeftError(f"{where} has the regular expression {pattern[:80]!r}: {first_line(problem)}.") from None
+    if repeats > _MAX_REPEATS or len(pattern) > 10_000:
+        raise LitPeftError(
+            f"{where} has the regular expression {pattern[:80]!r}, which can take forever (nested or too many "
+            "repeats): name the modules instead."
+        )
+    return pattern
+
+
+def _repeats(parsed: Any, inside_repeat: bool) -> float:
+    """The most open-ended repeats on one way through an expression; infinite where they are nested."""
+    total: float = 0
+    for operation, argument in parsed:
+        name = str(operation)
+        if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            _, most, inner = argument
+            many = most > 16
+            if many and inside_repeat:
+                return math.inf
+            total += many + _repeats(inner, inside_repeat or many)
+        elif name == "BRANCH":
+            total += max(_repeats(way, inside_repeat) for way in argument[1])
+        elif name in ("SUBPATTERN", "ATOMIC_GROUP", "ASSERT", "ASSERT_NOT"):
+            total += _repeats(argument if name == "ATOMIC_GROUP" else argument[-1], inside_repeat)
+        elif name == "GROUPREF_EXISTS":
+            total += sum(_repeats(way, inside_repeat) for way in argument[1:] if way is not None)
+    return total
+
+
+def _check_header(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise LitPeftError(
+                f"{path} is not a valid safetensors file: {size:,} bytes with a header of {length:,} declared."
+            )
+        parse_object(file.read(length), path)
+
+
+def _refuse_pickle(path: Path, why: str) -> NoReturn:
+    raise LitPeftError(
+        f"{path} is not a plain file of tensors and is not read, since it could run code ({why}): save the adapter "
+        "again as safetensors."
+    )
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return found
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number of JSON")

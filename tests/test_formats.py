@@ -1,0 +1,214 @@
+"""Adapter folders that peft wrote, in all its settings, both ways; and folders that somebody crafted."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import batch, close, make, scramble
+from safetensors.torch import load_file, save_file
+
+import lit_peft
+from lit_peft import LitPeftError, LoRASettings
+
+QV = ["q_proj", "v_proj"]
+READ: list[tuple[str, dict[str, Any]]] = [
+    (
+        "llama",
+        {"target_modules": QV, "rank_pattern": {"v_proj": 2, "1.self_attn.q_proj": 3}, "alpha_pattern": {QV[0]: 5}},
+    ),
+    ("llama", {"target_modules": QV, "layers_to_transform": []}),
+    ("llama", {"target_modules": QV, "layers_to_transform": 1, "layers_pattern": "layers"}),
+    ("llama", {"target_modules": QV, "exclude_modules": r".*layers\.0.*q_proj"}),
+    ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    ("llama", {"target_modules": QV, "init_lora_weights": "orthogonal"}),
+    ("opt", {"target_modules": QV, "bias": "all"}),
+    ("opt", {"target_modules": QV, "bias": "lora_only"}),
+    ("bert", {"target_modules": ["query", "dense"], "bias": "all", "task_type": "SEQ_CLS"}),
+    ("roberta", {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "use_dora": True}),
+    ("distilbert", {"target_modules": ["q_lin", "lin1"], "task_type": "SEQ_CLS"}),
+    ("gpt2", {"target_modules": ["c_attn", "wte"], "use_dora": True}),
+    ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "ensure_weight_tying": True}),
+    ("gpt2", {"target_modules": r".*\.h\.1\..*(c_attn|c_fc)"}),
+    ("gpt_neox", {"target_modules": ["query_key_value"], "bias": "all"}),
+    ("falcon", {"target_modules": "all-linear", "use_rslora": True}),
+    ("t5", {"target_modules": ["q", "wi"], "use_dora": True, "bias": "all"}),
+    ("llama", {"target_modules": QV, "init_lora_weights": "pissa"}),
+    ("gpt2", {"target_modules": ["c_attn"], "init_lora_weights": "pissa"}),
+    ("llama", {"target_modules": QV, "init_lora_weights": "olora", "use_rslora": True, "converted": True}),
+]
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"lora_bias": True}, "lora_bias"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
+    ({"target_parameters": ["mlp.gate_proj.weight"]}, "target_parameters"),
+    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+    ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+    ({"some_new_setting": 2}, "some_new_setting"),
+    ({"peft_type": "VERA"}, "VERA"),
+    ({"r": 10**9}, "1000000000"),
+    ({"r": "8"}, "r='8'"),
+    ({"target_modules": 5}, "target_modules=5"),
+    ({"target_modules": "(a+)+q_proj"}, "forever"),
+    ({"target_modules": "../../etc/passwd"}, "matches no module"),
+    ({"rank_pattern": {"(": 4}}, "regular expression"),
+]
+
+
+def logits(model: Any, name: str) -> torch.Tensor:
+    inputs = {key: value for key, value in batch(name).items() if key != "labels" or name == "t5"}
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def peft_folder(folder: Path, name: str, settings: dict[str, Any]) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    settings = dict(settings)
+    converted = settings.pop("converted", False)
+    model = get_peft_model(make(name), LoraConfig(r=4, lora_alpha=8, **settings))
+    if converted:
+        model.save_pretrained(folder / "start")
+    scramble(model)
+    start = {"path_initial_model_for_weight_conversion": str(folder / "start")} if converted else {}
+    model.save_pretrained(folder / "theirs", **start)
+    return folder / "theirs"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "settings"), READ, ids=lambda value: str(value)[:60])
+def test_peft_settings_both_ways(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    folder = peft_folder(tmp_path, name, settings)
+    expected = logits(PeftModel.from_pretrained(make(name), str(folder)), name)
+    ours = lit_peft.load_adapter(make(name), folder)
+    close(logits(ours, name), expected)
+    if settings.get("init_lora_weights") not in ("pissa", "olora") or settings.get("converted"):
+        again = lit_peft.save_adapter(ours, tmp_path / "ours")
+        close(logits(PeftModel.from_pretrained(make(name), str(again)), name), expected)
+        close(logits(lit_peft.load_adapter(make(name), again), name), expected)
+    close(logits(lit_peft.merge(ours), name), expected)
+
+
+def ours(folder: Path) -> Path:
+    model = lit_peft.attach(make("llama"), LoRASettings(r=4))
+    scramble(model)
+    return lit_peft.save_adapter(model, folder / "adapter")
+
+
+def refuse(folder: Path, said: str) -> None:
+    model = make("llama")
+    before = list(model.state_dict())
+    start = time.perf_counter()
+    with pytest.raises(LitPeftError, match=said):
+        lit_peft.load_adapter(model, folder)
+    assert time.perf_counter() - start < 5
+    assert list(model.state_dict()) == before and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("change", "said"), REFUSED, ids=lambda value: str(value)[:60])
+def test_settings_that_cannot_be_read_are_named(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = ours(tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    refuse(folder, said)
+
+
+def header(values: dict[str, Any], data: bytes = b"", length: int | None = None) -> bytes:
+    text = json.dumps(values).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+HUGE = {"a": {"dtype": "F32", "shape": [10**5, 25_000], "data_offsets": [0, 10**10]}}
+TENSOR = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+TWICE = f'{{"a":{TENSOR},"a":{TENSOR}}}'.encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x01",
+        header({}, length=2**62),
+        header({}, length=10**9),
+        header(HUGE),
+        header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"abcd"),
+        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, b"abcd"),
+        header({"a": {"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}}, b"abcd"),
+        struct.pack("<Q", len(TWICE)) + TWICE + b"abcd",
+        struct.pack("<Q", 200_000) + b"[" * 200_000,
+    ],
+)
+def test_crafted_safetensors(content: bytes, tmp_path: Path) -> None:
+    folder = ours(tmp_path)
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    refuse(folder, "not a valid safetensors|not valid JSON|does not fit")
+
+
+def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
+    file = ours(tmp_path) / "adapter_model.safetensors"
+    good = load_file(file)
+    name = min(good)
+    for bad, said in (
+        (torch.full_like(good[name], torch.nan), "NaN"),
+        (good[name][:, :3].clone(), "has shape"),
+        (good[name][0].clone(), "has shape|does not fit"),
+    ):
+        save_file({**good, name: bad}, file)
+        refuse(file.parent, said)
+    save_file({**good, "base_model.model.x": good[name].clone()}, file)
+    refuse(file.parent, "unexpected")
+    save_file({key: value for key, value in good.items() if key != name}, file)
+    refuse(file.parent, "missing")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"r": 4, "r": 5}', '{"r": NaN}', "[" * 100_000, "\ufeff{}", '"x"'])
+def test_odd_json(text: str, tmp_path: Path) -> None:
+    folder = ours(tmp_path)
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    refuse(folder, "adapter_config.json")
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    folder = ours(tmp_path)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        outside = tmp_path / name
+        (folder / name).rename(outside)
+        os.symlink(outside, folder / name)
+        refuse(folder, "link out of its folder")
+        (folder / name).unlink()
+        outside.rename(folder / name)
+
+
+def test_pickles_never_run(tmp_path: Path) -> None:
+    folder = ours(tmp_path)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    expected = logits(lit_peft.load_adapter(make("llama"), folder), "llama")
+    (folder / "adapter_model.safetensors").unlink()
+    file = folder / "adapter_model.bin"
+    torch.save(tensors, file)
+    close(logits(lit_peft.load_adapter(make("llama"), folder), "llama"), expected, 0)
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"a": Evil()}, file)
+    refuse(folder, "could run code")
+    file.write_bytes(pickle.dumps(Evil()))
+    refuse(folder, "could run code")
+    torch.save([1, 2], file)
+    refuse(folder, "named tensors")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    refuse(folder, "unpack")
+    assert not (tmp_path / "ran").exists()
