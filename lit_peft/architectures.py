@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lit_peft.errors import LitPeftError
+from lit_peft.nn.linear import linear_features
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Architecture:
         cross: the cross-attention sublayer, where a layer has one.
         qkv_linears: the projections to query, key and value; those that a layer lacks do not count.
         ffn_linears: the FFN's linear layers, the last one last; those that a layer lacks do not count.
+        cross_attention: the module that computes cross-attention, where a layer has one.
     """
 
     attention: Sublayer
@@ -50,6 +52,12 @@ class Architecture:
     cross: Sublayer | None = None
     qkv_linears: tuple[str, ...] = ()
     ffn_linears: tuple[str, ...] = ()
+    cross_attention: str | None = None
+
+    @property
+    def self_attention(self) -> str:
+        """The module that computes self-attention: the one the projections belong to."""
+        return self.qkv_linears[0].rpartition(".")[0]
 
 
 def _names(parent: str, *names: str) -> tuple[str, ...]:
@@ -78,6 +86,7 @@ _GPT2 = Architecture(
     cross=Sublayer("crossattention", "ln_cross_attn"),
     qkv_linears=_names("attn", "c_attn"),
     ffn_linears=_names("mlp", "c_fc", "c_proj"),
+    cross_attention="crossattention",
 )
 _GPTJ = Architecture(
     attention=Sublayer("attn", "ln_1"),
@@ -97,6 +106,7 @@ _BERT = Architecture(
     cross=_bert("crossattention.output", "crossattention"),
     qkv_linears=_names("attention.self", "query", "key", "value", "query_proj", "key_proj", "value_proj"),
     ffn_linears=("intermediate.dense", "output.dense"),
+    cross_attention="crossattention.self",
 )
 _DISTILBERT = Architecture(
     attention=Sublayer("attention", "attention", "sa_layer_norm"),
@@ -117,6 +127,7 @@ _BART = Architecture(
     cross=Sublayer("encoder_attn", "encoder_attn", "encoder_attn_layer_norm"),
     qkv_linears=_names("self_attn", "q_proj", "k_proj", "v_proj"),
     ffn_linears=("fc1", "fc2"),
+    cross_attention="encoder_attn",
 )
 _MBART = replace(
     _BART,
@@ -137,6 +148,7 @@ def _t5(ffn: int) -> Architecture:
         cross=sublayer(1) if ffn == 2 else None,
         qkv_linears=_names("layer.0.SelfAttention", "q", "k", "v"),
         ffn_linears=_names(f"layer.{ffn}.DenseReluDense", "wi", "wi_0", "wi_1", "wo"),
+        cross_attention="layer.1.EncDecAttention" if ffn == 2 else None,
     )
 
 
@@ -258,6 +270,29 @@ def layer_stacks(model: nn.Module) -> list[list[Layer]]:
             "name the linear layers to adapt yourself, with placement='llm_adapters' and target_modules=[...]."
         )
     return stacks
+
+
+def kv_shape(attention: nn.Module, config: Any) -> tuple[int, int]:
+    """The number of heads and the width of a head of the keys and values that an attention module attends to.
+
+    Args:
+        attention: the module that computes attention.
+        config: the config of the model it belongs to.
+    """
+
+    def first(owner: Any, *names: str) -> Any:
+        return next((getattr(owner, name) for name in names if getattr(owner, name, None) is not None), None)
+
+    heads = first(attention, "num_heads", "num_attention_heads", "n_heads") or config.num_attention_heads
+    size = first(attention, "head_dim", "attention_head_size", "key_value_proj_dim") or first(config, "head_dim")
+    size = int(size or config.hidden_size // heads)
+    for name in ("k_proj", "key", "k_lin", "k", "key_proj"):
+        if has_module(attention, name):
+            return linear_features(attention.get_submodule(name))[1] // size, size
+    # Falcon's newer form gives each query its own copy of its group's key.
+    if not getattr(attention, "new_decoder_architecture", False):
+        heads = first(attention, "num_kv_heads") or first(config, "num_key_value_heads") or heads
+    return int(heads), size
 
 
 def has_module(module: nn.Module, path: str) -> bool:

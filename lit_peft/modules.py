@@ -8,7 +8,9 @@ from lit_peft.methods.adapter_p import AdapterPMixin
 from lit_peft.methods.baselines import FullFineTuningMixin, HeadOnlyMixin
 from lit_peft.methods.lora import LoRAMixin
 from lit_peft.methods.p_tuning import PTuningMixin
+from lit_peft.methods.p_tuning_v2 import PTuningV2Mixin
 from lit_peft.methods.parallel import ParallelMixin
+from lit_peft.methods.prefix_tuning import PrefixTuningMixin
 from lit_peft.methods.prompt_tuning import PromptTuningMixin
 
 
@@ -42,3 +44,11 @@ class PromptTuning(PromptTuningMixin, BaseLM):
 
 class PTuning(PTuningMixin, BaseLM):
     """Virtual tokens computed by a bi-LSTM, in front or in a template (Liu et al. 2021, arXiv:2103.10385)."""
+
+
+class PrefixTuning(PrefixTuningMixin, BaseLM):
+    """Trained keys and values at every attention, computed by an MLP (Li and Liang 2021, arXiv:2101.00190)."""
+
+
+class PTuningV2(PTuningV2Mixin, BaseLM):
+    """Trained keys and values at every attention, beside a trained head (Liu et al. 2021, arXiv:2110.07602)."""

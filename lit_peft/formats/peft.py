@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
-from lit_peft.formats import peft_lora, peft_prompt
+from lit_peft.formats import peft_lora, peft_prefix, peft_prompt
 from lit_peft.formats.files import read_extra, write_extra, write_json
 from lit_peft.formats.untrusted import read_tensors
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
@@ -63,6 +63,7 @@ class Kind(Protocol):
 KINDS: dict[str, Kind] = {
     "LORA": peft_lora,
     "PROMPT_TUNING": peft_prompt.PROMPT_TUNING,
+    "PREFIX_TUNING": peft_prefix,
     "P_TUNING": peft_prompt.P_TUNING,
 }
 

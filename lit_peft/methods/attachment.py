@@ -65,6 +65,12 @@ class Attachment:
         self.adapted[path] = module
         self.undo.append(lambda: delattr(owner, name))
 
+    def set(self, owner: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute of a module of the model that is neither a module nor a parameter."""
+        had, original = name in vars(owner), vars(owner).get(name)
+        setattr(owner, name, value)
+        self.undo.append(lambda: setattr(owner, name, original) if had else delattr(owner, name))
+
     def hook(self, handle: RemovableHandle) -> None:
         """Take note of a hook that was registered, to remove it again."""
         self.undo.append(handle.remove)

@@ -1,0 +1,145 @@
+"""Prefix Tuning and P-Tuning v2 in peft's format: one table `prompt_embeddings`, any MLP folded away.
+
+peft's encoder-decoders have a prefix at the decoder's self-attention alone, and read the table of L layers in a way of
+their own: layer l has entry 2l mod L of it. Its positions count padding, ours do not; what a folder of ours was trained
+with stands in `lit_peft.json`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_peft.errors import LitPeftError
+from lit_peft.formats.files import fill as fill_places
+from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
+from lit_peft.methods.p_tuning_v2 import PTuningV2Settings
+from lit_peft.methods.prefix import PrefixSettings
+from lit_peft.methods.prefix_tuning import PrefixTuningSettings
+from lit_peft.nn.prefix import Prefix
+
+_PREFIX = "base_model."
+_TABLE = "prompt_embeddings"
+# What a task's models are called, and whether prefixes for it go by the name of P-Tuning v2.
+_TASKS = {
+    "CAUSAL_LM": ("CausalLM", "LMHeadModel"),
+    "SEQ_CLS": ("SequenceClassification",),
+    "TOKEN_CLS": ("TokenClassification",),
+    "QUESTION_ANS": ("QuestionAnswering",),
+    "SEQ_2_SEQ_LM": ("ConditionalGeneration", "MTModel"),
+}
+
+READ = {"num_virtual_tokens", "num_layers", "num_transformer_submodules", "modules_to_save"}
+# The table and the model say these too, or they are about how the table came to be.
+NEUTRAL = {"encoder_hidden_size", "init_weights", "num_attention_heads", "prefix_projection", "token_dim"}
+
+
+def writes(settings: MethodSettings) -> bool:
+    """Whether the settings are those of a prefix that peft can have, as far as they tell."""
+    return isinstance(settings, PrefixSettings) and not settings.leave_out
+
+
+def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]) -> PrefixSettings:
+    """The settings in a folder's configuration: a table without an MLP, which has been folded away."""
+    kind = PTuningV2Settings if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
+    heads = {name for name in stored if name != _TABLE}
+    return (kind or PrefixTuningSettings)(
+        num_virtual_tokens=config["num_virtual_tokens"],
+        prefix_projection=False,
+        encoder_prefix=False,
+        cross_prefix=False,
+        positions=config.get("lit_peft", {}).get("positions", "peft"),
+        modules_to_save=[
+            name
+            for name in dict.fromkeys(config.get("modules_to_save") or ())
+            if any(f".{name}." in f".{key.removeprefix(_PREFIX)}" for key in heads)
+        ]
+        or None,
+    )
+
+
+def fill(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
+    """Copy a folder's table and trained modules into what was attached."""
+    attachment = attachment_of(model)
+    found = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
+    prefix, table = _prefix(attachment), found.get(_TABLE)
+    if table is not None and _is_twofold(model):
+        layers = len(prefix.shapes)
+        if table.shape[-1] % layers == 0:
+            entries = table.unflatten(-1, (layers, -1))
+            found[_TABLE] = entries[:, [2 * layer % layers for layer in range(layers)]].flatten(1)
+    fill_places({_TABLE: prefix.embedding, **attachment.saved}, found, folder)
+
+
+def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
+    """The configuration of the attached prefix.
+
+    Raises:
+        LitPeftError: peft cannot have such a prefix.
+    """
+    settings = attachment.settings
+    assert isinstance(settings, PrefixSettings)
+    prefix, twofold = _prefix(attachment), _is_twofold(model)
+    name = type(model).__name__
+    heads, size = prefix.shapes[0]
+    return {
+        "encoder_hidden_size": heads * size,
+        "init_weights": None,
+        "lit_peft": {"method": settings.method, "positions": settings.positions},
+        "modules_to_save": list(settings.modules_to_save) if settings.modules_to_save else None,
+        "num_attention_heads": heads,
+        "num_layers": len(prefix.shapes),
+        "num_transformer_submodules": 2 if twofold else 1,
+        "num_virtual_tokens": settings.num_virtual_tokens,
+        "peft_type": "PREFIX_TUNING",
+        "prefix_projection": False,
+        "task_type": next((task for task, ends in _TASKS.items() if name.endswith(ends)), "FEATURE_EXTRACTION"),
+        "token_dim": heads * size,
+    }
+
+
+@torch.no_grad()
+def tensors(attachment: Attachment) -> dict[str, Tensor]:
+    """The table, the MLP folded away, and the trained modules, by peft's names."""
+    prefix = _prefix(attachment)
+    table = prefix()
+    if _is_twofold(attachment.model):
+        layers = len(prefix.shapes)
+        entries = table.unflatten(-1, (layers, -1))
+        stored = torch.empty_like(entries)
+        for layer in range(layers):
+            stored[:, 2 * layer % layers] = entries[:, layer]
+        table = stored.flatten(1)
+    return {_TABLE: table.clone(), **{f"{_PREFIX}{name}": value for name, value in attachment.saved.items()}}
+
+
+def _is_twofold(model: nn.Module) -> bool:
+    """Whether peft takes the model for an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _prefix(attachment: Attachment) -> Prefix:
+    """The one prefix that peft has a place for.
+
+    Raises:
+        LitPeftError: there are others, or peft would read another one from the table.
+    """
+    settings = attachment.settings
+    assert isinstance(settings, PrefixSettings)
+    prefixes = {path: module for path, module in attachment.adapted.items() if isinstance(module, Prefix)}
+    shapes = next(iter(prefixes.values())).shapes
+    problem = None
+    if len(prefixes) > 1:
+        problem = "a prefix at the encoder or at cross-attention: attach with encoder_prefix=False, cross_prefix=False"
+    elif settings.leave_out:
+        problem = f"leave_out={list(settings.leave_out)}"
+    elif len(set(shapes)) > 1:
+        problem = "layers with keys of different widths"
+    elif _is_twofold(attachment.model) and len(shapes) % 2 == 0:
+        problem = "a prefix of its own in each layer of an encoder-decoder with an even number of layers"
+    if problem is not None:
+        raise LitPeftError(f"peft's format cannot hold {problem}; or leave format out.")
+    return next(iter(prefixes.values()))
