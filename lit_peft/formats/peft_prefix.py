@@ -65,7 +65,7 @@ def fill(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
     """Copy a folder's table and trained modules into what was attached."""
     attachment = attachment_of(model)
     found = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
-    prefix, table = _prefix(attachment), found.get(_TABLE)
+    (prefix,), table = _prefixes(attachment), found.get(_TABLE)
     if table is not None and _is_twofold(model):
         layers = len(prefix.shapes)
         if table.shape[-1] % layers == 0:
@@ -82,7 +82,7 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
     """
     settings = attachment.settings
     assert isinstance(settings, PrefixSettings)
-    prefix, twofold = _prefix(attachment), _is_twofold(model)
+    prefix, twofold = _writable(attachment), _is_twofold(model)
     name = type(model).__name__
     heads, size = prefix.shapes[0]
     return {
@@ -104,7 +104,7 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
 @torch.no_grad()
 def tensors(attachment: Attachment) -> dict[str, Tensor]:
     """The table, the MLP folded away, and the trained modules, by peft's names."""
-    prefix = _prefix(attachment)
+    prefix = _writable(attachment)
     table = prefix()
     if _is_twofold(attachment.model):
         layers = len(prefix.shapes)
@@ -121,25 +121,27 @@ def _is_twofold(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _prefix(attachment: Attachment) -> Prefix:
+def _prefixes(attachment: Attachment) -> list[Prefix]:
+    return [module for module in attachment.adapted.values() if isinstance(module, Prefix)]
+
+
+def _writable(attachment: Attachment) -> Prefix:
     """The one prefix that peft has a place for.
 
     Raises:
         LitPeftError: there are others, or peft would read another one from the table.
     """
-    settings = attachment.settings
+    settings, (prefix, *others) = attachment.settings, _prefixes(attachment)
     assert isinstance(settings, PrefixSettings)
-    prefixes = {path: module for path, module in attachment.adapted.items() if isinstance(module, Prefix)}
-    shapes = next(iter(prefixes.values())).shapes
     problem = None
-    if len(prefixes) > 1:
-        problem = "a prefix at the encoder or at cross-attention: attach with encoder_prefix=False, cross_prefix=False"
+    if others:
+        problem = "a prefix at the encoder or at cross-attention (encoder_prefix, cross_prefix)"
     elif settings.leave_out:
         problem = f"leave_out={list(settings.leave_out)}"
-    elif len(set(shapes)) > 1:
+    elif len(set(prefix.shapes)) > 1:
         problem = "layers with keys of different widths"
-    elif _is_twofold(attachment.model) and len(shapes) % 2 == 0:
+    elif _is_twofold(attachment.model) and len(prefix.shapes) % 2 == 0:
         problem = "a prefix of its own in each layer of an encoder-decoder with an even number of layers"
     if problem is not None:
-        raise LitPeftError(f"peft's format cannot hold {problem}; or leave format out.")
-    return next(iter(prefixes.values()))
+        raise LitPeftError(f"peft's format cannot hold {problem}: leave format out to write a folder for load_adapter.")
+    return prefix

@@ -226,7 +226,8 @@ class _Through:
         from transformers import AttentionInterface
 
         AttentionInterface.register(_FUNCTION, _attend)
-        self.place, self.config, self.relative, self.moved = place, module.config, relative, moved
+        self.config: Any = module.config
+        self.place, self.relative, self.moved = place, relative, moved
         homes = (sys.modules[kind.__module__] for kind in type(module).__mro__)
         self.eager: Callable[..., Any] = next(
             home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward")
@@ -309,7 +310,7 @@ class _Cached:
                 # Falcon has ALiBi in the mask as well.
                 added = (columns * module.inv_norm_factor).expand(*mask.shape[:3], -1)
                 values["attention_mask"] = torch.cat([added.to(mask.dtype), mask], dim=-1)
-        cache = next((name for name in _CACHES if name in inspect.signature(module.forward).parameters))
+        cache = next(name for name in _CACHES if name in inspect.signature(module.forward).parameters)
         values[cache] = _Answer(self.place, values.get(cache))
         return (), values
 

@@ -1,10 +1,10 @@
 """A prefix: trained keys and values that every query of an attention layer sees in front of the tokens' own.
 
-    tokens ──► K, V projections ──┐
-                                  ├──► [K_prefix ; K], [V_prefix ; V] ──► attention
-    table v × 2·Σ(heads·head_dim) ┘
-      ▲
-      └─ itself trained, or P (v × d) → Linear → tanh → Linear
+tokens ──► K, V projections ──┐
+                              ├──► [K_prefix ; K], [V_prefix ; V] ──► attention
+table v × 2·Σ(heads·head_dim) ┘
+  ▲
+  └─ itself trained, or P (v × d) → Linear → tanh → Linear
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Prefix(nn.Module):
         widths = [heads * size for heads, size in self.shapes for _ in range(2)]
         parts = iter(table.split(widths, dim=-1))
         return [
-            tuple(next(parts).unflatten(-1, shape).transpose(0, 1) for _ in range(2))  # type: ignore[misc]
+            tuple(next(parts).unflatten(-1, shape).transpose(0, 1) for _ in range(2))
             for shape in self.shapes
         ]
 
