@@ -100,10 +100,7 @@ class Prefix(nn.Module):
     def _split(self, table: Tensor) -> list[tuple[Tensor, Tensor]]:
         widths = [heads * size for heads, size in self.shapes for _ in range(2)]
         parts = iter(table.split(widths, dim=-1))
-        return [
-            tuple(next(parts).unflatten(-1, shape).transpose(0, 1) for _ in range(2))
-            for shape in self.shapes
-        ]
+        return [tuple(next(parts).unflatten(-1, shape).transpose(0, 1) for _ in range(2)) for shape in self.shapes]
 
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return one layer's prefix keys and values for a batch.
