@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from models import ALL, DECODERS, ENCODERS, GOLDEN, SEQ2SEQS, batch, close, make
 from safetensors.torch import load_file
 
 import lit_peft
+from lit_peft import PrefixTuningSettings
 
 CASES = sorted(
     path.parent
@@ -85,3 +87,98 @@ def test_what_peft_saves_gives_its_logits(name: str, padded: bool, tmp_path: Pat
     with torch.no_grad():
         close(ours(**inputs).logits, theirs(**inputs).logits)
         assert (ours(**inputs).logits - make(name)(**inputs).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_every_architecture(name: str, projection: bool) -> None:
+    model, inputs = make(name), batch(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        base = model(**inputs).logits
+    size = 8 if projection else None
+    lit_peft.attach(
+        model,
+        PrefixTuningSettings(num_virtual_tokens=3, prefix_projection=projection, prefix_projection_size=size),
+    )
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == (5 if projection else 1) * (3 if name in SEQ2SEQS else 1)
+    optimizer = torch.optim.SGD(trained.values(), lr=0.5)
+    model.train()
+    losses, seen = [], dict.fromkeys(trained, False)
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.manual_seed(3)
+        loss = model(**inputs).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        for key, parameter in trained.items():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+            seen[key] |= bool(parameter.grad.abs().max() > 0)
+        optimizer.step()
+    assert all(seen.values()), [key for key, ok in seen.items() if not ok]
+    assert losses[1] < losses[0]
+    scramble(model)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        optimizer.zero_grad()
+        torch.manual_seed(4)
+        model(**inputs).loss.backward()
+        gradients.append({key: parameter.grad.clone() for key, parameter in trained.items()})
+    model.gradient_checkpointing_disable()
+    for key, gradient in gradients[0].items():
+        close(gradients[1][key], gradient, 1e-4)
+    copied = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        adapted = model.eval()(**inputs).logits
+        assert (adapted - base).abs().max() > 1e-4
+        assert torch.equal(copied(**inputs).logits, adapted)
+        # Another implementation of attention, and what a pass with gradients computes, give the same.
+        model.set_attn_implementation("eager")
+        close(model(**inputs).logits, adapted)
+    model.set_attn_implementation("eager" if name == "deberta-v2" else "sdpa")
+    close(model(**inputs).logits.detach(), adapted)
+    lit_peft.detach(model)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, base)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", [*DECODERS, *SEQ2SEQS])
+def test_generate_with_and_without_cache(name: str, beams: int) -> None:
+    model = lit_peft.attach(make(name), PrefixTuningSettings(num_virtual_tokens=3)).eval()
+    scramble(model)
+    inputs = {key: value for key, value in batch(name).items() if key != "labels"}
+    inputs["attention_mask"][0, :2] = 0
+    cached, plain = (
+        model.generate(**inputs, max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=1, use_cache=cache)
+        for cache in (True, False)
+    )
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ALL)
+def test_padding_changes_nothing(name: str, attention: str) -> None:
+    model = make(name)
+    if name != "deberta-v2":
+        model.set_attn_implementation(attention)
+    lit_peft.attach(model, PrefixTuningSettings(num_virtual_tokens=3)).eval()
+    scramble(model)
+    ids, mask = batch(name)["input_ids"], batch(name)["attention_mask"]
+    filler = torch.full((2, 3), model.config.pad_token_id or 1)
+
+    def run(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        more = {"decoder_input_ids": ids[:, :4] * 0 + 7} if name in SEQ2SEQS else {}
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=mask, **more).logits
+
+    plain = run(ids, mask)
+    right = run(torch.cat([ids, filler], 1), torch.cat([mask, filler * 0], 1))
+    close(right[:, :7] if name in DECODERS else right, plain)
+    if name in DECODERS:
+        close(run(torch.cat([filler, ids], 1), torch.cat([filler * 0, mask], 1))[:, 3:], plain)
