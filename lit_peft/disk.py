@@ -30,14 +30,26 @@ def sync_folder(folder: Path) -> None:
                 os.close(handle)
 
 
+def open_to_others(folder: Path) -> None:
+    """Give a temporary folder and the files below it the permissions that new ones get (the umask's)."""
+    # What `mkdtemp` and safetensors make is for the owner alone; the umask shows in a plain new folder.
+    probe = folder / ".mode"
+    probe.mkdir()
+    mode = probe.stat().st_mode & 0o777
+    probe.rmdir()
+    for path in files_below(folder):
+        path.chmod(mode & 0o666)
+    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        path.chmod(mode)
+
+
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder `.NAME.tmp-…` beside `target` that becomes it when the block ends, or is gone if it fails."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
     try:
         yield temporary
-        # mkdtemp makes it for the owner alone.
-        temporary.chmod(0o755)
+        open_to_others(temporary)
         sync_folder(temporary)
         temporary.rename(target)
     finally:

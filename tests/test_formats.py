@@ -212,3 +212,48 @@ def test_pickles_never_run(tmp_path: Path) -> None:
         archive.writestr("archive/data.pkl", bytes(50_000_000))
     refuse(folder, "unpack")
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_knows_its_base(tmp_path: Path) -> None:
+    model = lit_peft.attach(make("llama"), LoRASettings(r=4, target_modules="all-linear", modules_to_save=["norm"]))
+    scramble(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter")
+    for same in (make("llama"), make("llama").bfloat16()):
+        lit_peft.load_adapter(same, folder)
+    other = make("llama")
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1.5)
+    other.name_or_path, other.config.name_or_path = "somebody/else", "somebody/else"
+    record = json.loads((folder / "lit_peft.json").read_text())
+    record["base"]["name"] = "the/base"
+    (folder / "lit_peft.json").write_text(json.dumps(record))
+    for stranger in (other, make("opt")):
+        with pytest.raises(LitPeftError, match=r"'the/base'.*check_base=False") as refusal:
+            lit_peft.load_adapter(stranger, folder)
+    lit_peft.load_adapter(other, folder, check_base=False)
+    assert "OPT" in str(refusal.value)
+
+
+@pytest.mark.parametrize("start", ["pissa", "kaiming"])
+def test_the_base_record_is_of_the_base(start: Any, tmp_path: Path) -> None:
+    from lit_peft.formats.base_record import base_record
+
+    bare = base_record(lit_peft.attach(make("llama"), LoRASettings(target_modules=["q_proj"])))
+    model = lit_peft.attach(make("llama"), LoRASettings(r=4, init_lora_weights=start, target_modules="all-linear"))
+    assert base_record(model) == bare
+    for layer in model.modules():
+        if hasattr(layer, "merge"):
+            layer.merge()
+    assert base_record(model) == bare
+
+
+def test_files_are_as_the_umask_says_and_little_more_than_their_tensors(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    config = type(make("llama").config)(vocab_size=97, hidden_size=1024, intermediate_size=1024, num_hidden_layers=1)
+    model = lit_peft.attach(type(make("llama"))(config), LoRASettings(r=16))
+    size = 4 * lit_peft.trainable_parameters(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter")
+    for file in folder.iterdir():
+        assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (folder / "adapter_model.safetensors").stat().st_size <= 1.01 * size
+    assert "lora adapter" in (folder / "README.md").read_text()

@@ -11,27 +11,32 @@ from torch import nn
 
 from lit_peft.disk import whole_folder
 from lit_peft.errors import LitPeftError
-from lit_peft.formats import adapterhub, peft
+from lit_peft.formats import adapterhub, base_record, peft
+from lit_peft.formats.card import write_card
+from lit_peft.formats.files import write_extra
 from lit_peft.formats.untrusted import read_json
 from lit_peft.methods.attachment import Model, attachment_of
 
 
-def load_adapter(model: Model, folder: str | Path) -> Model:
+def load_adapter(model: Model, folder: str | Path, check_base: bool = True) -> Model:
     """Read an adapter's folder and attach it to a bare model, ready for `model.eval()`.
 
     Args:
         model: the base model, as transformers loaded it.
         folder: the adapter's folder, in peft's format or AdapterHub's.
+        check_base: refuse a model that is not the base the adapter was trained on, where the folder says which.
 
     Returns:
         The same model, the adapter attached.
 
     Raises:
-        LitPeftError: a file is missing, the method or a setting is not one that can be read, or the tensors do not
-            fit the model. The model is as it was.
+        LitPeftError: the model is another base, a file is missing, the method or a setting is not one that can be
+            read, or the tensors do not fit the model. The model is as it was.
     """
     folder = Path(folder)
     config = _read_config(folder)
+    if check_base:
+        base_record.check_base(model, folder)
     if "peft_type" in config:
         return peft.read(model, folder, config)
     if "config" in config:
@@ -71,6 +76,9 @@ def save_adapter(
             peft.write(model, temporary)
         else:
             adapterhub.write(model, temporary, name, own=format is None)
+        base = base_record.base_record(model)
+        write_extra(temporary, {base_record.KEY: base})
+        write_card(model, temporary, str(base["name"]))
     return Path(folder)
 
 

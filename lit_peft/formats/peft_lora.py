@@ -148,11 +148,15 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
     return ours.shape == theirs.shape and torch.equal(ours.detach().cpu(), theirs.to(ours.dtype))
 
 
-def _modules(model: nn.Module, names: Collection[str]) -> list[str]:
-    """The outermost modules whose names end in one of `names`, letters before it or not, as peft has it."""
+def _modules(model: nn.Module, names: Collection[str], before: str = "") -> list[str]:
+    """The outermost modules whose names, with `before` in front, end in one of `names`, as peft finds them."""
     found: list[str] = []
     for path, _ in model.named_modules():
-        if path and path.endswith(tuple(names)) and not any(path.startswith(f"{outer}.") for outer in found):
+        if (
+            path
+            and f"{before}{path}".endswith(tuple(names))
+            and not any(path.startswith(f"{outer}.") for outer in found)
+        ):
             found.append(path)
     return found
 
@@ -181,7 +185,8 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         "layers_to_transform": None,
         "layers_pattern": None,
         "fan_in_fan_out": bool(getattr(first, "fan_in_fan_out", False)),
-        "modules_to_save": list(settings.modules_to_save) if settings.modules_to_save else None,
+        # Full names here, too: peft takes any module whose name ends in the letters of one of these.
+        "modules_to_save": _modules(model, [f".{name}" for name in settings.modules_to_save or ()], ".") or None,
     }
 
 

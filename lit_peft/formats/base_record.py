@@ -1,0 +1,111 @@
+"""Which base an adapter was trained on: written beside it, and checked before it is used on another.
+
+Recorded are the base's name and revision, a hash of its weights' shapes, and a sample of their values. Values, not
+bytes, since a base may be loaded in another precision than it was trained in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_peft.errors import LitPeftError
+from lit_peft.formats.files import read_extra
+from lit_peft.methods.attachment import attachment_of, base_name
+from lit_peft.nn.lora import LoRALayer
+
+KEY = "base"
+_TENSORS, _VALUES = 16, 4
+
+
+def base_record(model: nn.Module) -> dict[str, Any]:
+    """The base of a model with a method attached, as plain data.
+
+    Heads do not count, since a task's head comes and goes with the model class; nor does what was trained in full.
+    """
+    attachment = attachment_of(model)
+    trained = sorted(base_name(name) for name in attachment.saved)
+    return {**_record(_weights(model, attachment.adapted, trained), model), "trained": trained}
+
+
+def check_base(model: nn.Module, folder: Path) -> None:
+    """Refuse the adapter of a folder for a bare model that is not the base it was trained on.
+
+    Raises:
+        LitPeftError: the shapes or the sampled values differ from the recorded ones.
+    """
+    recorded = read_extra(folder).get(KEY)
+    if not isinstance(recorded, dict):
+        return
+    trained = recorded.get("trained")
+    ours = _record(_weights(model, {}, trained if isinstance(trained, list) else []), model)
+    if _quantized(model) or ours["shapes"] == recorded.get("shapes"):
+        theirs = recorded.get("sample")
+        known = theirs if isinstance(theirs, dict) else {}
+        if all(_alike(values, known[name]) for name, values in ours["sample"].items() if name in known):
+            return
+        difference = "its weights have other values"
+    else:
+        difference = "its weights have other shapes"
+    at = f" (revision {str(recorded['revision'])[:80]})" if recorded.get("revision") else ""
+    raise LitPeftError(
+        f"{folder} was trained on {str(recorded.get('name'))[:200]!r}{at}, and this model is {ours['name']!r}: "
+        f"{difference}. Load the adapter onto its own base, or give check_base=False to use it on this one anyway."
+    )
+
+
+def _record(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
+    shapes = repr(sorted(tuple(weight.shape) for weight in weights.values()))
+    # The largest say most: norms and biases are alike in many models.
+    largest = sorted(weights, key=lambda name: (-weights[name].numel(), name))[:_TENSORS]
+    return {
+        "name": str(getattr(model, "name_or_path", "") or "") or type(model).__name__,
+        "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
+        "shapes": hashlib.sha256(shapes.encode()).hexdigest(),
+        "sample": {name: _values(weights[name]) for name in largest if _can_sample(weights[name])},
+    }
+
+
+def _weights(model: nn.Module, adapted: Mapping[str, nn.Module], without: Collection[str]) -> dict[str, Tensor]:
+    """The base's weights by name, as they were before a method moved or merged anything; no heads."""
+    prefix = getattr(model, "base_model_prefix", "")
+    below = f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+    added = tuple(f"{path}." for path in adapted)
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        plain = base_name(name)
+        if plain.startswith(below) and plain not in without and (plain != name or not name.startswith(added)):
+            weights[plain.removeprefix(below)] = parameter
+    for path, layer in adapted.items():
+        if isinstance(layer, LoRALayer):
+            kept = layer._moved_weight if layer._moved_weight is not None else layer._unmerged_weight
+            name = f"{path}.weight".removeprefix(below)
+            if kept is not None and name in weights:
+                weights[name] = kept
+    return weights
+
+
+def _quantized(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "quantization_config", None) is not None
+
+
+def _can_sample(weight: Tensor) -> bool:
+    return weight.is_floating_point() and not weight.is_meta and type(weight.data) is Tensor and weight.numel() > 0
+
+
+def _values(weight: Tensor) -> list[float]:
+    places = torch.linspace(0, weight.numel() - 1, _VALUES, device=weight.device, dtype=torch.float64).long()
+    return [float(f"{value:.6g}") for value in weight.detach().reshape(-1)[places].float().tolist()]
+
+
+def _alike(ours: list[float], theirs: list[Any]) -> bool:
+    return len(ours) == len(theirs) and all(
+        isinstance(b, int | float) and math.isclose(a, b, rel_tol=2e-2, abs_tol=1e-6)
+        for a, b in zip(ours, theirs, strict=True)
+    )
