@@ -73,9 +73,9 @@ class _Placement:
 
     The host is the module whose inputs are made longer, and whose output is cut back: the encoder of an
     encoder-decoder, whose output stays long for the cross-attention; a sequence classifier itself, whose head pools
-    over the long sequence; of other models the part without the head, so that any head and loss sees the user's
-    tokens alone. Only a causal model's own loss sees one position more: the last virtual token predicts the first
-    token, as in peft.
+    over the long sequence (an encoder's first position is then a virtual token, as in peft); of other models, and of
+    decoders that classify, the part without the head, so that any head and loss sees the user's tokens alone. Only a
+    causal model's own loss sees one position more: the last virtual token predicts the first token, as in peft.
 
     With a cache that has entries the virtual tokens are among them, and only the mask and positions are extended.
     """
@@ -90,22 +90,23 @@ class _Placement:
                 "the transformers model inside of it."
             )
         top: Any = model
+        causal, pools = _is_causal(config), type(model).__name__.endswith("ForSequenceClassification")
         self.decoder: nn.Module | None = None
         self.host: Any
         if getattr(config, "is_encoder_decoder", False):
             self.host, self.decoder = top.get_encoder(), top.get_decoder()
             if self.host is top:
                 raise LitPeftError(f"{type(model).__name__} has no encoder to put virtual tokens in front of.")
-        elif type(model).__name__.endswith("ForSequenceClassification"):
+        elif pools and (settings.positions == "sequence" or not causal):
             self.host = top
         else:
             # Some heads call the inner decoder of the headless model.
             self.host = top.base_model.get_decoder()
-        self.cuts = self.decoder is None and not type(self.host).__name__.endswith("ForSequenceClassification")
+        self.cuts = self.decoder is None and not (pools and self.host is top)
         self.loses = self.cuts and self.host is not top and top.can_generate()
         self.names = list(inspect.signature(self.host.forward).parameters)
         self.top_names = list(inspect.signature(top.forward).parameters)
-        self.counts = settings.positions == "mask" and "position_ids" in self.names and _is_causal(config)
+        self.counts = settings.positions == "mask" and "position_ids" in self.names and causal
         embeddings = self.host.get_input_embeddings()
         if not isinstance(getattr(embeddings, "weight", None), Tensor):
             raise LitPeftError(
@@ -121,12 +122,10 @@ class _Placement:
                 f"num_virtual_tokens={self.front} leaves no room in the {self.limit} positions that "
                 f"{type(model).__name__} has: give fewer."
             )
-        self._rest()
-
-    def _rest(self) -> None:
         self.pending = self.inserted = False
         self.extra = 0
         self.marks: Tensor | None = None
+        self.mask: Tensor | None = None
 
     def register(self, prompt: SoftPrompt | PromptEncoder, attachment: Attachment) -> None:
         """Register the hooks, noted for their removal."""
@@ -145,7 +144,7 @@ class _Placement:
                 kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
                 mask = kwargs.get("encoder_attention_mask")
                 if mask is not None:
-                    kwargs["encoder_attention_mask"] = self._in_front(mask, 1)
+                    kwargs["encoder_attention_mask"] = self._arrange(self._in_front(mask, 1), mask)
                 return (), kwargs
 
             attachment.hook(self.decoder.register_forward_pre_hook(extend, with_kwargs=True))
@@ -175,8 +174,9 @@ class _Placement:
                 "tokens in front cannot be added to it: use a dynamic cache, unpacked rows, or prompt_token_id."
             )
         length = given.shape[1]
+        self.mask = None if sequence else mask
         if mask is not None:
-            kwargs["attention_mask"] = mask = self._in_front(mask, 1)
+            kwargs["attention_mask"] = mask = self._arrange(self._in_front(mask, 1), self.mask)
         if sequence:
             kwargs.pop("position_ids", None)
         elif kwargs.get("position_ids") is not None:
@@ -209,7 +209,16 @@ class _Placement:
 
     def _join(self, embeds: Tensor) -> Tensor:
         prompt = self.prompt()[: self.front].to(embeds)
-        return torch.cat([prompt.expand(embeds.shape[0], -1, -1), embeds], 1)
+        return self._arrange(torch.cat([prompt.expand(embeds.shape[0], -1, -1), embeds], 1), self.mask)
+
+    def _arrange(self, joined: Tensor, mask: Tensor | None) -> Tensor:
+        """Move an encoder-decoder's virtual tokens behind the padding on the left: its positions may be distances."""
+        if self.decoder is None or mask is None or self.settings.positions == "sequence":
+            return joined
+        lead = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+        place = torch.arange(joined.shape[1], device=joined.device)[None]
+        source = torch.where(place < lead, place + self.front, (place - lead).where(place < lead + self.front, place))
+        return joined.gather(1, source.view(*source.shape, *[1] * (joined.dim() - 2)).expand_as(joined))
 
     # --------------------------------------------------------------------------------------- the embeddings
 
@@ -280,9 +289,11 @@ class _Placement:
 
 def _is_causal(config: Any) -> bool:
     """Whether the model is one whose tokens see only those before them, with positions counted from 0."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as auto
 
-    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and getattr(config, "is_decoder", True)
+    # Of those that are encoders as well, the config says which.
+    encodes = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encodes
 
 
 def _learned_positions(host: nn.Module) -> int | None:
