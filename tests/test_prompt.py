@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from models import ALL, DECODERS, ENCODERS, GOLDEN, batch, close, make, scramble
 from safetensors.torch import load_file
 
 import lit_peft
-from lit_peft import PromptTuningSettings, PTuningSettings
+from lit_peft import LitPeftError, PromptTuningSettings, PTuningSettings
+from lit_peft.nn.prompt import PromptEncoder
 
 METHODS = ("prompt_tuning", "p_tuning")
 CASES = sorted(
@@ -47,59 +49,81 @@ def test_reference_case(case: Path, tmp_path: Path) -> None:
     assert lit_peft.trainable_parameters(model) == facts["trainable"]
 
 
-def task_of(name: str) -> str:
-    return "CAUSAL_LM" if name in DECODERS else "SEQ_CLS" if name in ENCODERS else "SEQ_2_SEQ_LM"
+def padded(inputs: dict[str, torch.Tensor], side: str, pad: int = 0) -> dict[str, torch.Tensor]:
+    """The batch with three columns of padding."""
+    fills = {"input_ids": pad, "attention_mask": 0}
+    if inputs.get("labels", torch.zeros(0)).shape == inputs["input_ids"].shape:
+        fills["labels"] = -100
+    amount = (3, 0) if side == "left" else (0, 3)
+    return {k: F.pad(v, amount, value=fills[k]) if k in fills else v for k, v in inputs.items()}
 
 
-def padded(inputs: dict[str, torch.Tensor], side: str, pad: int, by: int = 3) -> dict[str, torch.Tensor]:
-    """The batch with `by` columns of padding, which its first row fills with nothing else."""
-    amount = (by, 0) if side == "left" else (0, by)
-    fills = {"input_ids": pad, "attention_mask": 0, "labels": -100, "token_type_ids": 0}
-    wide = {"input_ids", "attention_mask", "token_type_ids"} | ({"labels"} if inputs["labels"].shape[1:] else set())
-    if "decoder" not in str(inputs.keys()) and inputs["labels"].shape != inputs["input_ids"].shape:
-        wide -= {"labels"}
-    return {
-        key: torch.nn.functional.pad(value, amount, value=fills[key]) if key in wide else value
-        for key, value in inputs.items()
-    }
-
-
-def pad_of(model: Any) -> int:
-    return getattr(model.config, "pad_token_id", None) or 0
-
-
-def their_config(name: str, method: str, task: str | None = None) -> Any:
+def their_config(model: Any, kind: str, task: str) -> Any:
     import peft
 
-    config: Any = make(name).config
-    dim = make(name).get_input_embeddings().weight.shape[1]
-    common = {"task_type": task or task_of(name), "num_virtual_tokens": 5, "token_dim": dim, "num_layers": 2}
-    common["num_attention_heads"] = getattr(config, "num_attention_heads", 4)
-    if method == "prompt_tuning":
+    common = {
+        "task_type": task,
+        "num_virtual_tokens": 5,
+        "token_dim": model.get_input_embeddings().weight.shape[1],
+        "num_layers": 2,
+        "num_attention_heads": 4,
+    }
+    if kind == "prompt_tuning":
         return peft.PromptTuningConfig(**common)
-    return peft.PromptEncoderConfig(
-        **common, encoder_hidden_size=6, encoder_reparameterization_type=method.removeprefix("p_tuning ")
-    )
+    return peft.PromptEncoderConfig(**common, encoder_hidden_size=6, encoder_reparameterization_type=kind)
 
 
-KINDS = ("prompt_tuning", "p_tuning LSTM", "p_tuning MLP")
+def compare_reading(make_model: Any, kind: str, task: str, inputs: dict[str, torch.Tensor], folder: Path) -> None:
+    import peft
+
+    theirs = peft.get_peft_model(make_model(), their_config(make_model(), kind, task)).eval()
+    scramble(theirs)
+    theirs.save_pretrained(folder)
+    ours = lit_peft.load_adapter(make_model(), folder).eval()
+    with torch.no_grad():
+        expected, output = theirs(**inputs), ours(**inputs)
+    names = [name for name in output if name == "loss" or "logits" in name or "last_hidden_state" in name]
+    assert names
+    for name in names:
+        wanted = expected[name]
+        if wanted.dim() > 1 and name != "encoder_last_hidden_state":
+            wanted = wanted[:, -output[name].shape[1] :]
+        close(output[name], wanted)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_reads_what_peft_writes(name: str, tmp_path: Path) -> None:
-    import peft
+    task = "CAUSAL_LM" if name in DECODERS else "SEQ_CLS" if name in ENCODERS else "SEQ_2_SEQ_LM"
+    pad = make(name).config.pad_token_id or 0
+    inputs = padded(batch(name), "left" if name in DECODERS else "right", pad)
+    kind = ("prompt_tuning", "LSTM", "MLP")[list(ALL).index(name) % 3]
+    compare_reading(lambda: make(name), kind, task, inputs, tmp_path)
 
-    method = KINDS[list(ALL).index(name) % 3]
-    theirs = peft.get_peft_model(make(name), their_config(name, method)).eval()
-    scramble(theirs)
-    theirs.save_pretrained(tmp_path)
-    ours = lit_peft.load_adapter(make(name), tmp_path).eval()
-    inputs = padded(batch(name), "left" if name in DECODERS else "right", pad_of(theirs))
-    with torch.no_grad():
-        expected = theirs(**inputs)
-        output = ours(**inputs)
-        close(output.logits, expected.logits[:, -output.logits.shape[1] :])
-        close(output.loss, expected.loss)
+
+@pytest.mark.parametrize(
+    ("name", "auto", "task"),
+    [
+        ("llama", "AutoModelForSequenceClassification", "SEQ_CLS"),
+        ("gpt2", "AutoModelForSequenceClassification", "SEQ_CLS"),
+        ("roberta", "AutoModelForTokenClassification", "TOKEN_CLS"),
+        ("deberta-v2", "AutoModelForTokenClassification", "TOKEN_CLS"),
+        ("bert", "AutoModelForQuestionAnswering", "QUESTION_ANS"),
+        ("bert", "AutoModel", "FEATURE_EXTRACTION"),
+        ("llama", "AutoModel", "FEATURE_EXTRACTION"),
+    ],
+)
+def test_reads_what_peft_writes_for_other_heads(name: str, auto: str, task: str, tmp_path: Path) -> None:
+    inputs = {key: value for key, value in batch(name).items() if key != "labels"}
+    for side in ("left", "right"):
+        padding = padded(inputs, side)
+        compare_reading(lambda: headed(name, auto), "prompt_tuning", task, padding, tmp_path / side)
+
+
+def headed(name: str, auto: str) -> Any:
+    torch.manual_seed(0)
+    config = make(name).config
+    config.pad_token_id = 0
+    return getattr(transformers, auto).from_config(config).eval()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -113,6 +137,9 @@ def test_peft_reads_what_we_write_and_learns_the_same(name: str, tmp_path: Path)
     lit_peft.save_adapter(ours, tmp_path / "a")
     theirs = peft.PeftModel.from_pretrained(make(name), str(tmp_path / "a")).eval()
     inputs = batch(name)
+    inputs["token_type_ids"] = torch.ones_like(inputs["input_ids"])
+    if name not in ("bert", "deberta-v2", "electra"):
+        del inputs["token_type_ids"]
     with torch.no_grad():
         expected, output = theirs(**inputs), ours(**inputs)
         close(output.logits, expected.logits[:, -output.logits.shape[1] :])
@@ -123,3 +150,215 @@ def test_peft_reads_what_we_write_and_learns_the_same(name: str, tmp_path: Path)
     theirs(**inputs).loss.backward()
     again(**inputs).loss.backward()
     close(again.prompt_encoder.embedding.weight.grad, prompt.grad)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_architecture(name: str) -> None:
+    """Trains, undoes itself, and neither checkpointing nor padding nor the cache changes anything."""
+    kind = PTuningSettings if list(ALL).index(name) % 2 else PromptTuningSettings
+    model, inputs = make(name), batch(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    lit_peft.attach(model, kind(num_virtual_tokens=4))
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert all(key.startswith("prompt_encoder.") for key in trained)
+    optimizer = torch.optim.SGD(trained.values(), lr=0.02)
+    losses, seen = [], dict.fromkeys(trained, False)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        for key, parameter in trained.items():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+            seen[key] |= bool(parameter.grad.abs().max() > 0)
+        optimizer.step()
+    assert all(seen.values()), [key for key, ok in seen.items() if not ok]
+    assert losses[-1] < losses[0]
+
+    scramble(model)
+    gradients = []
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        optimizer.zero_grad()
+        torch.manual_seed(4)
+        model(**inputs).loss.backward()
+        gradients.append({key: parameter.grad.clone() for key, parameter in trained.items()})
+    for key, gradient in gradients[0].items():
+        close(gradients[1][key], gradient)
+    model.gradient_checkpointing_disable()
+
+    model.eval()
+    with torch.no_grad():
+        plain, length = model(**inputs).logits, inputs["input_ids"].shape[1]
+        pad = model.config.pad_token_id or 0
+        del inputs["attention_mask"]
+        close(model(**inputs).logits, plain)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        # Encoders with absolute positions do not bear padding on the left, with or without a prompt.
+        sides = ["right", "left"] if name in DECODERS or name in ("t5", "mt5", "roberta") else ["right"]
+        for side in sides:
+            logits = model(**padded(inputs, side, pad)).logits
+            if name in DECODERS:
+                logits = logits[:, 3:] if side == "left" else logits[:, :length]
+            close(logits, plain)
+    if name not in ENCODERS:
+        generates_alike(model, padded({k: v for k, v in inputs.items() if k != "labels"}, "left", pad), pad)
+
+    for key, tensor in lit_peft.detach(model).state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    assert list(model.state_dict()) == list(before)
+
+
+def generates_alike(model: Any, inputs: dict[str, torch.Tensor], pad: int) -> None:
+    """The same with the cache and without, greedy and with beams; the prompt is computed once with it."""
+    calls: list[int] = []
+    handle = model.prompt_encoder.register_forward_hook(lambda module, args, out: calls.append(1))
+    for beams in (1, 3):
+        settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": pad}
+        settings |= {"num_beams": beams, "return_dict_in_generate": True, "output_scores": True}
+        calls.clear()
+        cached = model.generate(**inputs, **settings, use_cache=True)
+        assert len(calls) == 1
+        plain = model.generate(**inputs, **settings, use_cache=False)
+        assert torch.equal(cached.sequences, plain.sequences)
+        for ours, wanted in zip(cached.scores, plain.scores, strict=True):
+            finite = wanted.isfinite()
+            close(ours[finite], wanted[finite])
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "opt"])
+def test_decoders_classify_the_last_token(name: str) -> None:
+    model = lit_peft.attach(headed(name, "AutoModelForSequenceClassification"), PromptTuningSettings())
+    inputs = {key: value for key, value in batch(name).items() if key != "labels"}
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+        for side in ("left", "right"):
+            close(model(**padded(inputs, side)).logits, logits)
+
+
+@pytest.mark.parametrize("auto", ["MaskedLM", "TokenClassification", "QuestionAnswering", "MultipleChoice"])
+def test_heads_see_the_users_tokens(auto: str) -> None:
+    model = lit_peft.attach(headed("bert", f"AutoModelFor{auto}"), PTuningSettings(num_virtual_tokens=5))
+    ids = torch.randint(3, 61, (2, 3, 7) if auto == "MultipleChoice" else (2, 7))
+    labels: dict[str, dict[str, torch.Tensor]] = {
+        "MaskedLM": {"labels": ids},
+        "TokenClassification": {"labels": torch.ones_like(ids)},
+        "QuestionAnswering": {"start_positions": torch.tensor([0, 2]), "end_positions": torch.tensor([6, 3])},
+        "MultipleChoice": {"labels": torch.tensor([0, 2])},
+    }
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, **labels[auto])
+    logits = output.start_logits if auto == "QuestionAnswering" else output.logits
+    assert logits.shape[:2] == ids.shape[:2]
+    assert auto == "MultipleChoice" or all(state.shape[1] == 7 for state in output.hidden_states)
+    output.loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("name", "auto"), [("llama", "CausalLM"), ("bert", "MaskedLM"), ("roberta", "MaskedLM")])
+@pytest.mark.parametrize("kind", [PromptTuningSettings, PTuningSettings])
+def test_template_places(name: str, auto: str, kind: Any, tmp_path: Path) -> None:
+    mark = 99  # outside of the vocabulary
+    ids = torch.tensor([[mark, 5, 6, mark, mark, 7], [8, mark, mark, 9, 10, mark]])
+    model = lit_peft.attach(headed(name, f"AutoModelFor{auto}"), kind(num_virtual_tokens=3, prompt_token_id=mark))
+    base = headed(name, f"AutoModelFor{auto}")
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits
+        embeds = base.get_input_embeddings()(ids.masked_fill(ids == mark, 5))
+        for row in range(2):
+            embeds[row, ids[row] == mark] = model.prompt_encoder()
+        close(logits, base(inputs_embeds=embeds).logits)
+        lit_peft.save_adapter(model, tmp_path / "a")
+        again = lit_peft.load_adapter(headed(name, f"AutoModelFor{auto}"), tmp_path / "a").eval()
+        close(again(input_ids=ids).logits, logits)
+        if name == "llama":
+            generates_alike(model, padded({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "left"), 0)
+    with pytest.raises(LitPeftError, match="3 times"):
+        model(input_ids=ids[:, 1:])
+
+
+def test_starts(tokenizer_folder: Path) -> None:
+    model = make("llama")
+    rows = model.get_input_embeddings().weight
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+
+    def start(**values: Any) -> torch.Tensor:
+        settings = PromptTuningSettings(tokenizer_name_or_path=str(tokenizer_folder), **values)
+        result = lit_peft.attach(model, settings).prompt_encoder.embedding.weight.detach()
+        lit_peft.detach(model)
+        return result
+
+    vocabulary = start()
+    assert vocabulary.shape == (20, 32) and all((rows == row).all(1).any() for row in vocabulary)
+    text = tokenizer("a good film is great")["input_ids"]
+    init = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a good film is great"}
+    assert torch.equal(start(**init, num_virtual_tokens=7), rows[[*text, *text[:2]]])
+    assert torch.equal(start(**init, num_virtual_tokens=3), rows[text[:3]])
+    labels = start(prompt_tuning_init="LABELS", prompt_tuning_init_labels=["good film", "bad"], num_virtual_tokens=4)
+    good, film, bad = tokenizer.convert_tokens_to_ids(["good", "film", "bad"])
+    close(labels[:2], torch.stack([(rows[good] + rows[film]) / 2, rows[bad]]))
+    model.config.id2label = {0: "good", 1: "bad"}
+    assert torch.equal(start(prompt_tuning_init="LABELS", num_virtual_tokens=2), rows[[good, bad]])
+    random = start(prompt_tuning_init="RANDOM", num_virtual_tokens=60)
+    assert random.abs().max() <= 0.5 and random.std() > 0.25
+
+
+def test_the_result_is_kept_until_something_changes() -> None:
+    encoder = PromptEncoder(4, 8, 3, dropout=0.5).eval()
+    with torch.no_grad():
+        first = encoder()
+        assert encoder() is first
+        encoder.embedding.weight.add_(1)
+        second = encoder()
+        assert second is not first and not torch.equal(second, first)
+        assert torch.equal(encoder.train().folded(), second) and encoder.training
+        encoder.eval().fold()
+        assert torch.equal(encoder(), second)
+    assert [name for name, _ in encoder.named_parameters()] == ["embedding.weight"]
+    encoder().sum().backward()
+
+
+def test_half_precision_bases_keep_full_precision_prompts() -> None:
+    for settings in (PromptTuningSettings(), PTuningSettings()):
+        model = lit_peft.attach(make("llama").to(torch.bfloat16), settings)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        output = model(**batch("llama"))
+        assert output.logits.dtype == torch.bfloat16
+        output.loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_bad_input_names_the_fix() -> None:
+    for values, words in (
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens=0"),
+        ({"positions": "x"}, "positions='x'"),
+        ({"prompt_tuning_init": "WORDS"}, "prompt_tuning_init='WORDS'"),
+        ({"prompt_tuning_init": "TEXT"}, "prompt_tuning_init_text"),
+        ({"prompt_tuning_init_labels": ["a"]}, "LABELS"),
+        ({"prompt_token_id": 3, "positions": "sequence"}, "prompt_token_id=3"),
+    ):
+        with pytest.raises(LitPeftError, match=words):
+            PromptTuningSettings(**values)
+    for values in ({"encoder_reparameterization_type": "GRU"}, {"encoder_hidden_size": 0}, {"encoder_dropout": 1.0}):
+        with pytest.raises(LitPeftError, match=next(iter(values))):
+            PTuningSettings(**values)
+    model = make("bert")
+    names = list(model.state_dict())
+    for settings, words in (
+        (PromptTuningSettings(num_virtual_tokens=64), "leaves no room in the 64 positions"),
+        (PromptTuningSettings(prompt_tuning_init="LABELS"), "prompt_tuning_init_labels"),
+        (PromptTuningSettings(prompt_tuning_init="TEXT", prompt_tuning_init_text="a"), "tokenizer_name_or_path"),
+    ):
+        with pytest.raises(LitPeftError, match=words):
+            lit_peft.attach(model, settings)
+    assert list(model.state_dict()) == names
+    with pytest.raises(LitPeftError, match="not a transformers model"):
+        lit_peft.attach(torch.nn.Linear(2, 2), PromptTuningSettings())
+    lit_peft.attach(model, PromptTuningSettings(num_virtual_tokens=60))
+    with pytest.raises(LitPeftError, match="shorten the texts to 4"):
+        model(**batch("bert"))
+    with pytest.raises(LitPeftError, match="static cache"):
+        causal = lit_peft.attach(make("llama"), PromptTuningSettings())
+        causal.generate(batch("llama")["input_ids"], cache_implementation="static", max_new_tokens=2)

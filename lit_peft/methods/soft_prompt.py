@@ -168,10 +168,16 @@ class _Placement:
         given = ids if ids is not None else embeds
         if given is None:
             return
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if getattr(cache, "is_compileable", False):
+            raise LitPeftError(
+                "A static cache is made for the tokens of the input, and has no room for virtual tokens in front: use "
+                "the dynamic cache (leave cache_implementation out), or prompt_token_id."
+            )
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise LitPeftError(
-                "attention_mask is not of shape [batch, length], as with a static cache or packed rows, and virtual "
-                "tokens in front cannot be added to it: use a dynamic cache, unpacked rows, or prompt_token_id."
+                "attention_mask is not of shape [batch, length], as with packed rows, and virtual tokens in front "
+                "cannot be added to it: leave the rows unpacked, or mark the virtual tokens' places by prompt_token_id."
             )
         length = given.shape[1]
         self.mask = None if sequence else mask
