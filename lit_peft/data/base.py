@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lit_peft.data.collate import PadCollator
+from lit_peft.data.evened import Evened, RealOnly
 from lit_peft.data.files import column_values, is_file, read_file, read_hub, require_columns
 from lit_peft.data.sampling import SeededSampler
 from lit_peft.data.splits import carve, first_of_each, limited, matching, normalized
@@ -216,6 +217,24 @@ class LitDataModule(pl.LightningDataModule):
         """Return a function row number -> what must not stand on both sides of a split."""
         return self.duplicate_key(table)
 
+    def read(self, value: str, field: str, split: Split) -> Dataset:
+        """Read a file.
+
+        Args:
+            value: the path, or `"pkg:DISTRIBUTION/path"`.
+            field: the setting's name, for messages ("data.train").
+            split: what it is for.
+        """
+        text = next((column for column in self.columns(split).values() if column), "text")
+        return read_file(value, field, text_column=text, text_unit=self._unit(split))
+
+    def prepared(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
+        """Bring a table just read to the columns that `columns` names; `translation.en` is a field in a column."""
+        for column in filter(None, self.columns(split).values()):
+            if column not in table.column_names and column.split(".")[0] in table.column_names:
+                return table.flatten()
+        return table
+
     def check_rows(self, rows: Rows, split: Split) -> Rows:
         """Check the values of a split; return it, without rows that are to be passed over.
 
@@ -280,8 +299,12 @@ class LitDataModule(pl.LightningDataModule):
             desc=description,
         )
 
-    def collator(self, split: Split) -> PadCollator:
+    def collator(self, split: Split) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what joins the examples of a split into batches."""
+        return self.padding()
+
+    def padding(self) -> PadCollator:
+        """Return what pads the tokens of examples."""
         return PadCollator(
             pad_token_id=self.tokenizer.pad_token_id,
             padding_side=self.padding_side or "right",
@@ -322,8 +345,8 @@ class LitDataModule(pl.LightningDataModule):
                 )
             table, source = self._hub_splits[value], f"{self.dataset}:{value}"
         else:
-            text = next((column for column in needed.values() if column), "text")
-            table, source = read_file(value, field, text_column=text, text_unit=self._unit(split)), value
+            table, source = self.read(value, field, split), value
+        table = self.prepared(table, split, field, source)
         require_columns(table, needed, field, source)
         numbers = list(range(len(table)))
         if split != "predict":
@@ -450,11 +473,15 @@ class LitDataModule(pl.LightningDataModule):
         return self._loader("predict")
 
     def _loader(self, split: Split, sampler: SeededSampler | None = None) -> DataLoader[Any]:
+        examples, collate = self.examples(split), self.collator(split)
+        processes = getattr(self.trainer, "world_size", 1)
+        if split in ("validation", "test") and processes > 1:
+            examples, collate = Evened(examples, processes), RealOnly(collate)
         return DataLoader(
-            self.examples(split),
+            examples,
             batch_size=self.batch_size,
             sampler=sampler,
-            collate_fn=self.collator(split),
+            collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -107,7 +107,7 @@ class CausalLMData(LitDataModule):
 
     def collator(self, split: Split) -> PadCollator:
         """As `LitDataModule.collator`, but prompts are padded on the left, to be continued."""
-        collator = super().collator(split)
+        collator = self.padding()
         prompts = split == "predict" and self.padding_side is None
         return replace(collator, padding_side="left") if prompts else collator
 

@@ -6,7 +6,7 @@ import contextlib
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,24 @@ def is_file(value: str) -> bool:
     return value.startswith(PACKAGE_PREFIX) or Path(value).suffix.lower() in LOADERS or Path(value).is_file()
 
 
+def resolve_file(value: str, field: str, suffixes: Collection[str]) -> Path:
+    """Return the path of a file a setting names.
+
+    Raises:
+        LitPeftError: missing, empty, or of an unknown kind.
+    """
+    path = resolve_packaged_file(value, field) if value.startswith(PACKAGE_PREFIX) else Path(value).expanduser()
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        state = "is a folder" if path.is_dir() else "does not exist"
+        raise LitPeftError(f"{field} {value!r} {state}; give a file ({', '.join(suffixes)}).")
+    if suffix not in suffixes:
+        raise LitPeftError(f"{field} {value!r} is of an unknown kind {suffix!r}; use one of {', '.join(suffixes)}.")
+    if path.stat().st_size == 0:
+        raise LitPeftError(f"{field} {value!r} is empty (0 bytes); give a file with at least one row.")
+    return path
+
+
 def read_file(value: str, field: str, text_column: str = "text", text_unit: str = "line") -> Dataset:
     """Read a csv, tsv, json, jsonl, parquet or txt file.
 
@@ -51,16 +69,8 @@ def read_file(value: str, field: str, text_column: str = "text", text_unit: str 
     Raises:
         LitPeftError: missing, empty, of an unknown kind, not UTF-8, or broken (with its line).
     """
-    path = resolve_packaged_file(value, field) if value.startswith(PACKAGE_PREFIX) else Path(value).expanduser()
+    path = resolve_file(value, field, LOADERS)
     suffix = path.suffix.lower()
-    if not path.is_file():
-        state = "is a folder" if path.is_dir() else "does not exist"
-        raise LitPeftError(f"{field} {value!r} {state}; give a file ({', '.join(LOADERS)}).")
-    if suffix not in LOADERS:
-        raise LitPeftError(f"{field} {value!r} is of an unknown kind {suffix!r}; use one of {', '.join(LOADERS)}.")
-    if path.stat().st_size == 0:
-        raise LitPeftError(f"{field} {value!r} is empty (0 bytes); give a file with at least one row.")
-
     options: dict[str, Any] = {}
     if LOADERS[suffix] == "csv":
         options = _csv_options(path, field, value)
@@ -151,7 +161,7 @@ def _load(path: Path, field: str, value: str, loader: str, options: dict[str, An
                 **options,
             )
     except Exception as exc:  # pandas, pyarrow, datasets and json errors, some of them bare ValueErrors
-        raise _explain(path, field, value, loader, exc) from exc
+        raise explain(path, field, value, loader, exc) from exc
     if len(table) == 0:
         raise LitPeftError(f"{field} {value!r} has no rows; give a file with at least one row.")
     return table
@@ -167,7 +177,7 @@ def _csv_options(path: Path, field: str, value: str) -> dict[str, Any]:
             header = next(rows, [])
             first = next(rows, [])
     except (UnicodeDecodeError, csv.Error) as exc:
-        raise _explain(path, field, value, "csv", exc) from exc
+        raise explain(path, field, value, "csv", exc) from exc
     if len(set(header)) < len(header) or not all(header):
         twice = sorted({name for name in header if header.count(name) > 1 or not name})
         raise LitPeftError(
@@ -190,7 +200,7 @@ def _csv_options(path: Path, field: str, value: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------- what was wrong with the file
 
 
-def _explain(path: Path, field: str, value: str, loader: str, exc: BaseException) -> LitPeftError:
+def explain(path: Path, field: str, value: str, loader: str, exc: BaseException) -> LitPeftError:
     """Find out why a file could not be read and say so in one paragraph."""
     if isinstance(exc, LitPeftError):
         return exc

@@ -24,7 +24,6 @@ class Task:
         heads: names of the head's modules over all architectures; those a model has are trained in full.
         labelled: whether the head has one output per label.
         new_head: whether the head may be a new one, which the base has no weights for.
-        causal: whether each token sees only those before it.
         extras: keys of a batch that are not for the model, but for metrics and predictions.
         monitor: the metric that tells the best checkpoint, and "min" or "max".
     """
@@ -34,7 +33,6 @@ class Task:
     heads: ClassVar[tuple[str, ...]] = ()
     labelled: ClassVar[bool] = False
     new_head: ClassVar[bool] = True
-    causal: ClassVar[bool] = False
     extras: ClassVar[tuple[str, ...]] = ()
     monitor: tuple[str, str] = ("val_loss", "min")
 

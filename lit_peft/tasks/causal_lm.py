@@ -28,7 +28,6 @@ class CausalLM(Task):
     name = "causal_lm"
     auto_class = "AutoModelForCausalLM"
     new_head = False
-    causal = True
 
     def loss_alone(self, model: Any) -> AbstractContextManager[None]:
         return supervised_loss(model)

@@ -18,8 +18,8 @@ class QuestionAnswering(Task):
 
     To evaluate and predict, batches hold all windows of each question, and how to read them: `windows` [questions], how
     many each has, `offsets` [windows, length, 2], `nulls` [windows], `search` (settings of `find_answer`), and of each
-    question `ids`, `contexts` and, except for prediction, `answers`. Metrics: `loss` over windows; `exact_match` and
-    `f1` over questions, normalized as SQuAD does. Prediction gives id, answer (empty: none) and score.
+    question, `ids` where it has one, `contexts` and, except for prediction, `answers`. Metrics: `loss` over windows;
+    `exact_match` and `f1` over questions, normalized as SQuAD has it. Prediction: id, answer (empty: none) and score.
     """
 
     name = "question_answering"
@@ -43,7 +43,7 @@ class QuestionAnswering(Task):
 
     def predict(self, module: Any, batch: Batch) -> list[dict[str, Any]]:
         rows = self._answers(self._in_parts(module, batch), batch)
-        return [{"id": name, **row} for name, row in zip(batch["ids"], rows, strict=True)]
+        return [{"id": name, **row} for name, row in zip(batch["ids"], rows, strict=True)] if "ids" in batch else rows
 
     def _in_parts(self, module: Any, batch: Batch) -> Any:
         """Run as many windows at a time as there are questions: long texts must not need more memory than short."""

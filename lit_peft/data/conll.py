@@ -1,0 +1,90 @@
+"""CoNLL files: a word to a line, columns beside it, an empty line between sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_peft.data.files import explain, resolve_file
+from lit_peft.errors import LitPeftError
+from lit_peft.sources import cache_root
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SUFFIXES = (".conll", ".bio", ".iob", ".iob2", ".txt", ".tsv")
+
+
+def read_conll(
+    value: str,
+    field: str,
+    tokens_column: str = "tokens",
+    tags_column: str | None = "tags",
+    token_position: int = 0,
+    tag_position: int = -1,
+) -> Dataset:
+    """Read a CoNLL file.
+
+    Columns stand apart by tabs where a line has one, else by white space. `-DOCSTART-` lines are passed over.
+
+    Args:
+        value: a path, or `"pkg:DISTRIBUTION/path"`.
+        field: the setting's name, for messages ("data.train").
+        tokens_column: how to call the column of the words.
+        tags_column: how to call the column of the tags; None: read words only.
+        token_position: which column the word is in.
+        tag_position: which column the tag is in; negative: from the right.
+
+    Returns:
+        A table with a list of words, and of as many tags, in each row.
+
+    Raises:
+        LitPeftError: the file is missing or empty, not UTF-8, or a line has too few columns.
+    """
+    import datasets
+
+    path = resolve_file(value, field, SUFFIXES)
+    kind = datasets.Sequence(datasets.Value("string"))
+    state = path.stat()
+    settings = {
+        "path": str(path.resolve()),
+        "stamp": f"{state.st_size} {state.st_mtime_ns}",
+        "columns": {tokens_column: token_position, **({tags_column: tag_position} if tags_column else {})},
+        "where": f"{field} {value!r}",
+    }
+    try:
+        table = datasets.Dataset.from_generator(
+            _sentences,
+            features=datasets.Features(dict.fromkeys(settings["columns"], kind)),
+            gen_kwargs=settings,
+            cache_dir=str(cache_root() / "datasets"),
+        )
+    except Exception as exc:
+        raise explain(path, field, value, "text", exc) from exc
+    return table
+
+
+def _sentences(path: str, stamp: str, columns: dict[str, int], where: str) -> Iterator[dict[str, Any]]:
+    rows: dict[str, list[str]] = {name: [] for name in columns}
+    any_row = False
+    with Path(path).open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            cells = line.rstrip("\n").split("\t") if "\t" in line.strip() else line.split()
+            if not line.strip() or cells[0] == "-DOCSTART-":
+                if any(rows.values()):
+                    any_row = True
+                    yield rows
+                    rows = {name: [] for name in columns}
+                continue
+            for name, at in columns.items():
+                if not -len(cells) <= at < len(cells) or (len(columns) > 1 and len(cells) < 2):
+                    raise LitPeftError(
+                        f"{where}: line {number} ({line.strip()[:40]!r}) has {len(cells)} column(s), too few for "
+                        "data.token_position and data.tag_position: give a word and its tag on each line."
+                    )
+                rows[name].append(cells[at].strip())
+    if any(rows.values()):
+        yield rows
+    elif not any_row:
+        raise LitPeftError(f"{where} has no rows; give a file with at least one sentence.")

@@ -1,0 +1,147 @@
+"""A source text and the target text to make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lit_peft.data.base import LitDataModule, Rows, Split
+from lit_peft.data.collate import IGNORE, PadCollator
+from lit_peft.data.files import column_values
+from lit_peft.errors import LitPeftError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Seq2SeqData(LitDataModule):
+    """Sources and targets: summarization, translation.
+
+    A column may be a field of another: `translation.en`. Batches: `input_ids`, `attention_mask` [batch, length] and
+    `labels` [batch, target length], -100 on padding; the model makes the decoder's inputs from them. To evaluate,
+    `references` are the whole targets as text.
+
+    Args:
+        source_column: column of the source text.
+        target_column: column of the target text.
+        prefix: put before every source, such as "summarize: ".
+        max_target_length: longest target, in tokens; longer ones are cut and counted.
+        **common: see `LitDataModule`.
+    """
+
+    def __init__(
+        self,
+        source_column: str = "source",
+        target_column: str = "target",
+        prefix: str = "",
+        max_target_length: int = 128,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.source_column = source_column
+        self.target_column = target_column
+        self.prefix = prefix
+        self.max_target_length = max_target_length
+        if max_target_length < 2:
+            raise LitPeftError(f"data.max_target_length is {max_target_length}; it must be at least 2.")
+
+    def columns(self, split: Split) -> dict[str, str | None]:
+        """The source, and the target except for prediction."""
+        needed: dict[str, str | None] = {"data.source_column": self.source_column}
+        return needed if split == "predict" else {**needed, "data.target_column": self.target_column}
+
+    def duplicate_key(self, table: Dataset) -> Callable[[int], Hashable]:
+        """The source."""
+        return self.text_key(table, [self.source_column])
+
+    def check_rows(self, rows: Rows, split: Split) -> Rows:
+        """Every row needs a source and, except for prediction, a target."""
+        self.require_text(rows, self.columns(split).values())
+        return rows
+
+    def encode(self, rows: Rows, split: Split) -> Any:
+        """Tokens of source and target, each cut to its longest length."""
+        table = self.tokenized(
+            rows,
+            encode_pairs,
+            f"Tokenizing {split}",
+            source_column=self.source_column,
+            target_column=None if split == "predict" else self.target_column,
+            prefix=self.prefix,
+            max_length=self.max_length,
+            max_target_length=self.max_target_length,
+            keep=split != "train",
+        )
+        limits = {"source": ("max_length", self.max_length), "target": ("max_target_length", self.max_target_length)}
+        for part, (setting, limit) in limits.items():
+            if f"{part}_length" in table.column_names:
+                over = [length - limit for length in column_values(table, f"{part}_length") if length > limit]
+                if over:
+                    self.say(
+                        f"data.{split}: {len(over)} of {len(table)} {part}s cut to {limit} tokens (data.{setting}); "
+                        f"{sum(over)} tokens were cut away."
+                    )
+                table = table.remove_columns(f"{part}_length")
+        return table
+
+    def collator(self, split: Split) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """As `LitDataModule.collator`, the targets padded apart."""
+        return PairCollator(self.padding())
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Pads sources as they are, and targets on the right to the longest target.
+
+    Attributes:
+        pad: pads the sources.
+    """
+
+    pad: PadCollator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        sources = [{key: value for key, value in example.items() if key != "labels"} for example in examples]
+        batch: dict[str, Any] = dict(self.pad(sources))
+        batch.pop("token_type_ids", None)
+        if "labels" in examples[0]:
+            targets = [torch.tensor(example["labels"]) for example in examples]
+            batch["labels"] = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE)
+        if "reference" in examples[0]:
+            batch["references"] = [example["reference"] for example in examples]
+        return batch
+
+
+def encode_pairs(
+    batch: dict[str, list[Any]],
+    *,
+    tokenizer: Any,
+    source_column: str,
+    target_column: str | None,
+    prefix: str,
+    max_length: int,
+    max_target_length: int,
+    keep: bool,
+) -> dict[str, list[Any]]:
+    """Tokenize sources and targets; the lengths are those before cutting."""
+    sources = [prefix + str(text) for text in batch[source_column]]
+    out: dict[str, list[Any]] = {"source_length": [len(ids) for ids in tokenizer(sources, verbose=False)["input_ids"]]}
+    out["input_ids"] = tokenizer(sources, truncation=True, max_length=max_length)["input_ids"]
+    if target_column is not None:
+        targets = [str(text) for text in batch[target_column]]
+        whole = [_ended(list(ids), tokenizer) for ids in tokenizer(text_target=targets, verbose=False)["input_ids"]]
+        out["target_length"] = [len(ids) for ids in whole]
+        # The end is kept, so that generation learns to stop.
+        out["labels"] = [
+            ids if len(ids) <= max_target_length else [*ids[: max_target_length - 1], ids[-1]] for ids in whole
+        ]
+        if keep:
+            out["reference"] = targets
+    return out
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    end = tokenizer.eos_token_id
+    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
