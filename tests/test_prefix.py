@@ -14,11 +14,11 @@ from models import ALL, DECODERS, ENCODERS, GOLDEN, SEQ2SEQS, batch, close, make
 from safetensors.torch import load_file
 
 import lit_peft
-from lit_peft import PrefixTuningSettings
+from lit_peft import LitPeftError, PrefixTuningSettings, PTuningV2Settings
 
 CASES = sorted(
     path.parent
-    for path in GOLDEN.glob("peft/*/case.json")
+    for path in GOLDEN.glob("*/*/case.json")
     if json.loads(path.read_text())["method"] in ("prefix_tuning", "p_tuning_v2")
 )
 # peft hands its prefix over in a cache, which these do not take.
@@ -48,6 +48,18 @@ def test_reference_case(case: Path, attention: str) -> None:
         assert torch.equal(lit_peft.detach(model)(**inputs)[facts["output"]], base)
 
 
+def show_past_key_values(model: Any) -> Any:
+    """peft looks for an argument of that name, which transformers still takes, and now shows by another."""
+    backbone = model.base_model
+    original = backbone.forward
+
+    def forward(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return original(*args, past_key_values=past_key_values, **kwargs)
+
+    backbone.forward = forward
+    return model
+
+
 def peft_model(name: str, **settings: Any) -> Any:
     from peft import PrefixTuningConfig, get_peft_model
 
@@ -63,14 +75,7 @@ def peft_model(name: str, **settings: Any) -> Any:
     model = get_peft_model(base, PrefixTuningConfig(task_type=task, num_virtual_tokens=4, **settings)).eval()
     scramble(model)
     if name in ENCODERS:
-        # peft looks for an argument past_key_values, which transformers still takes, and now shows by another name.
-        backbone = base.base_model
-        original = backbone.forward
-
-        def forward(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-            return original(*args, past_key_values=past_key_values, **kwargs)
-
-        backbone.forward = forward
+        show_past_key_values(base)
     return model
 
 
@@ -182,3 +187,98 @@ def test_padding_changes_nothing(name: str, attention: str) -> None:
     close(right[:, :7] if name in DECODERS else right, plain)
     if name in DECODERS:
         close(run(torch.cat([filler, ids], 1), torch.cat([filler * 0, mask], 1))[:, 3:], plain)
+
+
+@pytest.mark.parametrize("kind", [PrefixTuningSettings, PTuningV2Settings])
+@pytest.mark.parametrize("name", ALL)
+def test_folders_come_back(name: str, kind: Any, tmp_path: Path) -> None:
+    model = lit_peft.attach(make(name), kind(num_virtual_tokens=3)).eval()
+    scramble(model)
+    inputs = inputs_of(name)
+    inputs["attention_mask"][0, :2] = 0
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter")
+    again = lit_peft.load_adapter(make(name), folder).eval()
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        close(again(**inputs).logits, wanted)
+    # A table without its MLP is trained on by itself.
+    flat = {key for key, p in again.named_parameters() if p.requires_grad}
+    assert name in SEQ2SEQS or (len(flat) == 1 and next(iter(flat)).endswith("self_prefix.embedding"))
+    if name in SEQ2SEQS:
+        with pytest.raises(LitPeftError, match="encoder"):
+            lit_peft.save_adapter(model, tmp_path / "peft", format="peft")
+        assert not (tmp_path / "peft").exists()
+
+
+def longer_bart() -> Any:
+    torch.manual_seed(0)
+    settings = {"encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_model": 32}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.BartConfig(vocab_size=61, max_position_embeddings=64, **settings, **heads)
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("name", [*(name for name in ALL if name not in WITHOUT_PEFT | {*SEQ2SEQS}), "bart"])
+def test_peft_loads_what_we_save(name: str, projection: bool, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    def base() -> Any:
+        return longer_bart() if name == "bart" else make(name)
+
+    settings = PrefixTuningSettings(
+        num_virtual_tokens=3,
+        prefix_projection=projection,
+        encoder_prefix=False,
+        cross_prefix=False,
+        modules_to_save=["classifier"] if name in ENCODERS else None,
+    )
+    model = lit_peft.attach(base(), settings).eval()
+    scramble(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="peft")
+    bare = show_past_key_values(base()) if name in ENCODERS else base()
+    if name == "falcon new":
+        del bare.config.num_key_value_heads
+    theirs = PeftModel.from_pretrained(bare, str(folder)).eval()
+    inputs = inputs_of(name)
+    with torch.no_grad():
+        close(theirs(**inputs).logits, model(**inputs).logits)
+        close(lit_peft.load_adapter(base(), folder).eval()(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.parent.name == "adapters"], ids=lambda p: p.name)
+def test_adapterhub_names(case: Path, tmp_path: Path) -> None:
+    facts = json.loads((case / "case.json").read_text())
+    model = getattr(transformers, facts["auto_class"]).from_pretrained(case / "base")
+    lit_peft.load_adapter(model, case / "adapter")
+    assert lit_peft.trainable_parameters(model) == facts["trainable"]
+    lit_peft.save_adapter(model, tmp_path / "again", format="adapterhub", name="ref")
+    theirs = torch.load(case / "adapter" / "pytorch_adapter.bin", weights_only=True)
+    ours = load_file(tmp_path / "again" / "adapter.safetensors")
+    assert set(ours) == set(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    config, wanted = (
+        json.loads((folder / "adapter_config.json").read_text())["config"]
+        for folder in (tmp_path / "again", case / "adapter")
+    )
+    assert {name: wanted[name] for name in config} == config
+    lit_peft.detach(model)
+    lit_peft.attach(model, PTuningV2Settings())
+    with pytest.raises(LitPeftError, match="positions='mask'"):
+        lit_peft.save_adapter(model, tmp_path / "other", format="adapterhub")
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bart", "bert"])
+def test_adapterhub_folders(name: str, projection: bool, tmp_path: Path) -> None:
+    size = {"prefix_projection_size": 8, "non_linearity": "relu"} if projection else {}
+    settings = PrefixTuningSettings(
+        num_virtual_tokens=3, prefix_projection=projection, positions="adapterhub", leave_out=[1], **size
+    )
+    model = lit_peft.attach(make(name), settings).eval()
+    scramble(model)
+    lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
+    again = lit_peft.load_adapter(make(name), tmp_path / "adapter").eval()
+    inputs = inputs_of(name)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert lit_peft.trainable_parameters(again) == lit_peft.trainable_parameters(model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lit_peft.architectures import has_module, layer_stacks
 from lit_peft.errors import LitPeftError
+from lit_peft.formats import adapterhub_prefix, peft_prefix
 from lit_peft.formats.files import fill, write_json
 from lit_peft.formats.untrusted import read_tensors
 from lit_peft.methods.adapter_h import AdapterHSettings
@@ -23,13 +24,17 @@ from lit_peft.methods.adapter_p import AdapterPSettings
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
 from lit_peft.methods.bottleneck import BottleneckSettings, roles
 from lit_peft.methods.lora import LoRASettings
+from lit_peft.methods.p_tuning_v2 import PTuningV2Settings
 from lit_peft.methods.parallel import ParallelSettings
+from lit_peft.methods.prefix import PrefixSettings
+from lit_peft.methods.prefix_tuning import PrefixTuningSettings
 from lit_peft.nn.bottleneck import Bottleneck
 from lit_peft.nn.linear import linear_features
 from lit_peft.nn.lora import LoRALayer
 
-_METHODS: dict[str, type[BottleneckSettings]] = {
-    kind.method: kind for kind in (AdapterHSettings, AdapterPSettings, ParallelSettings)
+_METHODS: dict[str, type[BottleneckSettings] | type[PrefixSettings]] = {
+    kind.method: kind
+    for kind in (AdapterHSettings, AdapterPSettings, ParallelSettings, PrefixTuningSettings, PTuningV2Settings)
 }
 # Where AdapterHub keeps the adapters of a layer that the table of architectures has no other place for.
 _MODULES = {
@@ -98,9 +103,11 @@ _NAMED: dict[str, dict[str, Any]] = {
 _NAMED.update(houlsby=_NAMED["double_seq_bn"], pfeiffer=_NAMED["seq_bn"], parallel=_NAMED["par_bn"])
 
 
-def holds(settings: MethodSettings) -> bool:
-    """Whether this is the format for the settings' method."""
-    return isinstance(settings, BottleneckSettings)
+def holds(attachment: Attachment) -> bool:
+    """Whether this is the format for what is attached: bottlenecks, and prefixes that peft's cannot hold."""
+    if isinstance(attachment.settings, PrefixSettings):
+        return peft_prefix.problem(attachment) is not None
+    return isinstance(attachment.settings, BottleneckSettings)
 
 
 def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
@@ -123,6 +130,8 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
         settings = _own_settings(config, folder)
     elif isinstance(config["config"], dict) and config["config"].get("architecture") == "lora":
         settings, stored = _lora(config, stored, model, folder)
+    elif isinstance(config["config"], dict) and config["config"].get("architecture") == "prefix_tuning":
+        settings = adapterhub_prefix.settings(config["config"], folder)
     else:
         settings = _settings(config["config"], folder)
         if any("crossattention.output.adapters." in key for key in stored):
@@ -141,7 +150,7 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
             if name not in attachment.saved:
                 attachment.train(name)
         places = _places(attachment, str(config.get("name") or ""))
-        fill(_plain(places, model), _plain(stored, model), folder)
+        fill(_plain(places, model), _plain(adapterhub_prefix.plain(stored), model), folder)
         fill(dict(attachment.saved), head, folder)
     except BaseException:
         detach(model)
@@ -150,10 +159,10 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
 
 
 def write(model: nn.Module, folder: Path, name: str = "default", own: bool = True) -> None:
-    """Write the attached bottleneck adapters into an existing folder.
+    """Write the attached bottleneck adapters or prefixes into an existing folder.
 
     Args:
-        model: a model with AdapterH, AdapterP or Parallel attached.
+        model: a model with AdapterH, AdapterP, Parallel, Prefix Tuning or P-Tuning v2 attached.
         folder: an existing folder.
         name: the adapter's name.
         own: also write what AdapterHub's configuration cannot say.
@@ -163,41 +172,26 @@ def write(model: nn.Module, folder: Path, name: str = "default", own: bool = Tru
     """
     attachment = attachment_of(model)
     settings = attachment.settings
-    if not isinstance(settings, BottleneckSettings):
+    if not isinstance(settings, BottleneckSettings | PrefixSettings):
         raise LitPeftError(f"{settings.method!r} cannot be written in AdapterHub's format: use format='peft'.")
     if not re.fullmatch(r"[\w-]+", name):
         raise LitPeftError(f"name={name!r}: AdapterHub's names are letters, digits, '_' and '-'.")
-    beyond = [
-        f"{field}={value!r}"
-        for field, value, plain in (
-            ("placement", settings.placement, "paper"),
-            ("bias", settings.value("bias"), True),
-            ("train_layer_norms", getattr(settings, "train_layer_norms", False), False),
-        )
-        if value != plain
-    ]
+    base: Any = getattr(model, "config", None)
+    width = getattr(base, "hidden_size", None)
+    if isinstance(settings, PrefixSettings):
+        beyond = [] if settings.positions == "adapterhub" else [f"positions={settings.positions!r}"]
+        written = adapterhub_prefix.config(settings, attachment)
+        places = adapterhub_prefix.tensors(model, attachment, name)
+    else:
+        beyond, written = _beyond(settings), _written(settings, width)
+        places = _places(attachment, name)
     if beyond and not own:
         raise LitPeftError(
             f"AdapterHub's format cannot hold {', '.join(beyond)}: leave format out to write a folder for load_adapter."
         )
-    base: Any = getattr(model, "config", None)
-    width = getattr(base, "hidden_size", None)
-    factor = settings.value("reduction_factor")
-    if settings.bottleneck_size is not None:
-        # Rounded up in the last digit, so that dividing and cutting gives the size back.
-        factor = (width or 0) / (settings.bottleneck_size + 1e-6)
     config: dict[str, Any] = {
         # AdapterHub refuses an architecture it does not know, rather than load half of it.
-        "config": {"architecture": "lit_peft"}
-        if beyond
-        else {
-            **{key: getattr(settings, key) for key in _DEFAULTS},
-            "is_parallel": settings.is_parallel,
-            "leave_out": list(settings.leave_out),
-            "non_linearity": settings.value("non_linearity"),
-            "reduction_factor": factor,
-            "scaling": settings.value("scaling"),
-        },
+        "config": {"architecture": "lit_peft"} if beyond else written,
         "hidden_size": width,
         "model_class": type(model).__name__,
         "model_name": getattr(model, "name_or_path", ""),
@@ -208,7 +202,7 @@ def write(model: nn.Module, folder: Path, name: str = "default", own: bool = Tru
         config["lit_peft"] = {"method": settings.method, **dataclasses.asdict(settings)}
     write_json(folder / "adapter_config.json", config)
     # AdapterHub keeps one LayerNorm under two names; a safetensors file wants two tensors.
-    tensors = {key: place.detach().clone() for key, place in _places(attachment, name).items()}
+    tensors = {key: place.detach().clone() for key, place in places.items()}
     save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
     if attachment.saved:
         write_json(folder / "head_config.json", {**config, "config": None, "name": None})
@@ -216,7 +210,36 @@ def write(model: nn.Module, folder: Path, name: str = "default", own: bool = Tru
         save_file(head, folder / "model_head.safetensors", metadata={"format": "pt"})
 
 
-def _own_settings(config: dict[str, Any], folder: Path) -> BottleneckSettings:
+def _beyond(settings: BottleneckSettings) -> list[str]:
+    """The settings that AdapterHub's configuration cannot say."""
+    return [
+        f"{field}={value!r}"
+        for field, value, plain in (
+            ("placement", settings.placement, "paper"),
+            ("bias", settings.value("bias"), True),
+            ("train_layer_norms", getattr(settings, "train_layer_norms", False), False),
+        )
+        if value != plain
+    ]
+
+
+def _written(settings: BottleneckSettings, width: int | None) -> dict[str, Any]:
+    """AdapterHub's configuration of a bottleneck."""
+    factor = settings.value("reduction_factor")
+    if settings.bottleneck_size is not None:
+        # Rounded up in the last digit, so that dividing and cutting gives the size back.
+        factor = (width or 0) / (settings.bottleneck_size + 1e-6)
+    return {
+        **{key: getattr(settings, key) for key in _DEFAULTS},
+        "is_parallel": settings.is_parallel,
+        "leave_out": list(settings.leave_out),
+        "non_linearity": settings.value("non_linearity"),
+        "reduction_factor": factor,
+        "scaling": settings.value("scaling"),
+    }
+
+
+def _own_settings(config: dict[str, Any], folder: Path) -> BottleneckSettings | PrefixSettings:
     values = dict(config["lit_peft"])
     method = values.pop("method", None)
     kind = _METHODS.get(method)
@@ -238,7 +261,8 @@ def _settings(config: dict[str, Any] | str, folder: Path) -> BottleneckSettings:
         config = _NAMED[config]
     if config.get("architecture") is not None:
         raise LitPeftError(
-            f"{where} is of the architecture {config['architecture']!r}: only bottleneck adapters and LoRA can be read."
+            f"{where} is of the architecture {config['architecture']!r}: only bottleneck adapters, LoRA and prefixes "
+            "can be read."
         )
     active = sorted(key for key, value in config.items() if key not in _READ | _NEUTRAL and value)
     if active:
@@ -306,7 +330,7 @@ def _places(attachment: Attachment, name: str) -> dict[str, Tensor]:
             for role, _, place in roles(layer, attachment.settings):
                 if place is not None:
                     modules[f"{layer.path}.{role}"] = f"{layer.path}.{place.adapterhub or _MODULES[role]}"
-    places: dict[str, Tensor] = {}
+    places = adapterhub_prefix.places(attachment)
     for path, adapter in attachment.adapted.items():
         if isinstance(adapter, Bottleneck):
             for inner, tensor in adapter.named_parameters():

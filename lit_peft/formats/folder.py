@@ -69,7 +69,7 @@ def save_adapter(
     attachment = attachment_of(model)
     if format not in (None, "peft", "adapterhub"):
         raise LitPeftError(f"format={format!r} is not known: use 'peft' or 'adapterhub'.")
-    if format is None and not adapterhub.holds(attachment.settings):
+    if format is None and not adapterhub.holds(attachment):
         format = "peft"
     with new_folder(folder) as temporary:
         if format == "peft":

@@ -38,8 +38,8 @@ NEUTRAL = {"encoder_hidden_size", "init_weights", "num_attention_heads", "prefix
 
 
 def writes(settings: MethodSettings) -> bool:
-    """Whether the settings are those of a prefix that peft can have, as far as they tell."""
-    return isinstance(settings, PrefixSettings) and not settings.leave_out
+    """Whether the settings are those of a prefix."""
+    return isinstance(settings, PrefixSettings)
 
 
 def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]) -> PrefixSettings:
@@ -125,23 +125,28 @@ def _prefixes(attachment: Attachment) -> list[Prefix]:
     return [module for module in attachment.adapted.values() if isinstance(module, Prefix)]
 
 
+def problem(attachment: Attachment) -> str | None:
+    """What about the attached prefixes peft's format cannot hold."""
+    settings, (prefix, *others) = attachment.settings, _prefixes(attachment)
+    assert isinstance(settings, PrefixSettings)
+    if others or (settings.encoder_prefix and _is_twofold(attachment.model)):
+        return "a prefix at the encoder or at cross-attention (encoder_prefix, cross_prefix)"
+    if settings.leave_out:
+        return f"leave_out={list(settings.leave_out)}"
+    if len(set(prefix.shapes)) > 1:
+        return "layers with keys of different widths"
+    if _is_twofold(attachment.model) and len(prefix.shapes) % 2 == 0:
+        return "a prefix of its own in each layer of an encoder-decoder with an even number of layers"
+    return None
+
+
 def _writable(attachment: Attachment) -> Prefix:
     """The one prefix that peft has a place for.
 
     Raises:
         LitPeftError: there are others, or peft would read another one from the table.
     """
-    settings, (prefix, *others) = attachment.settings, _prefixes(attachment)
-    assert isinstance(settings, PrefixSettings)
-    problem = None
-    if others:
-        problem = "a prefix at the encoder or at cross-attention (encoder_prefix, cross_prefix)"
-    elif settings.leave_out:
-        problem = f"leave_out={list(settings.leave_out)}"
-    elif len(set(prefix.shapes)) > 1:
-        problem = "layers with keys of different widths"
-    elif _is_twofold(attachment.model) and len(prefix.shapes) % 2 == 0:
-        problem = "a prefix of its own in each layer of an encoder-decoder with an even number of layers"
-    if problem is not None:
-        raise LitPeftError(f"peft's format cannot hold {problem}: leave format out to write a folder for load_adapter.")
-    return prefix
+    wrong = problem(attachment)
+    if wrong is not None:
+        raise LitPeftError(f"peft's format cannot hold {wrong}: leave format out to write a folder for load_adapter.")
+    return _prefixes(attachment)[0]

@@ -1,0 +1,106 @@
+"""Prefix Tuning and P-Tuning v2 in AdapterHub's format.
+
+AdapterHub keeps a prefix in a pool, `….prefix_tunings.NAME.ROLE_prefix.`, which every attention layer shares and stores
+again under its own name. A flat prefix is one vector, `control_trans`, in the order of our table.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_peft.architectures import has_module, layer_stacks
+from lit_peft.errors import LitPeftError
+from lit_peft.methods.attachment import Attachment
+from lit_peft.methods.p_tuning_v2 import PTuningV2Settings
+from lit_peft.methods.prefix import PrefixSettings
+from lit_peft.methods.prefix_tuning import PrefixTuningSettings
+from lit_peft.nn.prefix import Prefix
+
+_KEY = re.compile(r"(?:.*\.)?prefix_tunings\.[^.]+\.(\w+_prefix\..+)")
+_READ = {"cross_prefix", "dropout", "encoder_prefix", "leave_out", "non_linearity"}
+_NEUTRAL = {"architecture", "bottleneck_size", "flat", "init_weights_seed", "prefix_length", "shared_gating"}
+_PARTS = {"wte.weight": "embedding", "control_trans.0": "down", "control_trans.2": "up"}
+
+
+def settings(values: dict[str, Any], folder: Path) -> PrefixSettings:
+    """The settings that say what AdapterHub's configuration says.
+
+    Raises:
+        LitPeftError: it sets something that cannot be read.
+    """
+    where = f"{folder}/adapter_config.json"
+    active = sorted(key for key, value in values.items() if key not in _READ | _NEUTRAL and value)
+    if active:
+        raise LitPeftError(f"{where} sets {', '.join(active)}, which would change the result and cannot be read.")
+    if not isinstance(values.get("prefix_length"), int):
+        raise LitPeftError(f"{where} does not give prefix_length: give the folder that AdapterHub saved.")
+    flat = bool(values.get("flat", False))
+    return (PTuningV2Settings if flat else PrefixTuningSettings)(
+        num_virtual_tokens=values["prefix_length"],
+        prefix_projection=not flat,
+        prefix_projection_size=None if flat else int(values.get("bottleneck_size", 512)),
+        positions="adapterhub",
+        **{key: values[key] for key in _READ if values.get(key) is not None},
+    )
+
+
+def config(settings: PrefixSettings, attachment: Attachment) -> dict[str, Any]:
+    """AdapterHub's configuration of an attached prefix."""
+    (prefix, *_) = places_of(attachment).values()
+    return {
+        **{key: getattr(settings, key) for key in _READ},
+        "architecture": "prefix_tuning",
+        "bottleneck_size": 512 if prefix.down is None else prefix.down.out_features,
+        "flat": prefix.down is None,
+        "leave_out": list(settings.leave_out),
+        "prefix_length": settings.num_virtual_tokens,
+        "shared_gating": True,
+        "use_gating": False,
+    }
+
+
+def places_of(attachment: Attachment) -> dict[str, Prefix]:
+    """The attached prefixes by role, `self_prefix`, `encoder_prefix`, `cross_prefix`."""
+    found = {path.rpartition(".")[2]: module for path, module in attachment.adapted.items()}
+    return {role: module for role, module in found.items() if isinstance(module, Prefix)}
+
+
+def places(attachment: Attachment) -> dict[str, Tensor]:
+    """Each tensor of the attached prefixes by the end of AdapterHub's name, `ROLE_prefix.…`."""
+    found: dict[str, Tensor] = {}
+    for role, prefix in places_of(attachment).items():
+        if prefix.down is None:
+            found[f"{role}.control_trans"] = prefix.embedding.detach().view(-1)
+            continue
+        for part, own in _PARTS.items():
+            module = getattr(prefix, own)
+            if isinstance(module, nn.Linear):
+                found[f"{role}.{part}.weight"], found[f"{role}.{part}.bias"] = module.weight, module.bias
+            else:
+                found[f"{role}.{part}"] = module
+    return found
+
+
+def plain(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A folder's tensors by the ends of their names; what the layers store again is there once."""
+    return {match[1] if (match := _KEY.fullmatch(name)) else name: tensor for name, tensor in stored.items()}
+
+
+def tensors(model: nn.Module, attachment: Attachment, name: str) -> dict[str, Tensor]:
+    """Each tensor of the attached prefixes under all of AdapterHub's names for it."""
+    prefix = getattr(model, "base_model_prefix", "")
+    pools = {f"{prefix}.prefix_tuning".lstrip(".")}
+    for layer in (layer for stack in layer_stacks(model) for layer in stack):
+        for attention in (layer.architecture.self_attention, layer.architecture.cross_attention):
+            path = f"{layer.path}.{attention}"
+            if attention is not None and has_module(model, path):
+                pools.add(f"{path}.prefix_tuning.pool")
+    return {
+        f"{pool}.prefix_tunings.{name}.{end}": place
+        for pool in sorted(pools)
+        for end, place in places(attachment).items()
+    }
