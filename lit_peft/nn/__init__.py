@@ -1,5 +1,6 @@
 """Plain torch layers: no Lightning, no transformers."""
 
+from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.lora import LoRAEmbedding, LoRALayer, LoRALinear
 
-__all__ = ["LoRAEmbedding", "LoRALayer", "LoRALinear"]
+__all__ = ["Bottleneck", "LoRAEmbedding", "LoRALayer", "LoRALinear", "SublayerAdapter"]
