@@ -1,0 +1,46 @@
+"""The Python examples of the README and the documentation run as they stand, on a tiny model; the site builds."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = {
+    f"{page.stem}-{number}": code
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for number, code in enumerate(
+        re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL), start=1
+    )
+}
+
+
+@pytest.mark.parametrize("code", BLOCKS.values(), ids=BLOCKS)
+def test_example(code: str, decoder: Path, tmp_path: Path) -> None:
+    rows = [f'{{"text": "{" ".join(words)}"}}' for words in itertools.permutations(("good", "film", "the", "story"))]
+    (tmp_path / "texts.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "model").symlink_to(decoder)
+    code = code.replace("max_steps=100", "max_steps=2")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the site is built where the extra `docs` is installed")
+    pytest.importorskip("mkdocstrings", reason="the site is built where the extra `docs` is installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "LoRASettings" in (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
