@@ -20,6 +20,7 @@ from lit_peft import (
     Seq2SeqData,
     TokenClassificationData,
 )
+from lit_peft.tasks import find_task
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -267,7 +268,7 @@ def test_windows_cover_the_context_and_hold_the_answer(base: str, tmp_path: Path
     train = [batch for batch in data.train_dataloader()]
     assert sum(len(part["input_ids"]) for part in train) == sum(counts)
     # A model that points at the answer is right, wherever the windows end.
-    task = lit_peft.tasks.find_task("question_answering")
+    task = find_task("question_answering")
     logits = [torch.full(batch["input_ids"].shape, -5.0) for _ in range(2)]
     for at in range(len(batch["input_ids"])):
         logits[0][at, batch["start_positions"][at]] = logits[1][at, batch["end_positions"][at]] = 5.0
@@ -407,7 +408,7 @@ def test_targets_are_padded_and_cut(t5: str, tmp_path: Path) -> None:
 def test_generated_text_is_scored_as_the_libraries_score_it(t5: str) -> None:
     rouge = pytest.importorskip("rouge_score.rouge_scorer")
     sacrebleu = pytest.importorskip("sacrebleu")
-    task = lit_peft.tasks.find_task("seq2seq")
+    task = find_task("seq2seq")
     texts = ["the red sky is the sea .", "ann lives in rome a b", "bob , who ?"]
     references = ["the sky is red .", "ann lives in oslo a b", "where is bob , ann ?"]
     task._generate = lambda module, batch: [texts.pop(0)]  # type: ignore[attr-defined]

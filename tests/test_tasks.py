@@ -15,10 +15,12 @@ from models import ALL, AUTO, ENCODERS
 
 import lit_peft
 from lit_peft import LitPeftError
+from lit_peft.tasks import find_task
 from lit_peft.tasks.squad import best_over, exact_match, find_answer, token_f1
 from lit_peft.tasks.tag_spans import SpanScore, count_spans, tag_spans
 
-METHODS = ["LoRA", "AdapterH", "AdapterP", "Parallel", "FullFineTuning", "HeadOnly"]
+PROMPTS = ["PrefixTuning", "PTuningV2", "PTuning", "PromptTuning"]
+METHODS = ["LoRA", "AdapterH", "AdapterP", "Parallel", "FullFineTuning", "HeadOnly", *PROMPTS]
 IDS = torch.randint(5, 40, (4, 9), generator=torch.Generator().manual_seed(0))
 IDS[:, -1] = 1  # the end, by which T5 and BART find the sequence's vector
 INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
@@ -185,7 +187,7 @@ def test_best_answer_equals_trying_every_span() -> None:
 def test_classification_metrics_by_formulas() -> None:
     from scipy.stats import pearsonr, spearmanr
 
-    task = lit_peft.tasks.find_task("sequence_classification")
+    task = find_task("sequence_classification")
     logits, labels = torch.randn(40, 2), torch.randint(0, 2, (40,))
     metrics = task.metrics(SimpleNamespace(num_labels=2))
     for part in (slice(0, 33), slice(33, 40)):
