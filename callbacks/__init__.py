@@ -5,6 +5,7 @@ from __future__ import annotations
 from lit_peft.lazy import lazy_names
 
 _NAMES = {
+    "AdapterCheckpoint": "lit_peft.callbacks.adapter_checkpoint",
     "PredictionWriter": "lit_peft.callbacks.prediction_writer",
     "RunBanner": "lit_peft.callbacks.run_banner",
     "TokenProgressBar": "lit_peft.callbacks.token_progress_bar",

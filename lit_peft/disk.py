@@ -21,13 +21,35 @@ def files_below(root: Path) -> Iterator[Path]:
 def sync_folder(folder: Path) -> None:
     """Force every file below a folder, and the folder itself, to the disk."""
     for path in (*files_below(folder), folder):
-        # Folders cannot be opened for fsync on every system.
-        with contextlib.suppress(PermissionError):
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Force one file, or a folder's list of names, to the disk."""
+    # Folders cannot be opened for fsync on every system.
+    with contextlib.suppress(PermissionError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def temporary_folder(target: Path) -> Path:
+    """Make an empty folder `.NAME.tmp-…` beside `target`, to become it once it is filled."""
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Sync a filled temporary folder and make it `target`.
+
+    Raises:
+        OSError: `target` is a folder with files in it.
+    """
+    open_to_others(temporary)
+    sync_folder(temporary)
+    temporary.rename(target)
+    sync(target.parent)
 
 
 def open_to_others(folder: Path) -> None:
@@ -46,11 +68,9 @@ def open_to_others(folder: Path) -> None:
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder `.NAME.tmp-…` beside `target` that becomes it when the block ends, or is gone if it fails."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    temporary = temporary_folder(target)
     try:
         yield temporary
-        open_to_others(temporary)
-        sync_folder(temporary)
-        temporary.rename(target)
+        put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -66,20 +66,27 @@ def save_adapter(
     Raises:
         LitPeftError: nothing is attached, the format cannot hold it, or the folder holds files already.
     """
+    with new_folder(folder) as temporary:
+        write_adapter(model, temporary, format, name)
+    return Path(folder)
+
+
+def write_adapter(
+    model: nn.Module, folder: Path, format: Literal["peft", "adapterhub"] | None = None, name: str = "default"
+) -> None:
+    """Write the files of `save_adapter` into a folder that exists; a reader may see it half written."""
     attachment = attachment_of(model)
     if format not in (None, "peft", "adapterhub"):
         raise LitPeftError(f"format={format!r} is not known: use 'peft' or 'adapterhub'.")
     if format is None and not adapterhub.holds(attachment):
         format = "peft"
-    with new_folder(folder) as temporary:
-        if format == "peft":
-            peft.write(model, temporary)
-        else:
-            adapterhub.write(model, temporary, name, own=format is None)
-        base = base_record.base_record(model)
-        write_extra(temporary, {base_record.KEY: base})
-        write_card(model, temporary, str(base["name"]))
-    return Path(folder)
+    if format == "peft":
+        peft.write(model, folder)
+    else:
+        adapterhub.write(model, folder, name, own=format is None)
+    base = base_record.base_record(model)
+    write_extra(folder, {base_record.KEY: base})
+    write_card(model, folder, str(base["name"]))
 
 
 @contextmanager

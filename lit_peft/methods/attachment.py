@@ -45,7 +45,13 @@ class Attachment:
     settings: MethodSettings
     undo: list[Callable[[], None]] = field(default_factory=list)
     adapted: dict[str, nn.Module] = field(default_factory=dict)
-    saved: dict[str, nn.Parameter] = field(default_factory=dict)
+    trained: list[str] = field(default_factory=list)
+
+    @property
+    def saved(self) -> dict[str, nn.Parameter]:
+        """The copies trained in place of the model's own parameters, by path, as the model holds them now."""
+        # Looked up, not kept: sharding a model puts other parameters in their places.
+        return {path: self.model.get_parameter(path) for path in self.trained}
 
     def replace(self, path: str, module: nn.Module, restore: Callable[[], nn.Module]) -> None:
         """Put `module` at `path`; `restore` gives the module to put back."""
@@ -82,7 +88,7 @@ class Attachment:
         original = owner.get_parameter(name)
         copy = nn.Parameter(original.detach().clone(), requires_grad=True)
         setattr(owner, name, copy)
-        self.saved[path] = copy
+        self.trained.append(path)
         self.undo.append(lambda: setattr(owner, name, original))
 
     def train_modules(self, names: tuple[str, ...] | list[str]) -> None:
@@ -90,7 +96,7 @@ class Attachment:
         for path, _ in list(self.model.named_modules()):
             if any(path == name or path.endswith("." + name) for name in names):
                 for inner, _ in list(self.model.get_submodule(path).named_parameters()):
-                    if f"{path}.{inner}" not in self.saved:
+                    if f"{path}.{inner}" not in self.trained:
                         self.train(f"{path}.{inner}")
 
     def revert(self) -> None:
@@ -117,6 +123,11 @@ def attachment_of(model: nn.Module) -> Attachment:
         )
     attachment: Attachment = found
     return attachment
+
+
+def attached_model(module: nn.Module) -> nn.Module | None:
+    """The first module inside `module`, itself included, that has a method attached; None if there is none."""
+    return next((inner for inner in module.modules() if getattr(inner, _KEY, None) is not None), None)
 
 
 def attach(model: Model, settings: MethodSettings) -> Model:

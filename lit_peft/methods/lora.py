@@ -116,7 +116,7 @@ def merge(model: Model) -> Model:
         layer.merge()
     for layer in layers:
         layer.keep_merged()
-    saved = dict(attachment.saved)
+    saved = attachment.saved
     detach(model)
     with torch.no_grad():
         for path, value in saved.items():
