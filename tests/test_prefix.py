@@ -268,11 +268,16 @@ def test_adapterhub_names(case: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("projection", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "t5", "bart", "bert"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bart", "bert"])
 def test_adapterhub_folders(name: str, projection: bool, tmp_path: Path) -> None:
     size = {"prefix_projection_size": 8, "non_linearity": "relu"} if projection else {}
     settings = PrefixTuningSettings(
-        num_virtual_tokens=3, prefix_projection=projection, positions="adapterhub", leave_out=[1], **size
+        num_virtual_tokens=3,
+        prefix_projection=projection,
+        positions="adapterhub",
+        leave_out=[1],
+        per_query_head=True,
+        **size,
     )
     model = lit_peft.attach(make(name), settings).eval()
     scramble(model)
@@ -282,3 +287,121 @@ def test_adapterhub_folders(name: str, projection: bool, tmp_path: Path) -> None
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
     assert lit_peft.trainable_parameters(again) == lit_peft.trainable_parameters(model)
+
+
+def test_the_mlp_is_folded_away_outside_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lit_peft.nn.prefix import Prefix
+
+    model = lit_peft.attach(make("llama"), PrefixTuningSettings(num_virtual_tokens=3)).eval()
+    scramble(model)
+    calls, forward = [], Prefix.forward
+    monkeypatch.setattr(Prefix, "forward", lambda self: calls.append(1) or forward(self))
+    inputs = inputs_of("llama")
+    model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=1)
+    model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=1)
+    assert len(calls) == 1
+    with torch.no_grad():
+        before = model(**inputs).logits
+        scramble(model)
+        assert (model(**inputs).logits - before).abs().max() > 1e-4 and len(calls) == 2
+    model.train()
+    model.gradient_checkpointing_enable()
+    for _ in range(2):
+        model(**batch("llama")).loss.backward()
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bart", "opt", "bloom", "falcon"])
+def test_a_cache_of_fixed_size(name: str) -> None:
+    settings = PTuningV2Settings(num_virtual_tokens=3, init_std=1.0)
+    model = lit_peft.attach(make(name), settings).eval()
+    inputs = {key: value for key, value in batch(name).items() if key != "labels"}
+    wanted, fixed = (
+        model.generate(
+            **inputs,
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=1,
+            cache_implementation=kind,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        for kind in (None, "static")
+    )
+    assert torch.equal(wanted.sequences, fixed.sequences)
+    close(torch.stack(fixed.logits), torch.stack(wanted.logits))
+
+
+def test_a_prefix_of_real_tokens_is_those_tokens() -> None:
+    """A GPT-2 whose prefix holds the keys and values of tokens answers as if they stood in front."""
+    model = make("gpt2")
+    ids = batch("gpt2")["input_ids"][:1]
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=True)
+        layers = whole[1 if whole.get("past_key_values") is None else "past_key_values"].layers
+        kept = [(layer.keys[0, :, :3], layer.values[0, :, :3]) for layer in layers]
+        lit_peft.attach(model, PTuningV2Settings(num_virtual_tokens=3)).eval()
+        table = torch.cat([part.transpose(0, 1).flatten(1) for pair in kept for part in pair], dim=-1)
+        model.transformer.self_prefix.embedding.copy_(table)
+        close(model(input_ids=ids[:, 3:]).logits, whole.logits[:, 3:])
+
+
+@pytest.mark.parametrize("name", ["distilbert", "deberta-v2", "modernbert", "bert"])
+def test_attention_with_equal_weights(name: str) -> None:
+    """Queries of zeros see all keys alike: attention gives the mean of the values, the prefix's among them."""
+    from lit_peft.architectures import layer_stacks
+
+    model = make(name)
+    (stack,) = layer_stacks(model)
+    attention = stack[0].module.get_submodule(stack[0].architecture.self_attention)
+    lit_peft.attach(model, PTuningV2Settings(num_virtual_tokens=3, init_std=1.0)).eval()
+    seen: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        if name == "modernbert":
+            attention.Wqkv.weight[:32] = 0
+            attention.Wqkv.register_forward_hook(lambda m, a, out: seen.update(value=out[..., 64:]))
+            attention.Wo.register_forward_pre_hook(lambda m, a: seen.update(out=a[0]))
+        else:
+            names = {"distilbert": ("q_lin", "v_lin"), "bert": ("query", "value")}
+            query, value = (getattr(attention, n) for n in names.get(name, ("query_proj", "value_proj")))
+            for linear in [query, *([attention.pos_query_proj] if name == "deberta-v2" else [])]:
+                linear.weight.zero_()
+                linear.bias.zero_()
+            value.register_forward_hook(lambda m, a, out: seen.update(value=out[:, -7:]))
+            if name == "distilbert":
+                attention.out_lin.register_forward_pre_hook(lambda m, a: seen.update(out=a[0]))
+            else:
+                attention.register_forward_hook(lambda m, a, out: seen.update(out=out[0]))
+        model(**inputs_of(name))
+        prefix = next(m for path, m in model.named_modules() if path.endswith("self_prefix")).embedding[:, 32:64]
+        values = torch.cat([prefix.expand(2, -1, -1), seen["value"]], dim=1)
+        close(seen["out"], values.mean(1, keepdim=True).expand(-1, 7, -1))
+
+
+@pytest.mark.parametrize("leave_out", [[0], [1], [0, 1], [2]])
+@pytest.mark.parametrize("name", SEQ2SEQS)
+def test_layers_left_out_have_no_prefix(name: str, leave_out: list[int]) -> None:
+    model = lit_peft.attach(make(name), PTuningV2Settings(num_virtual_tokens=3, leave_out=leave_out)).eval()
+    shapes = {role: len(m.shapes) for role, m in model.named_modules() if role.endswith("_prefix")}
+    encoder = 2 - len({0, 1} & set(leave_out))
+    assert sum(shapes.values()) == encoder + 2 * (2 - len({2} & set(leave_out)))
+    with torch.no_grad():
+        model(**inputs_of(name))
+
+
+def test_bad_input_names_the_fix_and_leaves_the_model_alone() -> None:
+    model = make("bert")
+    names = list(model.state_dict())
+    for settings, message in [
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens=0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"positions": "none"}, "positions='none'"),
+        ({"non_linearity": "sine"}, "non_linearity='sine'"),
+        ({"prefix_projection": True, "prefix_projection_size": 0}, "prefix_projection_size=0"),
+        ({"prefix_projection_size": 5}, "prefix_projection=False"),
+        ({"leave_out": [7]}, "0 to 1"),
+        ({"leave_out": [0, 1]}, "without any prefix"),
+    ]:
+        with pytest.raises(LitPeftError, match=message):
+            lit_peft.attach(model, PTuningV2Settings(**settings))
+    assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())

@@ -179,7 +179,7 @@ def write(model: nn.Module, folder: Path, name: str = "default", own: bool = Tru
     base: Any = getattr(model, "config", None)
     width = getattr(base, "hidden_size", None)
     if isinstance(settings, PrefixSettings):
-        beyond = [] if settings.positions == "adapterhub" else [f"positions={settings.positions!r}"]
+        beyond = adapterhub_prefix.beyond(settings, attachment)
         written = adapterhub_prefix.config(settings, attachment)
         places = adapterhub_prefix.tensors(model, attachment, name)
     else:

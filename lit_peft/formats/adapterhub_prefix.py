@@ -44,8 +44,16 @@ def settings(values: dict[str, Any], folder: Path) -> PrefixSettings:
         prefix_projection=not flat,
         prefix_projection_size=None if flat else int(values.get("bottleneck_size", 512)),
         positions="adapterhub",
+        per_query_head=True,
         **{key: values[key] for key in _READ if values.get(key) is not None},
     )
+
+
+def beyond(settings: PrefixSettings, attachment: Attachment) -> list[str]:
+    """The settings that AdapterHub's configuration cannot say."""
+    found = [] if settings.positions == "adapterhub" else [f"positions={settings.positions!r}"]
+    shared = any(getattr(module, "num_key_value_groups", 1) > 1 for module in attachment.model.modules())
+    return found + (["per_query_head=False"] if shared and not settings.per_query_head else [])
 
 
 def config(settings: PrefixSettings, attachment: Attachment) -> dict[str, Any]:

@@ -131,6 +131,8 @@ def problem(attachment: Attachment) -> str | None:
     assert isinstance(settings, PrefixSettings)
     if others or (settings.encoder_prefix and _is_twofold(attachment.model)):
         return "a prefix at the encoder or at cross-attention (encoder_prefix, cross_prefix)"
+    if settings.per_query_head:
+        return "per_query_head=True"
     if settings.leave_out:
         return f"leave_out={list(settings.leave_out)}"
     if len(set(prefix.shapes)) > 1:

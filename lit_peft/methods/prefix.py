@@ -16,6 +16,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -51,6 +52,7 @@ class PrefixSettings(MethodSettings):
         positions: where absolute and rotary positions of the real tokens start. `mask`: behind the prefix, padding
             not counted, so that padding changes nothing; `peft`: behind the prefix, padding counted unless the model
             itself does not; `adapterhub`: as without a prefix (T5: its keys alone move behind the prefix).
+        per_query_head: where several query heads share keys, a prefix of its own for each of them, AdapterHub's way.
     """
 
     num_virtual_tokens: int = 20
@@ -63,6 +65,7 @@ class PrefixSettings(MethodSettings):
     cross_prefix: bool = True
     leave_out: Sequence[int] = field(default_factory=tuple)
     positions: Literal["mask", "peft", "adapterhub"] = "mask"
+    per_query_head: bool = False
 
     roles: ClassVar[tuple[str, ...]] = ("self", "encoder", "cross")
 
@@ -132,7 +135,7 @@ class PrefixSettings(MethodSettings):
         width = int(layers[0].config.hidden_size)
         prefix = Prefix(
             self.num_virtual_tokens,
-            [kv_shape(module, layer.config) for module, layer in zip(modules, layers, strict=True)],
+            [self._shape(module, layer.config) for module, layer in zip(modules, layers, strict=True)],
             projection_size=(self.prefix_projection_size or width) if self.prefix_projection else None,
             hidden_size=width,
             non_linearity=self.non_linearity,
@@ -147,19 +150,26 @@ class PrefixSettings(MethodSettings):
         relative = next((m for m in map(_self_attention, stack) if getattr(m, "has_relative_attention_bias", 0)), None)
         for number, (path, module) in enumerate(zip(paths, modules, strict=True)):
             place = _Place(prefix, number)
-            names = list(inspect.signature(module.forward).parameters)
+            names = _parameters(module)
             if hasattr(module, "disentangled_attention_bias"):
                 _Disentangled(place, module, attachment)
             elif "alibi" in names:
                 attachment.hook(module.register_forward_pre_hook(_Cached(place), with_kwargs=True))
             elif "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names:
                 bias_of = None if role == "cross" else relative
-                attachment.set(module, "config", _Through(place, module, bias_of, self.positions != "adapterhub"))
+                through = _Through(place, module, bias_of, self.positions != "adapterhub")
+                attachment.set(module, "config", through)
+                if bias_of is not None:
+                    attachment.hook(module.register_forward_pre_hook(through.count, with_kwargs=True))
             else:
                 raise LitPeftError(
                     f"{path} ({type(module).__name__}) computes attention in a way of its own, so that no prefix can "
                     "be put in front of its keys and values: use another method, e.g. LoRA or PromptTuning."
                 )
+
+    def _shape(self, module: Any, config: Any) -> tuple[int, int]:
+        heads, size = kv_shape(module, config)
+        return heads * (getattr(module, "num_key_value_groups", 1) if self.per_query_head else 1), size
 
 
 def _cross(layer: Layer) -> str | None:
@@ -176,14 +186,24 @@ def _owner(model: nn.Module, layer: Layer) -> str:
     path = layer.path
     while path:
         path = path.rpartition(".")[0]
-        if "input_ids" in inspect.signature(model.get_submodule(path).forward).parameters:
+        if "input_ids" in _parameters(model.get_submodule(path)):
             return path
     return ""
 
 
+@cache
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a module's forward, as its class has it."""
+    return _arguments(type(module).forward)
+
+
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name."""
-    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+    return {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
 
 
 class _Start:
@@ -206,6 +226,10 @@ class _Place:
     def length(self) -> int:
         return self.prefix.num_virtual_tokens
 
+    @property
+    def heads(self) -> int:
+        return self.prefix.shapes[self.number][0]
+
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return self.prefix.extend(self.number, key, value)
 
@@ -227,7 +251,7 @@ class _Through:
 
         AttentionInterface.register(_FUNCTION, _attend)
         self.config: Any = module.config
-        self.place, self.relative, self.moved = place, relative, moved
+        self.place, self.relative, self.moved, self.past = place, relative, moved, 0
         homes = (sys.modules[kind.__module__] for kind in type(module).__mro__)
         self.eager: Callable[..., Any] = next(
             home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward")
@@ -238,6 +262,12 @@ class _Through:
             raise AttributeError(name)
         return getattr(self.config, name)
 
+    def count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the attention: how many tokens came before, which a cache of fixed size hides."""
+        values = _named(module, args, kwargs)
+        held = next((values[name] for name in _CACHES if values.get(name) is not None), None)
+        self.past = 0 if held is None else int(held.get_seq_length(module.layer_idx))
+
     def bias(self, bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """T5's relative position bias, (1, heads, queries, keys), with the prefix just in front of the first key.
 
@@ -247,7 +277,7 @@ class _Through:
         if self.relative is None:
             return F.pad(bias, (length, 0))
         keys = length + key.shape[2]
-        start = keys - queries - (0 if self.moved else length)
+        start = self.past + (length if self.moved else 0)
         whole = self.relative.compute_bias(queries, keys, device=query.device, past_seen_tokens=start)
         if not self.moved:
             return whole.to(bias.dtype)
@@ -269,17 +299,25 @@ def _attend(
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if attention_mask is None and causal and queries > 1 and name == "sdpa":
-        # It would read None as "the first query sees the first key alone".
-        attention_mask = query.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
+        # It reads None as "the first query sees the first key alone", which a mask must say once the prefix is there.
+        attention_mask = query.new_ones(queries, keys, dtype=torch.bool).tril()[None, None]
     if attention_mask is not None:
         if not isinstance(attention_mask, Tensor):
             raise LitPeftError(
                 f"attn_implementation={name!r} takes no prefix: load the model with attn_implementation='sdpa'."
             )
         attention_mask = place.seen(attention_mask)
-    key, value = place.extend(key, value)
     function = AttentionInterface().get_interface(name, through.eager)
-    return function(module, query, key, value, attention_mask, **kwargs)
+    groups = getattr(module, "num_key_value_groups", 1)
+    if place.heads == key.shape[1]:
+        key, value = place.extend(key, value)
+        return function(module, query, key, value, attention_mask, **kwargs)
+    key, value = place.extend(key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1))
+    module.num_key_value_groups = 1
+    try:
+        return function(module, query, key, value, attention_mask, **kwargs)
+    finally:
+        module.num_key_value_groups = groups
 
 
 class _Cached:
@@ -310,8 +348,8 @@ class _Cached:
                 # Falcon has ALiBi in the mask as well.
                 added = (columns * module.inv_norm_factor).expand(*mask.shape[:3], -1)
                 values["attention_mask"] = torch.cat([added.to(mask.dtype), mask], dim=-1)
-        cache = next(name for name in _CACHES if name in inspect.signature(module.forward).parameters)
-        values[cache] = _Answer(self.place, values.get(cache))
+        name = next(name for name in _CACHES if name in inspect.signature(module.forward).parameters)
+        values[name] = _Answer(self.place, values.get(name))
         return (), values
 
 
@@ -375,15 +413,14 @@ class _Positions:
     def attach(self, model: nn.Module, attachment: Attachment, owner: str, attention: str) -> None:
         module = model.get_submodule(owner)
         embeddings = getattr(module, "embeddings", None)
-        names = inspect.signature(embeddings.forward).parameters if isinstance(embeddings, nn.Module) else ()
+        names = _parameters(embeddings) if isinstance(embeddings, nn.Module) else ()
         positions = getattr(module, "embed_positions", None)
         if isinstance(positions, nn.Module):
             attachment.hook(positions.register_forward_pre_hook(self.of_table, with_kwargs=True))
         elif isinstance(embeddings, nn.Module) and any(name in names for name in _LENGTHS):
             attachment.hook(embeddings.register_forward_pre_hook(self.of_embeddings, with_kwargs=True))
-        elif (
-            getattr(model.get_submodule(attention), "is_causal", False)
-            and "position_ids" in inspect.signature(module.forward).parameters
+        elif getattr(model.get_submodule(attention), "is_causal", False) and "position_ids" in _parameters(
+            type(module)
         ):
             attachment.hook(module.register_forward_pre_hook(self.of_model, with_kwargs=True))
 
@@ -404,7 +441,7 @@ class _Positions:
         if values.get("position_ids") is not None:
             values["position_ids"] = values["position_ids"] + self.length
         else:
-            name = next(name for name in _LENGTHS if name in inspect.signature(module.forward).parameters)
+            name = next(name for name in _LENGTHS if name in _parameters(module))
             values[name] = values.get(name, 0) + self.length
         return (), values
 

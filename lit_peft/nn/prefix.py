@@ -74,7 +74,7 @@ class Prefix(nn.Module):
         self.up: nn.Linear | None = None
         if projection_size is not None:
             if projection_size < 1:
-                raise LitPeftError(f"projection_size={projection_size}: give a positive integer, e.g. 512.")
+                raise LitPeftError(f"prefix_projection_size={projection_size}: give a positive integer, e.g. 512.")
             self.down = nn.Linear(hidden_size, projection_size, **at)
             self.up = nn.Linear(projection_size, width, **at)
         self.embedding = nn.Parameter(torch.empty(num_virtual_tokens, hidden_size if self.up else width, **at))
