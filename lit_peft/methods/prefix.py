@@ -419,9 +419,7 @@ class _Positions:
             attachment.hook(positions.register_forward_pre_hook(self.of_table, with_kwargs=True))
         elif isinstance(embeddings, nn.Module) and any(name in names for name in _LENGTHS):
             attachment.hook(embeddings.register_forward_pre_hook(self.of_embeddings, with_kwargs=True))
-        elif getattr(model.get_submodule(attention), "is_causal", False) and "position_ids" in _parameters(
-            type(module)
-        ):
+        elif getattr(model.get_submodule(attention), "is_causal", False) and "position_ids" in _parameters(module):
             attachment.hook(module.register_forward_pre_hook(self.of_model, with_kwargs=True))
 
     def of_table(
