@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -106,7 +106,7 @@ class LitDataModule(pl.LightningDataModule):
     """
 
     # A text that stands in the training file and in a test file is removed from training.
-    drops_overlap: ClassVar[bool] = True
+    drops_overlap: bool = True
     # What one row of a txt file is.
     text_unit: str = "line"
 

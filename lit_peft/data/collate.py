@@ -52,8 +52,8 @@ class PadCollator:
             batch["token_type_ids"] = self._pad([example["token_type_ids"] for example in examples], longest, 0)
         if "labels" in examples[0]:
             labels = [example["labels"] for example in examples]
-            if isinstance(labels[0], int):
-                batch["labels"] = torch.tensor(labels, dtype=torch.long)
+            if isinstance(labels[0], (int, float)):
+                batch["labels"] = torch.tensor(labels)
             else:
                 batch["labels"] = self._pad(labels, longest, IGNORE)
         return batch

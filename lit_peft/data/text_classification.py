@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
+import string
 from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.base import LitDataModule, Rows, Split
-from lit_peft.data.files import column_values
+from lit_peft.data.benchmarks import find_benchmark
+from lit_peft.data.files import column_values, require_columns
 from lit_peft.errors import LitPeftError, closest
 
 if TYPE_CHECKING:
@@ -24,12 +28,18 @@ class TextClassificationData(LitDataModule):
     number written as text ("1", "1.0") is the same label as the number. Batches: `input_ids`,
     `attention_mask`, `token_type_ids` if the tokenizer has them, all [batch, length], and `labels` [batch].
 
+    With `benchmark`, dataset, columns, pairs, labels and the metric that tells the best checkpoint are that
+    benchmark's; `validation` and `test` are its validation split, since the labels of its test split are hidden, and
+    its splits stay as they are. `dataset` names another place to take it from.
+
     Args:
         text_column: column of the text.
         text_pair_column: column of a second text, for tasks on pairs.
         label_column: column of the label.
         labels: all labels, in the order the model is to number them; unset: those of the training rows,
             sorted. Needed to predict or test without the training file.
+        regression: labels are numbers to predict, not classes.
+        benchmark: one of GLUE or SuperGLUE by name, such as "glue/mrpc" or "super_glue/boolq".
         **common: see `LitDataModule`.
     """
 
@@ -39,8 +49,23 @@ class TextClassificationData(LitDataModule):
         text_pair_column: str | None = None,
         label_column: str = "label",
         labels: list[str] | None = None,
+        regression: bool = False,
+        benchmark: str | None = None,
         **common: Any,
     ) -> None:
+        self.regression = regression
+        self.monitor: tuple[str, str] | None = ("val_pearson", "max") if regression else None
+        self._templates: dict[str, str] = {}
+        if benchmark is not None:
+            known = find_benchmark(benchmark)
+            splits = {"validation": known.validation, "test": known.validation}
+            for name, value in {"dataset": known.dataset, "dataset_config": known.config, **splits}.items():
+                if common.get(name) is None:
+                    common[name] = value
+            self.regression, self.monitor, self.drops_overlap = known.regression, (known.monitor, "max"), False
+            text_column = self._column_of("text", known.text)
+            text_pair_column = known.text_pair and self._column_of("pair", known.text_pair)
+            label_column = "label"
         super().__init__(**common)
         self.text_column = text_column
         self.text_pair_column = text_pair_column
@@ -74,17 +99,19 @@ class TextClassificationData(LitDataModule):
         return {label: at for at, label in enumerate(ordered)}
 
     @property
-    def label_names(self) -> list[str]:
-        """The labels as text; a label's position is the class the model predicts."""
-        return [str(label) for label in self._label_ids]
+    def label_names(self) -> list[str] | None:
+        """The labels as text; a label's position is the class the model predicts. None in regression."""
+        return None if self.regression else [str(label) for label in self._label_ids]
 
     @property
     def num_labels(self) -> int:
-        """Number of classes."""
-        return len(self._label_ids)
+        """Number of classes; 1 in regression."""
+        return 1 if self.regression else len(self._label_ids)
 
-    def _labels_of(self, table: Dataset) -> list[Label | None]:
+    def _labels_of(self, table: Dataset) -> list[Any]:
         """Return a table's labels in one form; None where there is none."""
+        if self.regression:
+            return [number(value) for value in column_values(table, self.label_column)]
         names = getattr(table.features[self.label_column], "names", None)
         values = column_values(table, self.label_column)
         if names:
@@ -92,13 +119,36 @@ class TextClassificationData(LitDataModule):
             return [None if value is None or value < 0 else names[value] for value in values]
         return [canonical_label(value) for value in values]
 
-    def _label(self, rows: Rows, values: list[Label | None], row: int) -> Label:
+    def _label(self, rows: Rows, values: list[Any], row: int) -> Any:
         value = values[row]
+        if value is None and self.regression:
+            raise LitPeftError(f"{rows.where(row)} has no number in column {self.label_column!r}; correct it.")
         if value is None:
             raise LitPeftError(f"{rows.where(row)} has no label in column {self.label_column!r}; add it.")
         return value
 
     # ------------------------------------------------------------------------------------------- rows
+
+    def _column_of(self, name: str, template: str) -> str:
+        """The column a template names, or the one to make from it."""
+        if template.count("{") == 1 and template[0] == "{" and template[-1] == "}":
+            return template[1:-1]
+        self._templates[f"{name} of the benchmark"] = template
+        return f"{name} of the benchmark"
+
+    def prepared(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
+        """Put together the texts of benchmarks that have them in several columns."""
+        table = super().prepared(table, split, field, source)
+        for column, template in self._templates.items():
+            names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+            require_columns(table, {f"column {name!r} of the benchmark": name for name in names}, field, source)
+            table = table.map(
+                fill_template,
+                batched=True,
+                fn_kwargs={"column": column, "template": template, "names": names},
+                new_fingerprint=hashlib.sha256(f"{table._fingerprint} {template}".encode()).hexdigest()[:32],
+            )
+        return table
 
     def columns(self, split: Split) -> dict[str, str | None]:
         """The text column(s), and the label column except for prediction."""
@@ -127,10 +177,10 @@ class TextClassificationData(LitDataModule):
             values = self._labels_of(rows.table)
             for row in rows.numbers:
                 label = self._label(rows, values, row)
-                if label not in self._label_ids:
+                if not self.regression and label not in self._label_ids:
                     raise LitPeftError(
                         f"{rows.where(row)}: label {label!r} does not occur in training, which has "
-                        f"{closest(str(label), self.label_names)}; correct it, or list all in data.labels."
+                        f"{closest(str(label), map(str, self._label_ids))}; correct it, or list all in data.labels."
                     )
         names = getattr(rows.table.features[label_column], "names", None) if label_column else None
         table = self.tokenized(
@@ -141,12 +191,15 @@ class TextClassificationData(LitDataModule):
             text_pair_column=self.text_pair_column,
             label_column=label_column,
             declared=names,
-            label_ids=self._label_ids if label_column else None,
+            label_ids=self._label_ids if label_column and not self.regression else None,
             max_length=self.max_length,
         )
-        cut = sum(length > self.max_length for length in column_values(table, "length"))
-        if cut:
-            self.say(f"data.{split}: {cut} of {len(table)} texts cut to {self.max_length} tokens (data.max_length).")
+        over = [length - self.max_length for length in column_values(table, "length") if length > self.max_length]
+        if over:
+            self.say(
+                f"data.{split}: {len(over)} of {len(table)} texts cut to {self.max_length} tokens (data.max_length); "
+                f"{sum(over)} tokens were cut away."
+            )
         return table.remove_columns("length")
 
 
@@ -179,6 +232,21 @@ def canonical_label(value: Any) -> Label | None:
     raise LitPeftError(f"data.label_column: {value!r} is not a class; labels are whole numbers or names.")
 
 
+def number(value: Any) -> float | None:
+    """Return a cell as a number; None where it is none."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def fill_template(batch: dict[str, list[Any]], column: str, template: str, names: list[str]) -> dict[str, list[Any]]:
+    """Return a column of texts made from a template and the columns it names."""
+    rows = zip(*(batch[name] for name in names), strict=True)
+    return {column: [template.format(**dict(zip(names, row, strict=True))) for row in rows]}
+
+
 def encode_texts(
     batch: dict[str, list[Any]],
     *,
@@ -209,7 +277,9 @@ def encode_texts(
         for key in keys:
             for at, ids in zip(long, cut[key], strict=True):
                 out[key][at] = ids
-    if label_column is not None and label_ids is not None:
+    if label_column is not None and label_ids is None:
+        out["labels"] = [number(value) for value in batch[label_column]]
+    elif label_column is not None and label_ids is not None:
         labels = batch[label_column]
         known = [declared[label] if declared else canonical_label(label) for label in labels]
         out["labels"] = [label_ids[label] for label in known if label is not None]

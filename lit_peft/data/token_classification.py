@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.collate import IGNORE, PadCollator
@@ -39,7 +39,7 @@ class TokenClassificationData(LitDataModule):
     """
 
     # Short sentences recur in the field's own splits.
-    drops_overlap: ClassVar[bool] = False
+    drops_overlap = False
 
     def __init__(
         self,
