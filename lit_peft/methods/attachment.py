@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -37,13 +37,25 @@ class MethodSettings:
         return 1.0
 
 
+@runtime_checkable
+class Suspendable(Protocol):
+    """A module that keeps more than its own parameters, which it has to bring back itself."""
+
+    def suspend(self) -> None:
+        """Note what is lost when the module is taken off its model."""
+
+    def resume(self) -> None:
+        """Bring that back, on the model again."""
+
+
 @dataclass
 class Attachment:
     """The record of what was done to a model, and so of how to undo it."""
 
     model: nn.Module
     settings: MethodSettings
-    undo: list[Callable[[], None]] = field(default_factory=list)
+    undo: list[Callable[[], object]] = field(default_factory=list)
+    redo: list[Callable[[], object]] = field(default_factory=list)
     adapted: dict[str, nn.Module] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
 
@@ -60,7 +72,7 @@ class Attachment:
         module.train(getattr(owner, "training", True))
         setattr(owner, name, module)
         self.adapted[path] = module
-        self.undo.append(lambda: setattr(owner, name, restore()))
+        self.did(lambda: setattr(owner, name, module), lambda: setattr(owner, name, restore()))
 
     def add(self, path: str, module: nn.Module) -> None:
         """Register a new `module` at `path`, where the model had none."""
@@ -69,17 +81,22 @@ class Attachment:
         module.train(owner.training)
         owner.add_module(name, module)
         self.adapted[path] = module
-        self.undo.append(lambda: delattr(owner, name))
+        self.did(lambda: owner.add_module(name, module), lambda: delattr(owner, name))
 
     def set(self, owner: nn.Module, name: str, value: Any) -> None:
         """Set an attribute of a module of the model that is neither a module nor a parameter."""
         had, original = name in vars(owner), vars(owner).get(name)
         setattr(owner, name, value)
-        self.undo.append(lambda: setattr(owner, name, original) if had else delattr(owner, name))
+        self.did(
+            lambda: setattr(owner, name, value),
+            lambda: setattr(owner, name, original) if had else delattr(owner, name),
+        )
 
     def hook(self, handle: RemovableHandle) -> None:
         """Take note of a hook that was registered, to remove it again."""
-        self.undo.append(handle.remove)
+        dicts = [handle.hooks_dict_ref(), *(reference() for reference in handle.extra_dict_ref)]
+        entries = [(hooks, hooks[handle.id]) for hooks in dicts if hooks is not None and handle.id in hooks]
+        self.did(lambda: [hooks.update({handle.id: hook}) for hooks, hook in entries], handle.remove)
 
     def train(self, path: str) -> None:
         """Train a copy of the parameter at `path` in its place; the original returns at detach."""
@@ -89,7 +106,7 @@ class Attachment:
         copy = nn.Parameter(original.detach().clone(), requires_grad=True)
         setattr(owner, name, copy)
         self.trained.append(path)
-        self.undo.append(lambda: setattr(owner, name, original))
+        self.did(lambda: setattr(owner, name, copy), lambda: setattr(owner, name, original))
 
     def train_modules(self, names: tuple[str, ...] | list[str]) -> None:
         """Train every parameter of each module whose name is, or ends in, one of `names`."""
@@ -99,10 +116,33 @@ class Attachment:
                     if f"{path}.{inner}" not in self.trained:
                         self.train(f"{path}.{inner}")
 
+    def did(self, again: Callable[[], object], undo: Callable[[], object]) -> None:
+        """Take note of a change that was made: how to make it again, and how to undo it."""
+        self.redo.append(again)
+        self.undo.append(undo)
+
     def revert(self) -> None:
         """Undo everything, the last change first."""
         for step in reversed(self.undo):
             step()
+
+    def suspend(self) -> None:
+        """Undo everything, to `resume` later: the model is the bare base meanwhile."""
+        for module in self.adapted.values():
+            if isinstance(module, Suspendable):
+                module.suspend()
+        self.revert()
+
+    def resume(self) -> None:
+        """Make every change again, in the order they were made."""
+        for step in self.redo:
+            step()
+        for path, module in self.adapted.items():
+            owner = self.model.get_submodule(path.rpartition(".")[0])
+            if module.training != owner.training:
+                module.train(owner.training)
+            if isinstance(module, Suspendable):
+                module.resume()
 
 
 def base_name(path: str) -> str:
@@ -116,13 +156,23 @@ def attachment_of(model: nn.Module) -> Attachment:
     Raises:
         LitPeftError: nothing is.
     """
-    found: Any = getattr(model, _KEY, None)
+    found = attachment_or_none(model)
     if found is None:
         raise LitPeftError(
             f"This {type(model).__name__} has no method attached: call lit_peft.attach(model, settings) first."
         )
-    attachment: Attachment = found
-    return attachment
+    return found
+
+
+def attachment_or_none(model: nn.Module) -> Attachment | None:
+    """The record of what is attached to `model`, if anything is."""
+    found: Attachment | None = getattr(model, _KEY, None)
+    return found
+
+
+def set_attachment(model: nn.Module, attachment: Attachment | None) -> None:
+    """Say what is attached to `model`; putting it there is the caller's."""
+    object.__setattr__(model, _KEY, attachment)
 
 
 def attached_model(module: nn.Module) -> nn.Module | None:
@@ -152,7 +202,10 @@ def attach(model: Model, settings: MethodSettings) -> Model:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.requires_grad_(False)
-            attachment.undo.append(lambda p=parameter: p.requires_grad_(True))  # type: ignore[misc]
+            attachment.did(
+                lambda p=parameter: p.requires_grad_(False),  # type: ignore[misc]
+                lambda p=parameter: p.requires_grad_(True),  # type: ignore[misc]
+            )
     try:
         settings.attach_to(model, attachment)
         if settings.modules_to_save:

@@ -77,6 +77,7 @@ class LoRALayer(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(out_features, r, dtype=dtype, device=weight.device))
         self.lora_magnitude: nn.Parameter | None = None
         self._moved_weight: Tensor | None = None
+        self._rest: Tensor | None = None
         self.reset_parameters(init_lora_weights)
         if use_dora:
             self.lora_magnitude = nn.Parameter(self._weight_norm().to(dtype))
@@ -192,6 +193,22 @@ class LoRALayer(nn.Module):
         if self._moved_weight is not None:
             self.weight.data.copy_(self._moved_weight)
         return self.base_layer
+
+    def suspend(self) -> None:
+        """Keep what a start of PiSSA's or OLoRA's kind left in W, before the base gets its own W back."""
+        if self._moved_weight is not None:
+            self.unmerge()
+            self._rest = self.weight.detach().clone()
+
+    def resume(self) -> None:
+        """Follow the base layer's device, and take out of W again what the update carries."""
+        self.base_layer.requires_grad_(False)
+        if self.lora_A.device != self.weight.device:
+            for parameter in self.parameters(recurse=False):
+                parameter.data = parameter.data.to(self.weight.device)
+        if self._rest is not None:
+            self.weight.data.copy_(self._rest)
+            self._rest = None
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}" + (
