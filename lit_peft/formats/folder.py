@@ -15,15 +15,17 @@ from lit_peft.formats import adapterhub, base_record, peft
 from lit_peft.formats.card import write_card
 from lit_peft.formats.files import write_extra
 from lit_peft.formats.untrusted import read_json
+from lit_peft.methods.adapters import new_adapter
 from lit_peft.methods.attachment import Model, attachment_of
 
 
-def load_adapter(model: Model, folder: str | Path, check_base: bool = True) -> Model:
+def load_adapter(model: Model, folder: str | Path, check_base: bool = True, name: str | None = None) -> Model:
     """Read an adapter's folder and attach it to a bare model, ready for `model.eval()`.
 
     Args:
         model: the base model, as transformers loaded it.
         folder: the adapter's folder, in peft's format or AdapterHub's.
+        name: load it beside the adapters that are there, under this name, as the active one.
         check_base: refuse a model that is not the base the adapter was trained on, where the folder says which.
 
     Returns:
@@ -34,6 +36,9 @@ def load_adapter(model: Model, folder: str | Path, check_base: bool = True) -> M
             read, or the tensors do not fit the model. The model is as it was.
     """
     folder = Path(folder)
+    if name is not None:
+        with new_adapter(model, name):
+            return load_adapter(model, folder, check_base)
     config = _read_config(folder)
     if check_base:
         base_record.check_base(model, folder)

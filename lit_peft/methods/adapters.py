@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.methods.attachment import (
@@ -265,8 +265,3 @@ def _switch(model: nn.Module, adapters: Adapters, name: str | None) -> None:
         adapters.kept[name].resume()
         set_attachment(model, adapters.kept[name])
         adapters.active = name
-
-
-def lora_factors(layer: LoRALayer) -> tuple[Tensor, Tensor, float]:
-    """A, B and the scale of a layer's update, detached."""
-    return layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling

@@ -1,0 +1,172 @@
+"""Several named adapters on one base: switching, mixed batches, combinations."""
+
+from __future__ import annotations
+
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import batch, close, make, scramble
+
+import lit_peft
+from lit_peft import AdapterHSettings, LitPeftError, LoRASettings, ParallelSettings
+
+QV = ["q_proj", "v_proj"]
+
+
+def logits(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**(inputs or {"input_ids": batch("llama")["input_ids"]})).logits
+
+
+def with_loras(*ranks: int, **settings: Any) -> Any:
+    model = make("llama")
+    for number, r in enumerate(ranks):
+        lit_peft.add_adapter(model, f"a{number}", LoRASettings(r=r, **{"target_modules": QV, **settings}))
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def test_a_thousand_switches_among_eight_change_nothing(decoder: Path) -> None:
+    import transformers
+
+    model = with_loras(*(2, 4, 8, 2, 4, 8, 2, 4))
+    base = logits(make("llama"))
+    names = lit_peft.adapter_names(model)
+    expected = {}
+    for name in names:
+        expected[name] = logits(lit_peft.set_adapter(model, name))
+    assert len({float(value.sum()) for value in expected.values()}) == 8
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    before = tensors()
+    start = time.perf_counter()
+    for step in range(1000):
+        lit_peft.set_adapter(model, names[step % 8])
+        if step % 100 < 8:
+            assert torch.equal(logits(model), expected[names[step % 8]])
+    seconds = (time.perf_counter() - start) / 1000
+    assert tensors() <= before
+    start = time.perf_counter()
+    transformers.AutoModelForCausalLM.from_pretrained(decoder)
+    assert seconds < 0.25 * (time.perf_counter() - start)  # 1 % for a real base, whose loading takes seconds
+    with lit_peft.disable_adapter(model):
+        assert torch.equal(logits(model), base)
+    assert lit_peft.active_adapter(model) == names[999 % 8]
+    lit_peft.set_adapter(model, None)
+    assert list(model.state_dict()) == list(make("llama").state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), make("llama").parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LoRASettings(init_lora_weights="pissa", r=4),
+        LoRASettings(use_dora=True, bias="all", target_modules="all-linear", modules_to_save=["norm"]),
+        AdapterHSettings(reduction_factor=4),
+        ParallelSettings(reduction_factor=4),
+    ],
+    ids=lambda settings: settings.method,
+)
+def test_adapters_of_any_method_stand_beside_each_other(settings: Any, tmp_path: Path) -> None:
+    alone = lit_peft.attach(make("llama"), settings)
+    scramble(alone)
+    expected = logits(alone)
+    model = with_loras(4)
+    lora = logits(model)
+    lit_peft.add_adapter(model, "other", settings)
+    scramble(model)
+    trained = lit_peft.trainable_parameters(model)
+    for _ in range(2):
+        close(logits(lit_peft.set_adapter(model, "other")), expected, 0)
+        assert lit_peft.trainable_parameters(model) == trained
+        close(logits(lit_peft.set_adapter(model, "a0")), lora, 0)
+    close(logits(lit_peft.delete_adapter(model, "other")), lora, 0)
+    folder = lit_peft.save_adapter(model, tmp_path / "a0")
+    again = lit_peft.load_adapter(make("llama"), folder, name="first")
+    lit_peft.load_adapter(again, folder, name="second")
+    close(logits(again), lora, 0)
+    with pytest.raises(LitPeftError, match="already"):
+        lit_peft.load_adapter(again, folder, name="first")
+    with pytest.raises(LitPeftError, match="'second'"):
+        lit_peft.set_adapter(again, "secnd")
+    assert lit_peft.active_adapter(again) == "second"
+    detached = lit_peft.detach(again)
+    assert lit_peft.adapter_names(detached) == ["first"]
+
+
+def test_a_mixed_batch_equals_the_single_runs() -> None:
+    model = with_loras(2, 8, 4, target_modules="all-linear")
+    lit_peft.add_adapter(model, "q", LoRASettings(r=4, target_modules=["q_proj"]))
+    scramble(model)
+    ids = torch.randint(0, 61, (6, 9))
+    names = ["a1", None, "q", "a0", "a2", "a1"]
+    with lit_peft.row_adapters(model, names):
+        mixed = logits(model, input_ids=ids)
+        beams = model.generate(ids, num_beams=2, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert lit_peft.active_adapter(model) == "q"
+    for row, name in enumerate(names):
+        lit_peft.set_adapter(model, name)
+        close(mixed[row], logits(model, input_ids=ids[row : row + 1])[0])
+        one = model.generate(ids[row : row + 1], num_beams=2, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert torch.equal(beams[row], one[0])
+    with lit_peft.row_adapters(model, names), pytest.raises(LitPeftError, match="4 rows"):
+        logits(model, input_ids=ids[:4])
+    lit_peft.add_adapter(model, "dora", LoRASettings(use_dora=True))
+    with pytest.raises(LitPeftError, match="'dora'"), lit_peft.row_adapters(model, ["dora"]):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("linear", "linear"), ("cat", "cat"), ("svd", "svd"), ("ties", "ties_svd")]
+)
+def test_combinations_equal_peft(ours: Any, theirs: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = with_loras(4, 4)
+    for name in ("a0", "a1"):
+        lit_peft.save_adapter(lit_peft.set_adapter(model, name), tmp_path / name)
+    peft = PeftModel.from_pretrained(make("llama"), str(tmp_path / "a0"), adapter_name="a0")
+    peft.load_adapter(str(tmp_path / "a1"), "a1")
+    density = {"density": 0.4} if ours == "ties" else {}
+    peft.add_weighted_adapter(["a0", "a1"], [0.7, -0.4], "mix", combination_type=theirs, **density)
+    peft.set_adapter("mix")
+    lit_peft.combine_adapters(model, "mix", {"a0": 0.7, "a1": -0.4}, ours, **density)
+    close(logits(model), logits(peft), 3e-5)
+    lit_peft.save_adapter(model, tmp_path / "mix")
+    close(logits(lit_peft.load_adapter(make("llama"), tmp_path / "mix")), logits(model))
+
+
+def test_dare_keeps_the_sum_on_average() -> None:
+    model = with_loras(4, 4)
+    layer = "model.layers.0.self_attn.q_proj"
+    exact = lit_peft.combine_adapters(model, "cat", {"a0": 0.5, "a1": 0.5}).get_submodule(layer).delta_weight()
+    draws = []
+    for seed in range(60):
+        mixed = lit_peft.combine_adapters(model, f"dare{seed}", {"a0": 0.5, "a1": 0.5}, "dare", 32, 0.5, seed)
+        draws.append(mixed.get_submodule(layer).delta_weight().detach())
+    assert (torch.stack(draws).mean(0) - exact).norm() < 0.25 * exact.norm()
+    assert (draws[0] - exact).norm() > 0.25 * exact.norm()
+
+
+def test_merge_and_unmerge() -> None:
+    model = with_loras(4)
+    expected, weight = logits(model), model.model.layers[0].self_attn.q_proj.weight.clone()
+    close(logits(lit_peft.merge_adapter(model)), expected)
+    assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
+    close(logits(lit_peft.unmerge_adapter(model)), expected, 0)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
+    plain = lit_peft.merge_and_unload(model)
+    close(logits(plain), expected)
+    assert list(plain.state_dict()) == list(make("llama").state_dict())
+    assert lit_peft.adapter_names(plain) == []
