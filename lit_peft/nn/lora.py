@@ -24,6 +24,10 @@ from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.nn.linear import adapter_dtype, linear_features
+from lit_peft.nn.lora_function import lora_linear
+
+# Whether a linear layer and its update are computed as one operation where they can be; False: the plain formula.
+FUSED = True
 
 InitLoRA = Literal["kaiming", "gaussian", "pissa", "olora"]
 
@@ -250,7 +254,28 @@ class LoRALinear(LoRALayer):
     def add_to_weight(self, delta: Tensor) -> None:
         super().add_to_weight(delta.T if self.fan_in_fan_out else delta)
 
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether base and update are two products and nothing else, which `lora_linear` computes as one."""
+        base, weight = self.base_layer, self.weight
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return (
+            FUSED
+            and self.lora_magnitude is None
+            and not self.merged
+            and (type(base) is nn.Linear or type(base).__name__ == "Conv1D")
+            and type(weight) is nn.Parameter
+            and not weight.requires_grad
+            and (autocast or weight.dtype == x.dtype)
+            and x.is_floating_point()
+            and not (base._forward_hooks or base._forward_pre_hooks)
+            and not torch.compiler.is_compiling()
+        )
+
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if self._is_plain(x) and not args and not kwargs:
+            weight = self.weight.T if self.fan_in_fan_out else self.weight
+            dropout = self.lora_dropout if self.training else 0.0
+            return lora_linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
         out: Tensor = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return out

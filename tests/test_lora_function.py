@@ -1,0 +1,121 @@
+"""LoRA's one operation against the plain formula: outputs, gradients, what is saved."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lit_peft.nn import LoRALinear, lora
+from lit_peft.nn.lora_function import lora_linear, pack_bits, unpack_bits
+
+
+def layer(kind: str = "linear", **settings: float) -> LoRALinear:
+    torch.manual_seed(0)
+    base = Conv1D(20, 12) if kind == "Conv1D" else nn.Linear(12, 20, bias=kind == "linear")
+    made = LoRALinear(base, r=4, **settings)
+    nn.init.normal_(made.lora_B)
+    return made
+
+
+def gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    out = module(x)
+    module.zero_grad()
+    out.square().sum().backward()
+    return [out.detach(), x.grad, *(p.grad for p in module.parameters() if p.requires_grad)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("kind", ["linear", "no bias", "Conv1D"])
+@pytest.mark.parametrize("trained_bias", [False, True])
+def test_equals_the_plain_formula(kind: str, trained_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = layer(kind), torch.randn(2, 5, 12)
+    if trained_bias and module.bias is not None:
+        module.bias.requires_grad_(True)
+    assert module._is_plain(x)
+    ours = gradients(module, x)
+    monkeypatch.setattr(lora, "FUSED", False)
+    assert not module._is_plain(x)
+    for mine, theirs in zip(ours, gradients(module, x), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_gradcheck() -> None:
+    torch.manual_seed(0)
+    x, w, bias, a, b = (torch.randn(*s, dtype=torch.float64) for s in [(3, 5), (4, 5), (4,), (2, 5), (4, 2)])
+    for tensor in (x, bias, a, b):
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *t: lora_linear(t[0], w, *t[1:], 0.5), (x, bias, a, b))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4, 16)])
+def test_dropout_is_one_mask_forward_and_backward(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x, (rows, d) = torch.randn(shape), shape
+    w, a, b = torch.randn(6, d), torch.randn(2, d, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    x.requires_grad_()
+    torch.manual_seed(7)
+    out = lora_linear(x, w, None, a, b, 0.5, 0.4)
+    torch.manual_seed(7)
+    kept = torch.native_dropout(torch.ones(shape), 0.4, True)[0]
+    assert 0 < int((kept == 0).sum()) < rows * d
+    plain = F.linear(x, w) + 0.5 * F.linear(F.linear(x * kept, a), b)
+    torch.testing.assert_close(out, plain)
+    wanted = torch.autograd.grad(plain.square().sum(), (x, a, b))
+    for mine, theirs in zip(torch.autograd.grad(out.square().sum(), (x, a, b)), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_bits() -> None:
+    mask = torch.rand(7, 13) < 0.5
+    bits = pack_bits(mask)
+    assert bits.numel() == 12 and torch.equal(unpack_bits(bits, mask.shape), mask)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = layer()
+    if not autocast:
+        module.base_layer.bfloat16()
+    x = torch.randn(3, 12, dtype=torch.float32 if autocast else torch.bfloat16)
+    exact = gradients(copy.deepcopy(module).float(), x.float())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = gradients(module, x)
+        monkeypatch.setattr(lora, "FUSED", False)
+        plain = gradients(module, x)
+    for mine, theirs, truth in zip(ours, plain, exact, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert (mine.float() - truth).norm() <= 1.2 * (theirs.float() - truth).norm() + 1e-3 * truth.norm()
+
+
+def test_the_input_is_saved_once_and_no_dropped_copy() -> None:
+    x = torch.randn(64, 12).requires_grad_()
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    layers = [layer(lora_dropout=0.1) for _ in range(3)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = [module(x) for module in layers]
+    frozen = sum(p.nbytes for module in layers for p in module.parameters())
+    # x once; for each layer x A (r = 4 wide) and a bit for each element of x.
+    assert sum(storages.values()) <= frozen + x.nbytes + 3 * (64 * 4 * 4 + 64 * 12 // 8)
+    assert all(out.requires_grad for out in outputs)
+
+
+def test_what_is_more_than_two_products_takes_the_plain_path() -> None:
+    x = torch.randn(3, 12)
+    hooked = layer()
+    hooked.base_layer.register_forward_hook(lambda module, args, out: out * 0)
+    assert not hooked._is_plain(x) and not layer()._is_plain(x.bfloat16())
+    dora = layer(use_dora=True)
+    assert not dora._is_plain(x)
+    merged = layer()
+    merged.merge()
+    assert not merged._is_plain(x)
