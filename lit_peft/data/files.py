@@ -151,6 +151,9 @@ def _quiet() -> Iterator[None]:
 def _load(path: Path, field: str, value: str, loader: str, options: dict[str, Any]) -> Dataset:
     import datasets
 
+    # pyarrow takes any bytes for text, and fails only where a cell is read.
+    if loader == "json" and (place := _not_utf8(path)):
+        raise LitPeftError(f"{field} {value!r} is not UTF-8: {place}; save it as UTF-8.")
     try:
         with _quiet():
             table = datasets.load_dataset(

@@ -1,0 +1,149 @@
+"""Files as users have them: what reads, and what is told of those that do not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from lit_peft import LitPeftError, TextClassificationData
+from lit_peft.data.evened import Evened, RealOnly
+
+
+def data(encoder: Path, file: Path, **settings: object) -> TextClassificationData:
+    return TextClassificationData(base=str(encoder), train=str(file), validation_fraction=0, **settings)
+
+
+def test_a_csv_with_quotes_and_newlines(encoder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text('text,label\n"a ""good"" film,\nwas great",pos\n"the story\r\nwas bad",NA\n')
+    made = data(encoder, file)
+    made.setup("fit")
+    rows = made.rows["train"].table
+    assert rows["text"][0] == 'a "good" film,\nwas great' and rows["text"][1].split() == ["the", "story", "was", "bad"]
+    assert made.label_names == ["NA", "pos"]
+
+
+def test_one_row(encoder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "good film", "label": "pos"}\n')
+    made = data(encoder, file, labels=["neg", "pos"])
+    batch = next(iter(made.train_dataloader()))
+    assert batch["labels"].tolist() == [1]
+    with pytest.raises(LitPeftError, match="only the label 'pos'"):
+        data(encoder, file).setup("fit")
+
+
+def test_parquet_with_extra_columns(encoder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    rows = {"id": [1, 2], "text": ["good", "bad"], "more": [{"x": [1.5]}, {"x": []}], "label": [0, 1]}
+    Dataset.from_dict(rows).to_parquet(file)
+    batch = next(iter(data(encoder, file, batch_size=2).train_dataloader()))
+    assert set(batch) >= {"input_ids", "attention_mask", "labels"} and "more" not in batch
+    assert sorted(batch["labels"].tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"text": "a", "label": 0}\n{"text": "b", "label": 1\n', "line 2"),
+        ("a.jsonl", b'{"text": "a", "label": 0}\n["b", 1]\n', "line 2"),
+        ("a.json", b'[{"text": "a", "label": 0}, {"text": ]', "line 1"),
+        ("a.jsonl", b'{"text": "a", "label": 0}\n{"text": "caf\xe9", "label": 1}\n', "not UTF-8: byte 0xe9 in line 2"),
+        ("a.csv", b"text,label\ncaf\xe9,0\n", "not UTF-8: byte 0xe9 in line 2"),
+        ("a.csv", b"", "is empty"),
+        ("a.csv", b"text,label\n", "no rows"),
+        ("a.jsonl", b"\n\n", "no rows"),
+        ("a.csv", b"text,label\na,0\nb,1,2\n", "line 3 has 3 cells"),
+        ("a.csv", b'text,label\n"a,0\nb,1\n', "never closed"),
+        ("a.csv", b"txt,label\na,0\n", "no column 'text'.*it has 'txt', 'label'"),
+        ("a.csv", b"text,label\na,0\n ,1\n", "row 2 has no text"),
+        ("a.csv", b"text,label\na,0\nb,\n", "row 2 has no label"),
+        ("a.parquet", b"PAR1 no", "not a readable parquet file"),
+        ("a.xlsx", b"x", "unknown kind '.xlsx'"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_place(
+    name: str, content: bytes, said: str, encoder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(LitPeftError, match=said) as problem:
+        data(encoder, file).setup("fit")
+    assert "data.train" in str(problem.value) and len(str(problem.value).splitlines()) == 1
+
+
+def test_labels_of_one_file_missing_from_the_other(encoder: Path, tmp_path: Path) -> None:
+    train, test = tmp_path / "train.csv", tmp_path / "test.csv"
+    train.write_text("text,label\ngood film,pos\nbad film,neg\npoor film,meh\n")
+    test.write_text("text,label\ngreat film,pos\n")
+    made = data(encoder, train, test=str(test))
+    made.setup("test")
+    assert made.num_labels == 3  # a label that no test row has is no error
+    test.write_text("text,label\ngreat film,pos\nawful film,bad\n")
+    with pytest.raises(LitPeftError, match=r"data.test.*row 2: label 'bad' does not occur in training"):
+        data(encoder, train, test=str(test)).setup("test")
+
+
+def test_a_changed_file_is_noticed(encoder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    for word in ("good", "poor"):
+        file.write_text(f"text,label\n{word} film,0\nthe film,1\n")
+        made = data(encoder, file)
+        made.setup("fit")
+        assert made.rows["train"].table["text"][0] == f"{word} film"
+
+
+def test_cut_texts_are_counted(encoder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(f"text,label\n{'good ' * 9},0\nbad,1\n")
+    said: list[str] = []
+    made = data(encoder, file, max_length=6)
+    made.say = said.append  # type: ignore[method-assign]
+    made.setup("fit")
+    assert said == ["data.train: 1 of 2 texts cut to 6 tokens (data.max_length); 3 tokens were cut away."]
+
+
+_MEASURE = """
+import resource, sys
+from lit_peft import TextClassificationData
+def data(file):
+    made = TextClassificationData(base=sys.argv[1], train=file, validation_fraction=0.01, max_length=32)
+    made.setup("fit")
+    next(iter(made.train_dataloader()))
+    return len(made.examples("train"))
+data(sys.argv[2])
+small = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+count = data(sys.argv[3])
+print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - small) // 1024)
+"""
+
+
+def test_many_rows_in_bounded_memory(encoder: Path, tmp_path: Path) -> None:
+    """A tenth of issue 4's 300,000 rows, for the time; memory beyond a small file's is bounded by the file's size."""
+    small, large = tmp_path / "small.jsonl", tmp_path / "large.jsonl"
+    for file, count in ((small, 100), (large, 30_000)):
+        rows = ({"text": f"a good film {at} " + "the story is great " * 5, "label": at % 2} for at in range(count))
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-c", _MEASURE, str(encoder), str(small), str(large)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    count, grown = map(int, done.stdout.split()[-2:])
+    assert count == 29_700
+    assert grown < 120, f"{grown} MB more"
+
+
+def test_every_process_gets_as_many_examples_and_none_counts_twice() -> None:
+    def collate(examples: list[dict[str, int]]) -> dict[str, list[int]]:
+        return {"at": [example["at"] for example in examples]}
+
+    examples = [{"at": at} for at in range(5)]
+    evened, real = Evened(examples, 4), RealOnly(collate)
+    shares = [[evened[at] for at in range(process, len(evened), 4)] for process in range(4)]
+    assert [len(share) for share in shares] == [2, 2, 2, 2]
+    batches = [real(share[at : at + 1]) for share in shares for at in range(2)]
+    assert sorted(batch["at"][0] for batch in batches if "surplus" not in batch) == [0, 1, 2, 3, 4]
+    assert real([evened[4], evened[5]]) == {"at": [4]}
