@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -426,3 +428,70 @@ def test_generated_text_is_scored_as_the_libraries_score_it(t5: str) -> None:
         assert metrics[name].compute().item() == pytest.approx(sum(scores) / 3, abs=1e-5)
     expected = sacrebleu.corpus_bleu(wanted, [references], smooth_method="none").score / 100
     assert metrics["sacrebleu"].compute().item() == pytest.approx(expected, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ configs
+
+
+@pytest.mark.parametrize("task", ["multiple_choice", "question_answering", "seq2seq", "token_classification"])
+def test_configs_parse(task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from lit_peft.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    file = Path(__file__).parents[1] / "configs" / f"{task}.yaml"
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", str(file), "--print_config"])
+    assert done.value.code in (0, None)
+    assert f"task: {task}" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------- several processes
+
+_RUN = """
+import json, sys
+import lightning.pytorch as pl, torch
+import lit_peft
+base, conll, squad, devices = *sys.argv[1:4], int(sys.argv[4])
+common = {"base": base, "batch_size": 2}
+window = {"max_length": 32, "doc_stride": 4, "max_question_length": 8}
+runs = {
+    "token_classification": lit_peft.TokenClassificationData(test=conll, labels=["O", "B-LOC", "B-PER"], **common),
+    "question_answering": lit_peft.QuestionAnsweringData(test=squad, **window, **common),
+}
+for task, data in runs.items():
+    pl.seed_everything(0)
+    module = lit_peft.HeadOnly(base=base, task=task)
+    strategy = pl.strategies.DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto"
+    trainer = pl.Trainer(
+        devices=devices, strategy=strategy, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )
+    metrics = trainer.test(module, data, verbose=False)[0]
+    if trainer.is_global_zero:
+        print(json.dumps(metrics))
+"""
+
+
+def test_metrics_over_uneven_processes_equal_those_of_one(base: str, tmp_path: Path) -> None:
+    """Five sentences and seven questions over two processes in batches of two."""
+    sentences = ["ann B-PER\nlives O\nin O\nrome B-LOC\n" + "a O\n" * at for at in range(5)]
+    (tmp_path / "a.conll").write_text("\n".join(sentences))
+    whole = squad(1)
+    whole["data"][0]["paragraphs"] = whole["data"][0]["paragraphs"][:7]
+    (tmp_path / "squad.json").write_text(json.dumps(whole))
+    (tmp_path / "run.py").write_text(_RUN)
+    found = []
+    for devices in ("1", "2"):
+        command = [
+            sys.executable,
+            str(tmp_path / "run.py"),
+            base,
+            str(tmp_path / "a.conll"),
+            str(tmp_path / "squad.json"),
+        ]
+        done = subprocess.run([*command, devices], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append([json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")])
+    assert len(found[0]) == len(found[1]) == 2
+    for one, two in zip(*found, strict=True):
+        assert one == pytest.approx(two, abs=1e-5)
