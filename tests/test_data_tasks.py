@@ -430,21 +430,6 @@ def test_generated_text_is_scored_as_the_libraries_score_it(t5: str) -> None:
     assert metrics["sacrebleu"].compute().item() == pytest.approx(expected, abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ configs
-
-
-@pytest.mark.parametrize("task", ["multiple_choice", "question_answering", "seq2seq", "token_classification"])
-def test_configs_parse(task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from lit_peft.cli import main
-
-    monkeypatch.setattr(sys, "argv", ["lit-peft"])
-    file = Path(__file__).parents[1] / "configs" / f"{task}.yaml"
-    with pytest.raises(SystemExit) as done:
-        main(["fit", "--config", str(file), "--print_config"])
-    assert done.value.code in (0, None)
-    assert f"task: {task}" in capsys.readouterr().out
-
-
 # --------------------------------------------------------------------------------------- several processes
 
 _RUN = """
