@@ -1,0 +1,71 @@
+"""Gates on what a step costs, by deterministic counts: products and bytes, never seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lit_peft
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+cases = pytest.importorskip("cases", reason="the benchmarks folder and peft are needed")
+measure = pytest.importorskip("measure")
+
+# The shape of DESIGN's measurement, each size divided by four or more.
+SMALL = {"hidden": 128, "layers": 4, "vocabulary": 8000, "rows": 2, "length": 128, "r": 4}
+
+
+def test_products_of_the_floor_and_the_adapters_alone() -> None:
+    shape = cases.Shape(**SMALL)
+    made = cases.runs(shape, full=False)
+    assert cases.parity(made) <= 1e-5
+    count = {name: measure.flops(step) for name, (_, step) in made.items()}
+    adapters = 6 * lit_peft.trainable_parameters(made["lit_peft"][0]) * shape.rows * shape.length
+    assert count["lit_peft"] <= 1.02 * (count["floor"] + adapters)
+    assert count["lit_peft"] <= 0.85 * count["peft"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit"),
+    [({}, 0.70), ({"dtype": "bfloat16"}, 0.45), ({"dropout": 0.05}, 0.50)],
+    ids=["fp32", "bf16", "dropout"],
+)
+def test_bytes_saved_for_the_backward_pass(settings: dict[str, object], limit: float) -> None:
+    made = cases.runs(cases.Shape(**SMALL, **settings), full=False)
+    saved = {name: measure.saved_bytes(step, model) for name, (model, step) in made.items()}
+    assert saved["lit_peft"] <= limit * saved["peft"], saved
+
+
+def test_the_top_quarter_of_the_layers() -> None:
+    made = cases.runs(cases.Shape(**SMALL, top=1), full=False)
+    assert cases.parity(made) <= 1e-5
+    count = {name: measure.flops(made[name][1]) for name in ("lit_peft", "peft")}
+    assert count["lit_peft"] <= 0.76 * count["peft"], count
+
+
+def test_logits_of_all_tokens_never_exist() -> None:
+    shape = cases.Shape(**SMALL)
+    (_, step) = cases.runs(shape, full=False)["lit_peft"]
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() and out.shape[-1] == shape.vocabulary:
+                seen.append(out.numel() // shape.vocabulary)
+            return out
+
+    with Watch():
+        step().backward()
+    assert seen and max(seen) <= shape.rows * shape.length * shape.supervised
+
+
+def test_importing_takes_nothing_along() -> None:
+    code = "import sys, torch; before = set(sys.modules); import lit_peft; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    new = done.stdout.split()
+    assert all(name.startswith("lit_peft") for name in new) and len(new) < 10
