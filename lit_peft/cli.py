@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from lit_peft.errors import LitPeftError, causes, closest
 
@@ -15,7 +16,13 @@ _COMMANDS = {
     "validate": "compute the metrics on the validation data",
     "test": "compute the metrics on the test data",
     "predict": "write predictions for the rows of a file as JSON lines",
+    "export": "write an adapter's folder from a training checkpoint",
+    "merge": "merge a LoRA into its base: a plain transformers folder",
+    "info": "show what is in an adapter's folder or a checkpoint",
+    "generate": "generate text with a base and adapters",
 }
+# Those that are no part of Lightning's command line: a module of `lit_peft.commands` each.
+_OWN = {"export", "merge", "info", "generate"}
 _EXAMPLES = """\
 examples:
   lit-peft fit --config configs/quickstart.yaml
@@ -52,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise LitPeftError(
                 f"{arguments[0]!r} is not a command of lit-peft: the closest are {closest(arguments[0], _COMMANDS)}."
             )
+        if arguments[0] in _OWN:
+            import_module(f"lit_peft.commands.{arguments[0]}").run(arguments[1:])
+            return 0
         from lit_peft.lightning_cli import run
 
         run(arguments)

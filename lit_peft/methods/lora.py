@@ -111,10 +111,11 @@ def merge(model: Model) -> Model:
         raise LitPeftError(f"{attachment.settings.method!r} is not a weight update and cannot be merged.")
     for path in (path for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)):
         _untie(model, f"{path}.base_layer.weight")
-    # All merge before any is made final: one that refuses must leave the others able to go back.
+    if any(not layer.weight.is_floating_point() for layer in layers):
+        raise LitPeftError("A quantized layer cannot take a merged update: load the base model unquantized to merge.")
     for layer in layers:
+        # One after the other: the kept copy of W is let go before the next one is made.
         layer.merge()
-    for layer in layers:
         layer.keep_merged()
     saved = attachment.saved
     detach(model)

@@ -1,0 +1,72 @@
+"""`lit-peft export`: an adapter's folder out of a training checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lit_peft.commands.options import Options
+from lit_peft.errors import LitPeftError, closest, first_line
+
+
+def run(arguments: list[str]) -> None:
+    """Rebuild the module a `.ckpt` is of and save its adapter.
+
+    Raises:
+        LitPeftError: bad input.
+    """
+    parser = Options("lit-peft export", description="Write an adapter's folder from a training checkpoint.")
+    parser.add_argument("--ckpt_path", required=True, help="the checkpoint of a lit-peft run")
+    parser.add_argument("--output", required=True, help="the new folder")
+    parser.add_argument("--format", choices=["peft", "adapterhub"], default=None, help="the method's own when unset")
+    parser.add_argument("--method", default=None, help="LoRA, ...; from the run's config.yaml when unset")
+    parser.add_argument("--base", default=None, help="the base, if it is not where it was at training")
+    options = parser.parse_args(arguments)
+
+    import lit_peft.modules
+    from lit_peft.base import BaseLM
+    from lit_peft.formats.folder import save_adapter
+
+    checkpoint = load_checkpoint(Path(options.ckpt_path))
+    kinds = {
+        name: kind
+        for name, kind in vars(lit_peft.modules).items()
+        if isinstance(kind, type) and issubclass(kind, BaseLM) and kind is not BaseLM
+    }
+    method = options.method or _method(Path(options.ckpt_path))
+    if method not in kinds:
+        raise LitPeftError(f"--method {method} is not known: the closest are {closest(method, kinds)}.")
+    settings: dict[str, Any] = {**checkpoint["hyper_parameters"], **({"base": options.base} if options.base else {})}
+    module: Any = kinds[method](**settings)
+    module.load_state_dict(checkpoint["state_dict"])
+    print(f"exported: {save_adapter(module.model, options.output, options.format)}")
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a Lightning checkpoint: plain data and tensors, nothing that could run.
+
+    Raises:
+        LitPeftError: the file is missing or not such a checkpoint.
+    """
+    import torch
+
+    if not path.is_file():
+        raise LitPeftError(f"{path} is not a file: give the .ckpt of a lit-peft run.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # pickle.UnpicklingError, RuntimeError, EOFError, ...
+        raise LitPeftError(f"{path} is not a checkpoint that is safe to read ({first_line(problem)}).") from None
+    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= set(checkpoint):
+        raise LitPeftError(f"{path} is not a checkpoint of a lit-peft run: it has no settings and tensors.")
+    return checkpoint
+
+
+def _method(path: Path) -> str:
+    import yaml
+
+    for folder in path.resolve().parents[:2]:
+        file = folder / "config.yaml"
+        if file.is_file():
+            config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            return str((config.get("model") or {}).get("class_path", "")).rpartition(".")[2]
+    raise LitPeftError(f"There is no config.yaml beside {path}: say with --method which method it is of, e.g. LoRA.")

@@ -1,0 +1,70 @@
+"""`lit-peft info`: what is in an adapter's folder or a checkpoint. Loads no model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_peft.commands.options import Options
+from lit_peft.errors import LitPeftError
+
+
+def run(arguments: list[str]) -> None:
+    """Print method, base, settings, and a table of the tensors.
+
+    Raises:
+        LitPeftError: it is neither an adapter's folder nor a checkpoint.
+    """
+    parser = Options("lit-peft info", description="Show what is in an adapter's folder or a checkpoint.")
+    parser.add_argument("path", help="the folder, or a .ckpt file")
+    options = parser.parse_args(arguments)
+    path = Path(options.path)
+    if path.is_file():
+        from lit_peft.commands.export import load_checkpoint
+
+        checkpoint = load_checkpoint(path)
+        settings = dict(checkpoint["hyper_parameters"])
+        facts = {"checkpoint": path, "base": settings.pop("base", ""), "step": checkpoint.get("global_step", "")}
+        tensors, files = checkpoint["state_dict"], [path]
+    else:
+        from lit_peft.formats.files import read_extra
+        from lit_peft.formats.untrusted import read_json, read_tensors
+
+        config = read_json(path, "adapter_config.json")
+        if config is None:
+            raise LitPeftError(f"{path} is neither an adapter's folder nor a checkpoint.")
+        tensors = (
+            read_tensors(path, "adapter_model.safetensors", "adapter_model.bin")
+            or read_tensors(path, "adapter.safetensors", "pytorch_adapter.bin")
+            or {}
+        )
+        inner = config.get("config")
+        settings = dict(inner) if isinstance(inner, dict) else dict(config)
+        base: Any = read_extra(path).get("base") or {}
+        method = config.get("peft_type") or settings.get("architecture") or "bottleneck"
+        name = base.get("name") or config.get("base_model_name_or_path") or config.get("model_name") or "not recorded"
+        facts = {"adapter": path, "format": "peft" if "peft_type" in config else "adapterhub"}
+        facts.update(method=str(method).lower(), base=name, revision=base.get("revision"))
+        files = [file for file in path.iterdir() if file.is_file()]
+    total = sum(tensor.numel() for tensor in tensors.values())
+    facts.update(parameters=f"{total:,}", size=f"{sum(file.stat().st_size for file in files) / 2**20:.2f} MB")
+    for key, value in {**facts, **settings}.items():
+        if value not in (None, "", [], {}, False):
+            print(f"{key + ':':<22}{str(value)[:300]}")
+    print(_table(tensors))
+
+
+def _table(tensors: Mapping[str, Any]) -> str:
+    """The tensors as a table: those of each layer under one name, with `*` for its number."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for name, tensor in tensors.items():
+        key = (re.sub(r"\.\d+\.", ".*.", name), str(tuple(tensor.shape)), str(tensor.dtype).removeprefix("torch."))
+        groups.setdefault(key, []).append(tensor.numel())
+    rows = [(*key, str(len(sizes)), f"{sum(sizes):,}") for key, sizes in groups.items()]
+    rows.insert(0, ("tensor", "shape", "dtype", "count", "parameters"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n" + "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

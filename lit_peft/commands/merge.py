@@ -1,0 +1,41 @@
+"""`lit-peft merge`: a plain transformers folder out of a base and a LoRA."""
+
+from __future__ import annotations
+
+import contextlib
+
+from lit_peft.commands.options import Options, load_base
+from lit_peft.errors import LitPeftError
+
+
+def run(arguments: list[str]) -> None:
+    """Merge an adapter's folder into its base and save the result, whole or not at all.
+
+    Raises:
+        LitPeftError: bad input, or the merged model is not one transformers can save.
+    """
+    parser = Options("lit-peft merge", description="Merge a LoRA into its base: a plain transformers folder.")
+    parser.takes_base()
+    parser.add_argument("--adapter", required=True, help="the adapter's folder")
+    parser.add_argument("--output", required=True, help="the new folder")
+    parser.add_argument("--max_shard_size", default="5GB", help="size of a weights file at most")
+    options = parser.parse_args(arguments)
+
+    from lit_peft.data.tokenization import load_tokenizer
+    from lit_peft.formats.folder import load_adapter, new_folder
+    from lit_peft.methods.lora import merge
+
+    with new_folder(options.output) as folder:
+        model = load_base(options)
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        merge(load_adapter(model, options.adapter, check_base=not options.force))
+        if tied and not model.config.tie_word_embeddings and model.config.is_encoder_decoder:
+            raise LitPeftError(
+                f"{options.adapter} trains embeddings that {type(model).__name__} ties to others, which transformers "
+                "cannot save apart: use the adapter's folder as it is."
+            )
+        model.save_pretrained(folder, max_shard_size=options.max_shard_size)
+        # A base without a tokenizer is merged all the same.
+        with contextlib.suppress(LitPeftError):
+            load_tokenizer(options.base).save_pretrained(folder)
+    print(f"merged: {options.output}")

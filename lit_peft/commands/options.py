@@ -1,0 +1,56 @@
+"""Options that the commands share, and loading what they name."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from lit_peft.errors import LitPeftError
+
+
+class Options(argparse.ArgumentParser):
+    """An argument parser whose errors are one paragraph."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LitPeftError(f"{message}: see `{self.prog} --help`.")
+
+    def takes_base(self) -> None:
+        """Add the options that say which base model to load, and how."""
+        self.add_argument("--base", required=True, help="hub id, model folder, .gguf file or pkg:DISTRIBUTION")
+        self.add_argument("--revision", help="branch, tag or commit of a hub model")
+        self.add_argument("--task", default=None, help="task of the model; by the base's own architecture when unset")
+        self.add_argument("--num_labels", type=int, default=None, help="number of labels, for classification")
+        self.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: as the base is stored")
+        self.add_argument("--force", action="store_true", help="use the adapter on another base than its own")
+
+
+def load_base(options: argparse.Namespace) -> Any:
+    """The base model that the options name.
+
+    Raises:
+        LitPeftError: it cannot be loaded, or the dtype is not known.
+    """
+    import torch
+    import transformers
+
+    from lit_peft.sources import hub_error, resolve_base
+    from lit_peft.tasks import find_task
+
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
+    if dtype != "auto" and not isinstance(dtype, torch.dtype):
+        raise LitPeftError(f"--dtype {options.dtype} is not known: use float32, bfloat16, float16 or auto.")
+    source = resolve_base(options.base)
+    settings = {} if options.revision is None else {"revision": options.revision}
+    if options.num_labels is not None:
+        settings["num_labels"] = options.num_labels
+    try:
+        if options.task is not None:
+            kind: Any = getattr(transformers, find_task(options.task).auto_class)
+        else:
+            config = transformers.AutoConfig.from_pretrained(source.path)
+            kind = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0])
+        return kind.from_pretrained(source.path, dtype=dtype, **settings).eval()
+    except LitPeftError:
+        raise
+    except Exception as problem:  # OSError, ValueError, ImportError, KeyError, by what is wrong
+        raise hub_error(options.base, problem) from problem

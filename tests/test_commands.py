@@ -1,0 +1,88 @@
+"""`lit-peft export`, `merge`, `info` and `generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from models import close, scramble
+
+import lit_peft
+from lit_peft import LoRA, LoRASettings
+from lit_peft.cli import main
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def adapter(decoder: Path, folder: Path) -> Any:
+    model = lit_peft.attach(transformers.AutoModelForCausalLM.from_pretrained(decoder), LoRASettings(r=4))
+    scramble(model)
+    lit_peft.save_adapter(model.eval(), folder)
+    return model
+
+
+def test_merge_gives_the_same_logits_with_transformers_alone(
+    decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = adapter(decoder, tmp_path / "adapter")
+    folders = ["--base", str(decoder), "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]
+    assert main(["merge", *folders, "--max_shard_size", "20KB"]) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        close(merged(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 1
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    capsys.readouterr()
+    assert main(["merge", *folders]) == 2
+    assert main(["merge", *folders[:-1], str(tmp_path / "x"), "--dtype", "float33"]) == 2
+    assert "not an empty folder" in (said := capsys.readouterr().err) and "float33" in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_export_from_a_checkpoint(decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = LoRA(base=str(decoder), r=4)
+    module.configure_model()
+    scramble(module)
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    to = ["--ckpt_path", str(tmp_path / "last.ckpt"), "--output", str(tmp_path / "out")]
+    assert main(["export", *to]) == 2
+    assert "--method" in capsys.readouterr().err
+    assert main(["export", *to, "--method", "LoRA"]) == 0
+    again = lit_peft.load_adapter(transformers.AutoModelForCausalLM.from_pretrained(decoder), tmp_path / "out").eval()
+    with torch.no_grad():
+        close(again(input_ids=IDS).logits, module.model.eval()(input_ids=IDS).logits, 0)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "last.ckpt")]) == 0
+    assert f"{lit_peft.trainable_parameters(module):,}" in capsys.readouterr().out
+
+
+def test_info_is_a_table(decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = adapter(decoder, tmp_path / "adapter")
+    assert main(["info", str(tmp_path / "adapter")]) == 0
+    out = capsys.readouterr().out
+    for text in ("lora", str(decoder), f"{lit_peft.trainable_parameters(model):,}", "layers.*.self_attn.q_proj.lora_A"):
+        assert text in out
+    assert main(["info", str(tmp_path)]) == 2
+
+
+def test_generate_with_adapters_by_name(decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = adapter(decoder, tmp_path / "adapter")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(decoder)
+    ids = tokenizer("the film was good", return_tensors="pt").input_ids
+    expected = {}
+    for name in ("base", "a"):
+        chosen = model if name == "a" else transformers.AutoModelForCausalLM.from_pretrained(decoder)
+        out = chosen.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        expected[name] = tokenizer.decode(out, skip_special_tokens=True)
+    given = ["--base", str(decoder), "--prompt", "the film was good", "--max_new_tokens", "6"]
+    for name, more in (("base", []), ("a", ["--adapter", f"a={tmp_path / 'adapter'}", "--use", "a"])):
+        capsys.readouterr()
+        assert main(["generate", *given, *more]) == 0
+        assert capsys.readouterr().out.split() == expected[name].split()
+    assert main(["generate", *given, "--use", "b"]) == 2
