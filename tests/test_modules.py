@@ -19,7 +19,19 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["LoRA", "AdapterH", "AdapterP", "Parallel", "PTuning", "PromptTuning", "FullFineTuning", "HeadOnly"]
+    "kind",
+    [
+        "LoRA",
+        "AdapterH",
+        "AdapterP",
+        "Parallel",
+        "PTuning",
+        "PTuningV2",
+        "PrefixTuning",
+        "PromptTuning",
+        "FullFineTuning",
+        "HeadOnly",
+    ],
 )
 def test_trains_without_a_trainer(kind: str, decoder: Path) -> None:
     module = getattr(lit_peft, kind)(base=str(decoder), task="causal_lm", learning_rate=1e-2)
@@ -38,8 +50,9 @@ def test_trains_without_a_trainer(kind: str, decoder: Path) -> None:
     assert all(torch.equal(after[name], value) for name, value in frozen.items())
 
 
-def test_left_padding_changes_nothing(decoder: Path) -> None:
-    module = lit_peft.LoRA(base=str(decoder))
+@pytest.mark.parametrize("kind", ["LoRA", "PrefixTuning"])
+def test_left_padding_changes_nothing(kind: str, decoder: Path) -> None:
+    module = getattr(lit_peft, kind)(base=str(decoder))
     module.configure_model()
     module.eval()
     plain = batch()

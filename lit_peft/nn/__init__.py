@@ -2,5 +2,6 @@
 
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.lora import LoRAEmbedding, LoRALayer, LoRALinear
+from lit_peft.nn.prefix import Prefix
 
-__all__ = ["Bottleneck", "LoRAEmbedding", "LoRALayer", "LoRALinear", "SublayerAdapter"]
+__all__ = ["Bottleneck", "LoRAEmbedding", "LoRALayer", "LoRALinear", "Prefix", "SublayerAdapter"]
