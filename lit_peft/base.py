@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.methods.attachment import MethodSettings
 from lit_peft.optim import SCHEDULES, make_optimizer, make_schedule
+from lit_peft.sharding import shard
 from lit_peft.sources import BaseSource, hub_error, resolve_base
 from lit_peft.tasks import find_task
 from lit_peft.tasks.base import Batch
@@ -103,6 +104,8 @@ class BaseLM(pl.LightningModule):
     def configure_model(self) -> None:
         """Load the base, freeze it and attach the method. Calling it again does nothing.
 
+        Under `ModelParallelStrategy` each process keeps its shard alone (FSDP2).
+
         Raises:
             LitPeftError: the base cannot be loaded, or the method's settings do not fit it.
         """
@@ -132,6 +135,8 @@ class BaseLM(pl.LightningModule):
         if self.hparams.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self._attach(model, missing)
+        if self.device_mesh is not None:  # of ModelParallelStrategy
+            shard(model, self.device_mesh)
         self.model = model
         self._takes_positions = _is_decoder(config) and "position_ids" in inspect.signature(model.forward).parameters
         self.val_metrics, self.test_metrics = (nn.ModuleDict(self.task.metrics(config)) for _ in range(2))

@@ -1,13 +1,48 @@
-"""Parameters that a strategy keeps in shards, made whole for a while."""
+"""Parameters in shards: giving each process its own (FSDP2), and making them whole for a while."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from lit_peft.errors import LitPeftError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, policy: Any = None) -> None:
+    """Give each process its shard of every parameter (FSDP2), a group for each layer and one for the rest.
+
+    A model whose weights are mapped from their files, as transformers loads safetensors, is never held whole: each
+    layer's shard is copied, and the map let go.
+
+    Args:
+        model: the model, its method attached.
+        mesh: the strategy's mesh, with a dimension `data_parallel`.
+        policy: `torch.distributed.fsdp.MixedPrecisionPolicy`; parameters' own types when None.
+
+    Raises:
+        LitPeftError: the mesh asks for tensor parallelism.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if mesh["tensor_parallel"].size() > 1:
+        raise LitPeftError(
+            f"tensor_parallel_size={mesh['tensor_parallel'].size()}: adapted layers are not split over processes. Use "
+            "ModelParallelStrategy(data_parallel_size=DEVICES, tensor_parallel_size=1), which is FSDP2."
+        )
+    settings: dict[str, Any] = {"mesh": mesh["data_parallel"], "mp_policy": policy or MixedPrecisionPolicy()}
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, **settings)
+    fully_shard(model, **settings)
 
 
 def whole(tensor: Tensor) -> Tensor:

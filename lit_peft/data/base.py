@@ -456,7 +456,8 @@ class LitDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of training examples, in an order given by the seed and the epoch."""
         examples = self.examples("train")
-        return self._loader("train", sampler=SeededSampler(len(examples), self.seed))
+        processes = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
+        return self._loader("train", sampler=SeededSampler(len(examples), self.seed, **processes))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Batches of validation examples in order; an empty list if there are none."""

@@ -1,0 +1,85 @@
+"""Trains methods under a strategy, in as many processes as torchrun starts: `distributed_run.py STRATEGY OUT BASE DATA
+SINGLE METHODS…`. Writes OUT/METHOD.pt (losses, trained tensors), OUT/METHOD.ckpt and an adapter's folder; the same in
+OUT/half for LoRA's first epoch, and in OUT/resumed for LoRA from SINGLE/half/LoRA.ckpt."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lit_peft.callbacks import AdapterCheckpoint
+
+import lit_peft
+from lit_peft.data import TextClassificationData
+from lit_peft.sharding import whole, whole_parameters
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "LoRA": {"r": 4},
+    "AdapterH": {"reduction_factor": 4},
+    "AdapterP": {"reduction_factor": 4},
+    "Parallel": {"reduction_factor": 4},
+    "PrefixTuning": {"num_virtual_tokens": 4},
+    "PTuningV2": {"num_virtual_tokens": 4},
+    "PTuning": {"num_virtual_tokens": 4},
+    "PromptTuning": {"num_virtual_tokens": 4, "prompt_tuning_init": "RANDOM"},
+}
+
+
+class Losses(pl.Callback):
+    """The loss of each step, averaged over the processes."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.values.append(float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")))
+
+
+def train(strategy: str, method: str, base: str, data: str, out: Path, steps: int, resume: Path | None) -> None:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    pl.seed_everything(0)
+    module = getattr(lit_peft, method)(
+        base=base, task="sequence_classification", learning_rate=1e-3, lr_scheduler="constant", **SETTINGS[method]
+    )
+    losses = Losses()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=ModelParallelStrategy(world, 1, save_distributed_checkpoint=False)
+        if strategy == "fsdp2"
+        else strategy,
+        max_epochs=steps // 2,
+        callbacks=[losses, AdapterCheckpoint(str(out / method), every_n_train_steps=steps, save_top_k=0)],
+        enable_checkpointing=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out,
+    )
+    rows = TextClassificationData(base=base, train=data, batch_size=16 // world, limit_train=32, validation_fraction=0)
+    # Two steps are an epoch.
+    trainer.fit(module, rows, ckpt_path=resume)
+    trainer.save_checkpoint(out / f"{method}.ckpt")
+    held = sum(p._local_tensor.numel() if hasattr(p, "_local_tensor") else p.numel() for p in module.parameters())
+    with whole_parameters(module):
+        trained = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    if trainer.is_global_zero:
+        total = sum(p.numel() for p in module.parameters())
+        result = {"losses": losses.values, "trained": {k: whole(v) for k, v in trained.items()}, "held": held / total}
+        torch.save(result, out / f"{method}.pt")
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    strategy, out, base, data, single, *methods = sys.argv[1:]
+    for method in methods:
+        train(strategy, method, base, data, Path(out), 4, None)
+    if strategy == "ddp":
+        train(strategy, "LoRA", base, data, Path(out) / "half", 2, None)
+        train(strategy, "LoRA", base, data, Path(out) / "resumed", 4, Path(single) / "half" / "LoRA.ckpt")
