@@ -398,8 +398,9 @@ def _flat_init(cls: type[Any]) -> Any:
         BaseLM.__init__(self, *args, **rest)
 
     __init__.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    arguments = [_arguments(settings_class), _arguments(MethodSettings), _arguments(BaseLM)]
-    __init__.__doc__ = "Build the module.\n\nArgs:\n" + "\n".join(arguments)
+    documented = [kind for kind in settings_class.__mro__ if "__dataclass_fields__" in vars(kind)]
+    arguments = [_arguments(kind) for kind in (*documented, BaseLM)]
+    __init__.__doc__ = "Build the module.\n\nArgs:\n" + "\n".join(filter(None, arguments))
     return __init__
 
 

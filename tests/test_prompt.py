@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -362,3 +363,24 @@ def test_bad_input_names_the_fix() -> None:
     with pytest.raises(LitPeftError, match="static cache"):
         causal = lit_peft.attach(make("llama"), PromptTuningSettings())
         causal.generate(batch("llama")["input_ids"], cache_implementation="static", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma"])
+def test_the_loss_of_supervised_tokens_alone_is_the_same(name: str) -> None:
+    model = lit_peft.attach(make(name), PromptTuningSettings(num_virtual_tokens=5))
+    losses, gradients = [], []
+    for enabled in (False, True):
+        model.zero_grad()
+        with lit_peft.supervised_loss(model, enabled):
+            loss = model(**batch(name)).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(model.prompt_encoder.embedding.weight.grad.clone())
+    close(losses[1], losses[0])
+    close(gradients[1], gradients[0])
+
+
+def test_every_setting_is_explained_on_the_command_line() -> None:
+    text = lit_peft.PTuning.__init__.__doc__ or ""
+    for name in inspect.signature(lit_peft.PTuning.__init__).parameters:
+        assert name == "self" or f"\n    {name}: " in text, name
