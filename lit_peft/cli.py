@@ -20,15 +20,17 @@ _COMMANDS = {
     "merge": "merge a LoRA into its base: a plain transformers folder",
     "info": "show what is in an adapter's folder or a checkpoint",
     "generate": "generate text with a base and adapters",
+    "compare": "run every method on one base and data, and report which to use",
 }
 # Those that are no part of Lightning's command line: a module of `lit_peft.commands` each.
-_OWN = {"export", "merge", "info", "generate"}
+_OWN = {"export", "merge", "info", "generate", "compare"}
 _EXAMPLES = """\
 examples:
   lit-peft fit --config configs/quickstart.yaml
   lit-peft fit --model LoRA --model.base BASE --data CausalLMData --data.train FILE --trainer.max_steps 100
   lit-peft fit --model LoRA --print_config           every setting with its meaning, as YAML
   lit-peft fit --model.help LoRA                     the settings of a method
+  lit-peft compare --config configs/compare.yaml     all methods on the same task, as a table and plots
 """
 
 

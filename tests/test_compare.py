@@ -1,0 +1,256 @@
+"""`lit-peft compare`: a killed comparison goes on where it was, and its report says what its results say."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_peft.cli import main
+from lit_peft.commands import compare as module
+from lit_peft.commands.compare import METHODS, Cell, Plan, Results, cell_of, search
+from lit_peft.commands.report import Difference, difference, summarize, verdict, write_report
+
+COMMAND = str(Path(sysconfig.get_path("scripts")) / "lit-peft")
+
+
+def config(folder: Path, encoder: Path, reviews: Path) -> Path:
+    file = folder / "compare.yaml"
+    file.write_text(
+        f"""
+base: {encoder}
+task: sequence_classification
+data:
+  class_path: TextClassificationData
+  init_args: {{ train: {reviews}, test_fraction: 0.2, batch_size: 8 }}
+methods:
+  LoRA: {{ target_modules: [query, value] }}
+  PromptTuning: {{ num_virtual_tokens: 2 }}
+trainer: {{ accelerator: cpu }}
+steps: 4
+evaluations: 2
+trials: 2
+seeds: 2
+output: {folder}/out
+"""
+    )
+    return file
+
+
+def plan(**changes: Any) -> Plan:
+    values: dict[str, Any] = {
+        "base": "base",
+        "task": "sequence_classification",
+        "data": {"class_path": "TextClassificationData"},
+        "methods": {"LoRA": {}, "HeadOnly": {}, "FullFineTuning": {}},
+        "trials": 1,
+        "seeds": 3,
+    }
+    return Plan(**{**values, **changes})
+
+
+def row(method: str, seed: int, test: float, rate: float = 1e-3, **changes: Any) -> dict[str, Any]:
+    values = {
+        "cell": f"{method}{seed}{rate}",
+        "method": method,
+        "learning_rate": rate,
+        "seed": seed,
+        "metric": "accuracy",
+        "mode": "max",
+        "validation": test - 0.01,
+        "test": test,
+        "rows": 1000,
+        "trainable": 1234 + len(method),
+        "total": 100_000,
+        "adapter_bytes": 5678,
+        "peak_memory_bytes": 3 * 2**20,
+        "seconds_per_step": 0.0123,
+        "curve": [[2, 0.5, test - 0.2], [4, 1.0, test - 0.01]],
+        "device": "cpu",
+    }
+    return {**values, **changes}
+
+
+def rows(**accuracies: list[float]) -> list[dict[str, Any]]:
+    return [row(method, seed, value) for method, values in accuracies.items() for seed, value in enumerate(values)]
+
+
+@pytest.fixture(scope="module")
+def killed(encoder: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, str]:
+    """A comparison killed after its first run and started again: its folder, the lines before, what it printed."""
+    folder = tmp_path_factory.mktemp("compare")
+    arguments = [COMMAND, "compare", "--config", str(config(folder, encoder, reviews))]
+    results = folder / "out" / "results.jsonl"
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(arguments, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        while not (results.is_file() and results.read_bytes().count(b"\n")):
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    before = results.read_bytes()
+    # A line that the kill cut off.
+    results.write_bytes(before + b'{"cell": "12')
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "out", before, done.stdout
+
+
+def test_a_killed_comparison_runs_no_cell_twice(killed: tuple[Path, bytes, str]) -> None:
+    folder, before, printed = killed
+    lines = (folder / "results.jsonl").read_bytes()
+    assert lines.startswith(before)
+    done = [json.loads(line) for line in lines.splitlines()]
+    assert len({one["cell"] for one in done}) == len(done) == 2 * (2 + 1)
+    assert not any("error" in one for one in done), done
+    assert printed.count("(finished before)") == before.count(b"\n")
+    for method in ("LoRA", "PromptTuning"):
+        own = [one for one in done if one["method"] == method]
+        chosen = max((one for one in own if one["seed"] == 0), key=lambda one: one["validation"])
+        assert [one["learning_rate"] for one in own if one["seed"] == 1] == [chosen["learning_rate"]]
+        assert all([point[0] for point in one["curve"]] == [2, 4] for one in own)
+        assert all(one["seconds_per_step"] > 0 and one["peak_memory_bytes"] > 0 for one in own)
+    # r (in + out) for query and value of 2 layers of width 32, and the head; 2 tokens of width 32, and the head.
+    head = 32 * 2 + 2
+    assert {one["method"]: one["trainable"] for one in done} == {
+        "LoRA": 2 * 2 * 8 * 64 + head,
+        "PromptTuning": 2 * 32 + head,
+    }
+
+
+def test_the_report_has_the_results_numbers(killed: tuple[Path, bytes, str]) -> None:
+    folder, _, printed = killed
+    done = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    text = (folder / "report.md").read_text()
+    assert text in printed
+    for method in ("LoRA", "PromptTuning"):
+        line = next(line for line in text.splitlines() if line.startswith(f"| {method} "))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rate = next(one["learning_rate"] for one in done if one["method"] == method and one["seed"] == 1)
+        own = [one for one in done if one["method"] == method and one["learning_rate"] == rate]
+        values = [one["test"] for one in own]
+        assert cells[1] == f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
+        assert cells[3] == f"{own[0]['trainable']:,}"
+        assert cells[4] == f"{100 * own[0]['trainable'] / own[0]['total']:.3f}"
+        assert cells[5] == f"{own[0]['adapter_bytes']:,} B"
+        assert cells[9] == f"{rate:g}"
+        assert line.split("|")[2].strip() in (folder / "report.html").read_text()
+
+
+def test_the_page_needs_nothing_else(killed: tuple[Path, bytes, str]) -> None:
+    pytest.importorskip("matplotlib")
+    folder, *_ = killed
+    text = (folder / "report.html").read_text()
+    assert "http" not in text and "//" not in text.replace("<!--", "")
+    assert text.count("<svg") == 3
+    assert all(target.startswith("#") for target in re.findall(r'(?:href|src)="([^"]*)"', text))
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]*)', text)) <= set(ids)
+    for name in ("quality_by_parameters", "quality_by_memory", "learning_curves"):
+        assert (folder / f"{name}.png").stat().st_size > 1000 and (folder / f"{name}.svg").stat().st_size > 1000
+
+
+def test_noise_is_called_noise() -> None:
+    alike = summarize(plan(), rows(LoRA=[0.80, 0.82, 0.81], HeadOnly=[0.6] * 3, FullFineTuning=[0.81, 0.81, 0.82]))
+    said = " ".join(verdict(alike))
+    assert re.search(r"full fine-tuning: LoRA -0\.003 \(within noise\)", said)
+    assert re.search(r"head alone: LoRA \+0\.210 \(above noise\)", said)
+    apart = summarize(plan(), rows(LoRA=[0.70, 0.71, 0.70], FullFineTuning=[0.81, 0.81, 0.82]))
+    assert "(above noise)" in " ".join(verdict(apart))
+
+
+def test_the_noise_is_the_paired_interval_or_the_sampling_error() -> None:
+    from scipy import stats
+
+    first, second = [0.80, 0.90, 0.70], [0.70, 0.88, 0.68]
+    one, other = summarize(plan(), rows(LoRA=first, HeadOnly=second))
+    found = difference(one, other)
+    gaps = [a - b for a, b in zip(first, second, strict=True)]
+    interval = stats.ttest_rel(first, second).confidence_interval(0.95)
+    assert found.value == pytest.approx(statistics.fmean(gaps))
+    assert found.noise == pytest.approx((interval.high - interval.low) / 2, rel=1e-3)
+    one, other = summarize(plan(seeds=1), rows(LoRA=[0.8], HeadOnly=[0.79]))
+    assert difference(one, other).noise == pytest.approx(1.96 * math.sqrt((0.8 * 0.2 + 0.79 * 0.21) / 1000))
+    assert not Difference(1.0, math.nan).real
+
+
+def test_loss_is_better_when_lower_and_one_seed_knows_no_noise() -> None:
+    def lossy(method: str, value: float) -> dict[str, Any]:
+        return row(method, 0, value, metric="loss", mode="min", curve=[[4, 1.0, value]])
+
+    found = summarize(plan(seeds=1), [lossy("LoRA", 2.1), lossy("HeadOnly", 3.0), lossy("FullFineTuning", 2.0)])
+    assert [one.method for one in found] == ["FullFineTuning", "LoRA", "HeadOnly"]
+    assert [one.reached for one in found] == [1.0, 1.0, None]  # 2.0 / 0.95 = 2.105
+    assert "the noise is not known" in " ".join(verdict(found)) and "above noise" not in " ".join(verdict(found))
+
+
+def test_a_failed_run_is_said_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[dict[str, Any]] = [{"error": "ValueError: no"}, row("LoRA", 0, 0.8)]
+    ran: list[Cell] = []
+
+    def pretend(cell: Cell) -> dict[str, Any]:
+        ran.append(cell)
+        answer = answers[len(ran) - 1]
+        return {
+            name: value for name, value in answer.items() if name not in ("cell", "method", "learning_rate", "seed")
+        }
+
+    monkeypatch.setattr(module, "_in_process", pretend)
+    wanted = plan(methods={"LoRA": {}}, trials=2, seeds=1)
+    done = module.compare(wanted, Results(tmp_path / "results.jsonl"))
+    write_report(tmp_path, wanted, done)
+    assert "Failed: LoRA at 0.0005: ValueError: no" in (tmp_path / "report.md").read_text()
+    answers.append(row("LoRA", 0, 0.9))
+    module.compare(wanted, Results(tmp_path / "results.jsonl"))
+    assert [cell.learning_rate for cell in ran] == [5e-4, 1.5e-3, 5e-4]
+
+
+def test_the_search_is_around_the_usual_rate_and_keys_tell_runs_apart() -> None:
+    wanted = plan(methods={"LoRA": {"learning_rate": 1e-3}}, trials=4, spread=2)
+    assert [cell.learning_rate for cell in search(wanted, "LoRA")] == [1e-3, 2e-3, 5e-4, 4e-3]
+    cell = cell_of(wanted, "LoRA", 1e-3, 0)
+    assert cell.key == cell_of(plan(methods={"LoRA": {}}, seeds=9), "LoRA", 1e-3, 0).key
+    others = [
+        cell_of(wanted, "LoRA", 2e-3, 0),
+        cell_of(wanted, "LoRA", 1e-3, 1),
+        cell_of(plan(steps=5), "LoRA", 1e-3, 0),
+    ]
+    assert len({cell.key, *(other.key for other in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--methods", "Lora"], "'LoRA'"),
+        (["--steps", "0"], "steps=0"),
+        (["--stepps", "1"], "--stepps"),
+        (["--config", "none.yaml"], "'none.yaml' does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_paragraph_and_writes_nothing(
+    arguments: list[str], said: str, encoder: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main(["compare", "--config", str(config(tmp_path, encoder, reviews)), *arguments])
+    errors = capsys.readouterr().err
+    assert status == 2 and said in errors and len(errors.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_method_is_compared() -> None:
+    from lit_peft import modules
+    from lit_peft.base import BaseLM
+
+    known = {name for name, value in vars(modules).items() if isinstance(value, type) and BaseLM in value.__bases__}
+    assert set(METHODS) == known and len(METHODS) == 10
