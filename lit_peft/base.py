@@ -6,12 +6,14 @@ import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, fields
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+import lit_peft
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.methods.attachment import MethodSettings
 from lit_peft.optim import SCHEDULES, make_optimizer, make_schedule
@@ -239,6 +241,44 @@ class BaseLM(pl.LightningModule):
         """Generate with the adapted model; arguments as transformers' `generate`."""
         with torch.no_grad():
             return self.model.generate(*args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------ adapters
+
+    def save_adapter(self, folder: str | Path, format: Literal["peft", "adapterhub"] | None = None) -> Path:
+        """Write the active adapter's folder; as `lit_peft.save_adapter`."""
+        return lit_peft.save_adapter(self.model, folder, format)
+
+    def load_adapter(self, folder: str | Path, name: str, check_base: bool = True) -> None:
+        """Load an adapter beside the others, as the active one; as `lit_peft.load_adapter`."""
+        self.configure_model()
+        lit_peft.load_adapter(self.model, folder, check_base, name)
+
+    def add_adapter(self, name: str, settings: MethodSettings) -> None:
+        """Attach a new adapter beside the others, as the active one; as `lit_peft.add_adapter`."""
+        self.configure_model()
+        lit_peft.add_adapter(self.model, name, settings)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Make an adapter the active one, None the base; the module's own is called `default`."""
+        lit_peft.set_adapter(self.model, name)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """A context in which the model is its base."""
+        return lit_peft.disable_adapter(self.model)
+
+    def merge(self) -> None:
+        """Fold the active LoRA into the base weights, until `unmerge`."""
+        lit_peft.merge_adapter(self.model)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit."""
+        lit_peft.unmerge_adapter(self.model)
+
+    def merge_and_unload(self) -> Any:
+        """Fold the active LoRA into the base weights for good and return the plain transformers model."""
+        return lit_peft.merge_and_unload(self.model)
+
+    # --------------------------------------------------------------------------------------------- steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of a batch. Works without a Trainer, too."""

@@ -86,3 +86,51 @@ def test_generate_with_adapters_by_name(decoder: Path, tmp_path: Path, capsys: p
         assert main(["generate", *given, *more]) == 0
         assert capsys.readouterr().out.split() == expected[name].split()
     assert main(["generate", *given, "--use", "b"]) == 2
+
+
+def test_push_and_pull(
+    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    from huggingface_hub import HfApi
+
+    adapter(decoder, tmp_path / "adapter")
+    hub = tmp_path / "hub"
+
+    def download(api: Any, repo_id: str, *, local_dir: Path, **_: Any) -> None:
+        if repo_id != "me/mine":
+            raise OSError("404: no such repository")
+        shutil.copytree(hub, local_dir, dirs_exist_ok=True)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **_: None)
+    monkeypatch.setattr(HfApi, "upload_folder", lambda api, *, folder_path, **_: shutil.copytree(folder_path, hub))
+    monkeypatch.setattr(HfApi, "snapshot_download", download)
+    assert main(["push", str(tmp_path / "adapter"), "me/mine"]) == 0
+    assert main(["pull", "me/mine", str(tmp_path / "again")]) == 0
+    lit_peft.load_adapter(transformers.AutoModelForCausalLM.from_pretrained(decoder), tmp_path / "again")
+    assert main(["push", str(tmp_path), "me/mine"]) == 2
+    assert main(["pull", "me/other", str(tmp_path / "other")]) == 2
+    assert "404" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_the_module_has_adapters_by_name(decoder: Path, tmp_path: Path) -> None:
+    module = LoRA(base=str(decoder), r=4)
+    module.configure_model()
+    scramble(module)
+    module.eval()
+    with torch.no_grad():
+        trained = module(input_ids=IDS).logits
+        module.save_adapter(tmp_path / "adapter")
+        module.add_adapter("new", LoRASettings(r=2))
+        with module.disable_adapter():
+            close(module(input_ids=IDS).logits, module(input_ids=IDS).logits, 0)
+            base = module(input_ids=IDS).logits
+        close(module(input_ids=IDS).logits, base)
+        module.load_adapter(tmp_path / "adapter", "again")
+        close(module(input_ids=IDS).logits, trained, 0)
+        module.set_adapter("default")
+        module.merge()
+        close(module(input_ids=IDS).logits, trained)
+        module.unmerge()
+        close(module.merge_and_unload()(input_ids=IDS).logits, trained)
