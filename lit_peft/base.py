@@ -296,22 +296,26 @@ class BaseLM(pl.LightningModule):
         """Add a batch to the validation metrics."""
         self._evaluate(batch, self.val_metrics, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the test metrics."""
-        self._evaluate(batch, self.test_metrics, "test")
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any] | None:
+        """Add a batch to the test metrics; where the task judges generated text, return a plain dict per example."""
+        rows = self._evaluate(batch, self.test_metrics, "test")
+        return None if rows is None else {"rows": rows}
 
-    def _evaluate(self, batch: Batch, metrics: Any, stage: str) -> None:
+    def _evaluate(self, batch: Batch, metrics: Any, stage: str) -> list[dict[str, Any]] | None:
+        rows = None
         with self._loss_alone():
             if batch.pop("surplus", False):
                 # Repeated to even out the processes: for their collective calls alone.
                 self(**batch)
             else:
-                self.task.evaluate(self, metrics, batch)
+                rows = self.task.evaluate(self, metrics, batch)
         if self._trainer is not None:
             size = len(next(iter(batch.values())))
-            for name, metric in metrics.items():
+            # A task may have metrics that this kind of data has nothing to say to.
+            for name, metric in ((name, metric) for name, metric in metrics.items() if metric.update_called):
                 shown = stage == "val" and name == self.task.monitor[0].removeprefix("val_")
                 self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=shown, batch_size=size)
+        return rows
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Return one plain dict per example: label and probabilities, or generated text."""

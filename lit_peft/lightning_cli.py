@@ -41,8 +41,9 @@ class CLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "predict":
+        if subcommand in ("test", "predict"):
             parser.add_argument("--output", type=str | None, default=None, help="file of the predictions (JSON lines)")
+        if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
         return parser
 
@@ -70,7 +71,7 @@ class CLI(LightningCLI):
         if config.trainer.enable_progress_bar is not False:
             # Where nobody watches it live, a bar that moves every step only fills the log.
             extra.append(TokenProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
-        if self.subcommand == "predict":
+        if self.subcommand in ("test", "predict"):
             extra.append(PredictionWriter(config.output))
         saves = config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run
         if saves and not any(isinstance(callback, ModelCheckpoint) for callback in given):

@@ -6,9 +6,11 @@ from lit_peft.lazy import lazy_names
 
 _NAMES = {
     "CausalLMData": "lit_peft.data.causal_lm",
+    "InstructionData": "lit_peft.data.instruction",
     "LitDataModule": "lit_peft.data.base",
     "MultipleChoiceData": "lit_peft.data.multiple_choice",
     "QuestionAnsweringData": "lit_peft.data.question_answering",
+    "ReasoningData": "lit_peft.data.reasoning",
     "Seq2SeqData": "lit_peft.data.seq2seq",
     "TextClassificationData": "lit_peft.data.text_classification",
     "TokenClassificationData": "lit_peft.data.token_classification",

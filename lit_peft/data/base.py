@@ -160,6 +160,8 @@ class LitDataModule(pl.LightningDataModule):
         self._tokenizer: Any = None
         self._encoded: dict[Split, Any] = {}
         self._said: set[str] = set()
+        # Row numbers that need no prediction any more.
+        self.finished: set[int] = set()
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -470,10 +472,17 @@ class LitDataModule(pl.LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of the rows to predict, in the order of the file."""
-        return self._loader("predict")
+        """Batches of the rows to predict, in the order of the file, without those in `finished`."""
+        every = range(len(self.examples("predict")))
+        # A loader without a batch would end the prediction before its end; the last row is cheap to run again.
+        rows = [row for row in every if row not in self.finished] or every[-1:]
+        return self._loader("predict", sampler=rows if self.finished else None)
 
-    def _loader(self, split: Split, sampler: SeededSampler | None = None) -> DataLoader[Any]:
+    def identity(self, split: Split) -> str:
+        """Return a hash of a split's examples: the same file, tokenizer and settings give the same."""
+        return str(getattr(self.examples(split), "_fingerprint", ""))
+
+    def _loader(self, split: Split, sampler: Iterable[int] | None = None) -> DataLoader[Any]:
         examples, collate = self.examples(split), self.collator(split)
         processes = getattr(self.trainer, "world_size", 1)
         if split in ("validation", "test") and processes > 1:

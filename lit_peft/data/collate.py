@@ -20,22 +20,24 @@ class PadCollator:
         pad_token_id: what fills `input_ids`.
         padding_side: "right" or "left".
         pad_to_multiple_of: round the length up to a multiple of this (8 suits tensor cores); None: as is.
+        passed: names of what goes along as it is, as a list with one entry per example.
     """
 
     pad_token_id: int
     padding_side: str = "right"
     pad_to_multiple_of: int | None = None
+    passed: tuple[str, ...] = ()
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate a batch.
 
         Args:
             examples: each with `input_ids` (list of int) and optionally `token_type_ids` (same length)
-                and `labels` (an int, or a list as long as `input_ids`). Other keys are left out.
+                and `labels` (an int, or a list as long as `input_ids`). Other keys but those `passed` are left out.
 
         Returns:
             int64 tensors `input_ids`, `attention_mask`, and where given `token_type_ids`, [batch, length];
-            `labels` [batch] or [batch, length], -100 on padding.
+            `labels` [batch] or [batch, length], -100 on padding; lists for what is `passed`.
         """
         import torch
 
@@ -43,7 +45,7 @@ class PadCollator:
         longest = max(lengths)
         if self.pad_to_multiple_of:
             longest += -longest % self.pad_to_multiple_of
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": self._pad([example["input_ids"] for example in examples], longest, self.pad_token_id),
             # From the lengths, not from the ids: the padding token may be a real one (end of text).
             "attention_mask": self._pad([[1] * length for length in lengths], longest, 0),
@@ -56,6 +58,7 @@ class PadCollator:
                 batch["labels"] = torch.tensor(labels)
             else:
                 batch["labels"] = self._pad(labels, longest, IGNORE)
+        batch.update({name: [example[name] for example in examples] for name in self.passed})
         return batch
 
     def _pad(self, rows: list[Any], length: int, value: int) -> Tensor:

@@ -76,9 +76,14 @@ class Task:
         """Return fresh metrics by name, of a model with this config; every task has at least `loss`."""
         return {"loss": MeanMetric()}
 
-    def evaluate(self, module: Any, metrics: Metrics, batch: Batch) -> None:
-        """Run the module on a batch and add it to the metrics."""
+    def evaluate(self, module: Any, metrics: Metrics, batch: Batch) -> list[dict[str, Any]] | None:
+        """Run the module on a batch and add it to the metrics.
+
+        Returns:
+            One plain dict per example where the task judges what it generates; else None.
+        """
         self.update(metrics, module(**batch), batch)
+        return None
 
     def update(self, metrics: Metrics, output: Any, batch: Batch) -> None:
         """Add a batch to the metrics."""

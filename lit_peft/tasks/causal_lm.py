@@ -8,8 +8,12 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
-from lit_peft.tasks.base import Metrics, Task
+from lit_peft.tasks.answers import extract_answer, same_answer
+from lit_peft.tasks.base import Batch, Metrics, Task
 from lit_peft.tasks.supervised_loss import supervised_loss
+
+# New tokens, where neither the module's `generation` nor the data module says how many.
+MAX_NEW_TOKENS = 64
 
 
 class Perplexity(MeanMetric):
@@ -22,12 +26,15 @@ class Perplexity(MeanMetric):
 class CausalLM(Task):
     """Next-token prediction. Batches: `input_ids`, `attention_mask`, `labels` [batch, length], -100 where unsupervised.
 
-    Metrics: `loss` (mean over supervised tokens) and `perplexity`. Prediction generates a continuation.
+    Metrics: `loss` (mean over supervised tokens) and `perplexity`. Prediction generates a continuation, greedily unless
+    the module's `generation` says otherwise. A batch of prompts, padded on the left, with lists `kind` and `gold` (see
+    `lit_peft.tasks.answers`) is judged by what is generated: `answer_accuracy`.
     """
 
     name = "causal_lm"
     auto_class = "AutoModelForCausalLM"
     new_head = False
+    extras = ("kind", "gold")
 
     def loss_alone(self, model: Any) -> AbstractContextManager[None]:
         return supervised_loss(model)
@@ -36,7 +43,7 @@ class CausalLM(Task):
         return (batch["labels"][:, 1:] != -100).sum()
 
     def metrics(self, config: Any) -> dict[str, Metric]:
-        return {"loss": MeanMetric(), "perplexity": Perplexity()}
+        return {"loss": MeanMetric(), "perplexity": Perplexity(), "answer_accuracy": MeanMetric()}
 
     def update(self, metrics: Metrics, output: Any, batch: dict[str, Tensor]) -> None:
         weight = self.weight(batch)
@@ -45,12 +52,34 @@ class CausalLM(Task):
         metrics["loss"].update(loss, weight)
         metrics["perplexity"].update(loss, weight)
 
-    def predict(self, module: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def evaluate(self, module: Any, metrics: Metrics, batch: Batch) -> list[dict[str, Any]] | None:
+        if "gold" not in batch:
+            return super().evaluate(module, metrics, batch)
+        rows = self.predict(module, batch)
+        for row in rows:
+            metrics["answer_accuracy"].update(float(row["correct"]))
+        return rows
+
+    def predict(self, module: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return `prompt` and `text`; with `kind` also `answer`, and with `gold` also `gold` and `correct`."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         tokenizer = module.tokenizer
-        settings = {"max_new_tokens": 64, "do_sample": False, **module.hparams.generation}
-        settings.setdefault("pad_token_id", tokenizer.pad_token_id)
+        data = getattr(module._trainer, "datamodule", None)
+        settings = {
+            "max_new_tokens": getattr(data, "max_new_tokens", None) or MAX_NEW_TOKENS,
+            "do_sample": False,
+            "pad_token_id": tokenizer.pad_token_id,
+            **module.hparams.generation,
+        }
         out = module.generate(**inputs, **settings)
         texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         prompts = tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-        return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+        rows: list[dict[str, Any]] = [
+            {"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        for at, kind in enumerate(batch.get("kind", ())):
+            rows[at]["answer"] = extract_answer(rows[at]["text"], kind)
+            if "gold" in batch:
+                gold = batch["gold"][at]
+                rows[at].update(gold=gold, correct=same_answer(rows[at]["answer"], gold, kind))
+        return rows

@@ -1,0 +1,121 @@
+"""What data modules for causal models share: prompts, and text with the loss on a part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from lit_peft.data.base import LitDataModule, Rows, Split
+from lit_peft.data.collate import IGNORE, PadCollator
+from lit_peft.data.files import column_values
+from lit_peft.errors import LitPeftError
+
+
+class SupervisedData(LitDataModule):
+    """Text for causal models with the loss on answers. What is cut, and what is dropped for it, is counted and told.
+
+    Args:
+        train_on_inputs: put the loss on the prompt as well.
+        **common: see `LitDataModule`.
+    """
+
+    def __init__(self, train_on_inputs: bool = False, **common: Any) -> None:
+        super().__init__(**common)
+        self.train_on_inputs = train_on_inputs
+
+    def generates(self, split: Split) -> bool:
+        """Tell whether a split's examples are prompts to continue."""
+        return split == "predict"
+
+    def collator(self, split: Split) -> PadCollator:
+        """As `LitDataModule.collator`, but prompts are padded on the left, to be continued."""
+        collator = self.padding()
+        left = self.generates(split) and self.padding_side is None
+        return replace(collator, padding_side="left") if left else collator
+
+    def supervised(self, rows: Rows, split: Split, function: Callable[..., Any], **settings: Any) -> Any:
+        """Tokenize rows and say what `max_length` took away.
+
+        Args:
+            rows: what to tokenize.
+            split: which split they are.
+            function: as for `tokenized`; it gives `input_ids`, `length` (before cutting) and, except for prompts,
+                `labels`, and leaves out rows without a supervised token within `max_length`. Called with
+                `max_length`, `train_on_inputs` and `prompts` (whether to give prompts alone) besides `settings`.
+            **settings: see `tokenized`.
+
+        Raises:
+            LitPeftError: no row is left.
+        """
+        table = self.tokenized(
+            rows,
+            function,
+            f"Tokenizing {split}",
+            max_length=self.max_length,
+            train_on_inputs=self.train_on_inputs,
+            prompts=self.generates(split),
+            **settings,
+        )
+        dropped = len(rows) - len(table)
+        if not len(table):
+            raise LitPeftError(
+                f"data.max_length is {self.max_length}, and no prompt of data.{split} leaves room for its answer; "
+                "raise it."
+            )
+        lengths = column_values(table, "length")
+        lost = [length - self.max_length for length in lengths if length > self.max_length]
+        if lost:
+            share = 100 * sum(lost) / sum(lengths)
+            end = "start" if self.generates(split) else "end"
+            self.say(
+                f"data.{split}: {len(lost):,} of {len(table):,} rows cut to {self.max_length} tokens at the {end} "
+                f"(data.max_length); {sum(lost):,} tokens lost, {share:.1f} %."
+            )
+        if dropped:
+            self.say(f"data.{split}: {dropped:,} row(s) dropped: data.max_length leaves nothing of their answers.")
+        return table.remove_columns("length")
+
+
+def join_answers(
+    prompts: list[str],
+    answers: list[str] | None,
+    *,
+    tokenizer: Any,
+    max_length: int,
+    train_on_inputs: bool,
+    prompts_only: bool,
+) -> dict[str, list[Any]]:
+    """Tokenize prompts and, apart, their answers, each closed by an end-of-text token.
+
+    Returns:
+        `input_ids`, `labels` (-100 on the prompt, unless `train_on_inputs`), `length` before cutting; rows
+        whose answer would be cut away whole are left out. Prompts alone are cut at their start.
+    """
+    heads = [open_ended(ids, tokenizer) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
+    if prompts_only or answers is None:
+        return {"input_ids": [ids[-max_length:] for ids in heads], "length": [len(ids) for ids in heads]}
+    tails = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
+    out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
+    for head, tail in zip(heads, tails, strict=True):
+        if len(head) >= max_length:
+            continue
+        tail = list(tail) + end_of_text(tokenizer)
+        labels = (head if train_on_inputs else [IGNORE] * len(head)) + tail
+        out["input_ids"].append((head + tail)[:max_length])
+        out["labels"].append(labels[:max_length])
+        out["length"].append(len(head) + len(tail))
+    return out
+
+
+def end_of_text(tokenizer: Any) -> list[int]:
+    """Return the token that closes a text, as a list; empty if the tokenizer has none."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def open_ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """Drop the closing tokens that some tokenizers add by themselves: the text goes on."""
+    ids = list(ids)
+    while len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        ids.pop()
+    return ids
