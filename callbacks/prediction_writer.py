@@ -19,8 +19,8 @@ class PredictionWriter(BasePredictionWriter):
 
     Prediction is resumable: rows are appended to `.NAME.partial-RANK` beside the file as they come, and the file
     appears whole at the end. The same command after a kill runs the missing rows alone, if the data module takes
-    `finished` (a set of row numbers), and the data, the weights and the settings are the same; else it starts again. Testing writes
-    what the task judges (generated text with its answer) in the same form, at once at the end.
+    `finished` (a set of row numbers), and the data, the weights and the settings are the same; else it starts again.
+    Testing writes what the task judges (generated text with its answer) in the same form, at once at the end.
 
     Args:
         output: the file; `predictions.jsonl` (of tests, `test_predictions.jsonl`) in the run's folder when unset.
