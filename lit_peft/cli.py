@@ -23,9 +23,11 @@ _COMMANDS = {
     "push": "upload an adapter's folder to the hub",
     "pull": "download an adapter from the hub",
     "compare": "run every method on one base and data, and report which to use",
+    "doctor": "show what is installed, what works, and what fits in memory",
+    "init": "write a commented configuration to start from",
 }
 # Those that are no part of Lightning's command line: a module of `lit_peft.commands` each.
-_OWN = {"export", "merge", "info", "generate", "push", "pull", "compare"}
+_OWN = {"export", "merge", "info", "generate", "push", "pull", "compare", "doctor", "init"}
 _EXAMPLES = """\
 examples:
   lit-peft fit --config configs/quickstart.yaml

@@ -1,0 +1,131 @@
+"""`lit-peft doctor`: what is installed, what works, and what fits in this memory."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from importlib import import_module, metadata
+from pathlib import Path
+
+from lit_peft.commands.compare import METHODS
+from lit_peft.commands.options import Options
+from lit_peft.errors import LitPeftError, closest, first_line
+
+# Each optional package: what it is for, and the command that installs it.
+_OPTIONAL = {
+    "matplotlib": ("plots of compare", "pip install 'lit-peft[plots]'"),
+    "peft": ("comparison with its folders, in tests", "pip install peft"),
+    "bitsandbytes": ("4 and 8 bit bases, 8 bit optimizers", "pip install 'lit-peft[quantization]'"),
+    "torchao": ("quantized bases", "pip install 'lit-peft[quantization]'"),
+    "gguf": ("bases in .gguf files", "pip install 'lit-peft[demo]'"),
+    "flash_attn": ("attn_implementation: flash_attention_2", "pip install flash-attn --no-build-isolation"),
+    "deepspeed": ("the trainer's strategy deepspeed", "pip install deepspeed"),
+}
+_REQUIRED = ("lit-peft", "torch", "lightning", "transformers", "torchmetrics", "datasets", "jsonargparse")
+
+
+def run(arguments: list[str]) -> None:
+    """Print versions, devices and engines, and with a base and a method what they need.
+
+    Raises:
+        LitPeftError: the method is not known, or the base has no configuration.
+    """
+    parser = Options("lit-peft doctor", description="Show what is installed, what works, and what fits in memory.")
+    parser.add_argument("--base", help="also estimate the memory of training this base")
+    parser.add_argument("--method", default="LoRA", help=", ".join(METHODS))
+    parser.add_argument("--task", default="causal_lm", help="task of the model")
+    parser.add_argument("--batch_size", type=int, default=8, help="examples per step")
+    parser.add_argument("--length", type=int, default=256, help="tokens per example")
+    options = parser.parse_args(arguments)
+    if options.method not in METHODS:
+        near = closest(options.method, METHODS)
+        raise LitPeftError(f"--method {options.method!r} is not known: the closest are {near}.")
+    need = None
+    if options.base is not None:
+        need = memory(options.base, options.method, options.task, options.batch_size, options.length)
+    print(f"{'python':<14}{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in _REQUIRED:
+        print(f"{name:<14}{metadata.version(name)}")
+    devices = available()
+    for device, free in devices.items():
+        print(f"{device:<14}{_size(free)} free")
+    for name, (purpose, install) in _OPTIONAL.items():
+        print(f"{name:<14}{engine(name)}  ({purpose})" + ("" if works(name) else f"  ->  {install}"))
+    if need is not None:
+        print(f"\n{options.method} on {options.base}, {options.batch_size} x {options.length} tokens, float32:")
+        for what, size in need.items():
+            print(f"  {what:<22}{_size(size)}")
+        total = sum(need.values())
+        print(f"  {'together':<22}{_size(total)}")
+        for device, free in devices.items():
+            said = "fits" if total <= free else "does not fit: lower --batch_size or --length, or use a smaller dtype"
+            print(f"  {device:<22}{said}")
+
+
+def memory(base: str, method: str, task: str, batch_size: int, length: int) -> dict[str, int]:
+    """Estimate the bytes of training in float32 with AdamW; no weights are read.
+
+    Returns:
+        Parameters, gradients, Adam's two moments (exact, from the model on the meta device), and activations: 34
+        values of hidden size, and 2.5 scores per head and pair of tokens, for each token and layer, which Korthikanti
+        et al. (2022, arXiv:2205.05198, section 4.1) count in half precision bytes: an estimate.
+    """
+    import torch
+
+    import lit_peft
+    from lit_peft.methods.attachment import trainable_parameters
+    from lit_peft.sources import resolve_base
+
+    settings = {} if task == "causal_lm" or task == "seq2seq" else {"num_labels": 2}
+    module = getattr(lit_peft, method)(base=base, task=task, **settings)
+    config = module._config(resolve_base(base))
+    with torch.device("meta"):
+        model = module.task.model_class(config).from_config(config)
+        module._attach(model, ())
+    trained = 4 * trainable_parameters(model)
+    parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
+    text = config.get_text_config()
+    hidden, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
+    # Bytes in half precision are values times two; these are of four bytes.
+    activations = 2 * layers * batch_size * length * (34 * hidden + 5 * heads * length)
+    exact = {"parameters": parameters, "gradients": trained, "Adam's moments": 2 * trained}
+    return {**exact, "activations, about": activations}
+
+
+def available() -> dict[str, int]:
+    """The free bytes of each device."""
+    import torch
+
+    found = {}
+    with contextlib.suppress(OSError):  # where there is no /proc, what is free is not known
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found["cpu"] = int(lines["MemAvailable"].split()[0]) * 1024
+    for at in range(torch.cuda.device_count()):
+        found[f"cuda:{at} {torch.cuda.get_device_name(at)}"] = torch.cuda.mem_get_info(at)[0]
+    return found
+
+
+def works(name: str) -> bool:
+    """Whether the package can be imported."""
+    try:
+        import_module(name)
+    except Exception:
+        return False
+    return True
+
+
+def engine(name: str) -> str:
+    """The package's version, "missing", or why it cannot be imported."""
+    try:
+        version = metadata.version(name.replace("_", "-"))
+    except metadata.PackageNotFoundError:
+        return "missing"
+    try:
+        import_module(name)
+    except Exception as problem:
+        return f"{version} does not work: {first_line(problem)}"
+    return version
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
