@@ -35,3 +35,14 @@ def test_config_runs(
     quick = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1.0", "--trainer.default_root_dir", "runs"]
     assert main(["fit", "--config", str(config), *limits, *quick, "--trainer.enable_progress_bar", "false"]) == 0
     assert "train_loss" in capsys.readouterr().out
+
+
+def test_every_method_has_one() -> None:
+    import lit_peft.modules
+    from lit_peft.base import BaseLM
+
+    text = "\n".join(path.read_text(encoding="utf-8") for path in CONFIGS)
+    for name, kind in vars(lit_peft.modules).items():
+        if isinstance(kind, type) and issubclass(kind, BaseLM) and kind is not BaseLM:
+            baseline = name in ("FullFineTuning", "HeadOnly")
+            assert baseline or re.search(rf"class_path: {name}\b", text), f"no configuration for {name}"
