@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from models import ALL, ENCODERS, batch, close, make, scramble
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -148,3 +149,43 @@ def test_peft_loads_what_we_save(settings: LoRASettings, tmp_path: Path) -> None
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
     with pytest.raises(LitPeftError, match="not an empty folder"):
         lit_peft.save_adapter(model, folder)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_architecture(name: str) -> None:
+    """Starts as the base; checkpointing changes no gradient; generation needs no cache; detaches bit for bit."""
+    model, inputs = make(name), batch(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        base = model(**inputs).logits
+    lit_peft.attach(model, LoRASettings(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        close(model(**inputs).logits, base, 1e-6)
+    scramble(model)
+    with torch.no_grad():
+        assert (model(**inputs).logits - base).abs().max() > 1e-3
+    if name not in ENCODERS:
+        prompt = {key: value for key, value in inputs.items() if key != "labels"}
+        for beams in (1, 3):
+            cached, plain = (
+                model.generate(
+                    **prompt, max_new_tokens=4, num_beams=beams, do_sample=False, pad_token_id=1, use_cache=cache
+                )
+                for cache in (True, False)
+            )
+            assert torch.equal(cached, plain)
+    model.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(4)
+        model(**inputs).loss.backward()
+        gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad})
+    assert all(value.isfinite().all() and value.abs().max() > 0 for value in gradients[0].values())
+    for key, gradient in gradients[0].items():
+        close(gradients[1][key], gradient, 1e-4)
+    lit_peft.detach(model)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)

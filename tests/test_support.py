@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import ALL, DECODERS, ENCODERS, batch, make
 
 import lit_peft
 import lit_peft.modules
 from lit_peft.base import BaseLM
-from tests.models import ALL, DECODERS, ENCODERS, batch, make
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- support: start -->\n", "<!-- support: end -->\n"
