@@ -268,7 +268,7 @@ class _Keeper(ModelCheckpoint):
         try:
             _fill(self._module, temporary, self.format)
             write_json(temporary / NOTE, note)
-            self._do(lambda: _replace(temporary, target), target)
+            self._do(lambda: _replace(temporary, target), target, temporary)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, SafetensorError):  # its only trouble in writing is the disk
@@ -339,8 +339,8 @@ class _Keeper(ModelCheckpoint):
 
     # ------------------------------------------------------------------------------------------ writing
 
-    def _do(self, work: Callable[[], None], target: Path) -> None:
-        """Do it now, or, asynchronously, after everything begun before."""
+    def _do(self, work: Callable[[], None], target: Path, temporary: Path | None = None) -> None:
+        """Do it now, or, asynchronously, after everything begun before; `temporary` goes if that failed."""
         if self._writer is None:
             try:
                 work()
@@ -352,8 +352,13 @@ class _Keeper(ModelCheckpoint):
 
         def in_turn() -> None:
             # Nothing is removed after what was to replace it failed.
-            if before is not None:
-                before.result()
+            try:
+                if before is not None:
+                    before.result()
+            except BaseException:
+                if temporary is not None:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise
             work()
 
         self._pending.append(self._writer.submit(in_turn))
