@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from models import ALL, ENCODERS, batch, close, make, scramble
+from models import ALL, ENCODERS, GOLDEN, batch, close, make, scramble
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lit_peft
 from lit_peft import LitPeftError, LoRASettings
 
-GOLDEN = Path(os.environ.get("LIT_PEFT_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 CASES = sorted(p.parent for p in (GOLDEN / "peft").glob("*/case.json") if json.loads(p.read_text())["method"] == "lora")
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from lit_peft.architectures import Layer, Sublayer, has_module, layer_stacks
 from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
-from lit_peft.methods.targets import find_targets, is_linear
+from lit_peft.methods.targets import check_leave_out, find_targets, is_linear
 from lit_peft.nn.bottleneck import Bottleneck, InitBottleneck, SublayerAdapter, check
 from lit_peft.nn.linear import adapter_dtype, linear_features
 
@@ -239,11 +239,7 @@ class BottleneckSettings(MethodSettings):
     def _layers(self, stacks: list[list[Layer]]) -> dict[str, Layer]:
         """The layers to adapt, by name."""
         layers = [layer for stack in stacks for layer in stack]
-        unknown = [number for number in self.leave_out if not 0 <= number < len(layers)]
-        if unknown:
-            raise LitPeftError(
-                f"leave_out={list(self.leave_out)} names {unknown}, and the model's layers are 0 to {len(layers) - 1}."
-            )
+        check_leave_out(self.leave_out, len(layers))
         return {layer.path: layer for number, layer in enumerate(layers) if number not in self.leave_out}
 
     def _bottleneck(self, near: nn.Module) -> dict[str, Any]:

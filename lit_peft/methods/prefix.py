@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lit_peft.architectures import Layer, has_module, kv_shape, layer_stacks
 from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, MethodSettings
+from lit_peft.methods.targets import check_leave_out
 from lit_peft.nn.linear import adapter_dtype
 from lit_peft.nn.prefix import Prefix
 
@@ -92,12 +93,7 @@ class PrefixSettings(MethodSettings):
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
         """Put the prefix in front of every attention layer's keys and values."""
         stacks = layer_stacks(model)
-        count = sum(map(len, stacks))
-        unknown = [number for number in self.leave_out if not 0 <= number < count]
-        if unknown:
-            raise LitPeftError(
-                f"leave_out={list(self.leave_out)} names {unknown}, and the model's layers are 0 to {count - 1}."
-            )
+        check_leave_out(self.leave_out, sum(map(len, stacks)))
         crossed = any(_cross(layer) is not None for stack in stacks for layer in stack)
         number = 0
         for stack in stacks:

@@ -104,6 +104,17 @@ def find_targets(
     return found
 
 
+def check_leave_out(leave_out: Sequence[int], count: int) -> None:
+    """Check the numbers of the layers to leave out against the number of layers.
+
+    Raises:
+        LitPeftError: one names no layer.
+    """
+    unknown = [number for number in leave_out if not 0 <= number < count]
+    if unknown:
+        raise LitPeftError(f"leave_out={list(leave_out)} names {unknown}, and the model's layers are 0 to {count - 1}.")
+
+
 def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The value of the first pattern (a regular expression for the name's end) that fits the module's name."""
     for pattern, value in patterns.items():
