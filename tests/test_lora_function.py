@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_peft.nn import LoRALinear, lora
+from lit_peft.nn import LoRALinear, factors, lora
 from lit_peft.nn.lora_function import lora_linear, pack_bits, unpack_bits
 
 
@@ -119,3 +120,59 @@ def test_what_is_more_than_two_products_takes_the_plain_path() -> None:
     merged = layer()
     merged.merge()
     assert not merged._is_plain(x)
+
+
+def saved_storages(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    return sum(storage.nbytes() for storage in storages.values()), out
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_product_is_kept_as_its_factors_bit_for_bit(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = layer(lora_dropout=0.3)
+    gate, up = torch.randn(2, 64, 12).requires_grad_(), torch.randn(2, 64, 12).requires_grad_()
+
+    def step() -> tuple[int, list[Tensor]]:
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            size, out = saved_storages(lambda: module(F.silu(gate) * up))
+        leaves = (gate, up, module.lora_A, module.lora_B)
+        return size, [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+    size, values = step()
+    monkeypatch.setattr(factors, "KEEP_FACTORS", False)
+    plain_size, plain = step()
+    assert plain_size - size == gate.nbytes
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(values, plain, strict=True))
+
+
+def test_a_product_under_checkpointing_and_offloading(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = layer()
+    gate, up = torch.randn(3, 12).requires_grad_(), torch.randn(3, 12).requires_grad_()
+    leaves = (gate, up, module.lora_A, module.lora_B)
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(module(F.silu(gate) * up).square().sum(), leaves)
+
+    plain = step()
+    checkpoint = torch.utils.checkpoint.checkpoint(lambda: module(F.silu(gate) * up), use_reentrant=False)
+    again = torch.autograd.grad(checkpoint.square().sum(), leaves)
+    with torch.autograd.graph.save_on_cpu():
+        offloaded = step()
+    for values in (again, offloaded):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(values, plain, strict=True))
+
+
+def test_what_is_not_a_product_of_two_of_its_shape_is_kept_itself() -> None:
+    x = torch.randn(3, 12).requires_grad_()
+    for other in (2.0, torch.randn(12).requires_grad_(), torch.randn(3, 12)):
+        product = x * other
+        assert factors.factors_or_self(product) == (product,)
+    assert len(factors.factors_or_self(x + x)) == 1

@@ -1,8 +1,8 @@
 """A linear layer and its LoRA update as one operation: what is saved for the backward pass, and what it computes.
 
 Autograd on the plain formula keeps a dropped copy of the input for every adapted layer, adds two full-size outputs and
-two full-size input gradients. Here the input itself is kept (one tensor for all layers that share it), of the dropout
-mask one bit per element, and both sums happen inside a matrix product.
+two full-size input gradients. Here the input itself is kept (one tensor for all layers that share it; none where it is a product whose factors
+are kept anyway), of the dropout mask one bit per element, and both sums happen inside a matrix product.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lit_peft.nn.factors import factors_or_self
 
 
 def lora_linear(
@@ -77,17 +79,18 @@ class _LoRALinear(torch.autograd.Function):
             low = F.linear(dropped, lora_a.to(dtype)) * scaling
             out = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
             out = torch.addmm(out, low, lora_b.to(dtype).T)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, low, bits)
+        ctx.save_for_backward(weight, lora_a, lora_b, low, bits, *factors_or_self(x))
         ctx.scaling, ctx.dropout, ctx.dtype = scaling, dropout, dtype
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, low, bits = ctx.saved_tensors
+        weight, lora_a, lora_b, low, bits, *kept = ctx.saved_tensors
         dtype, needs = ctx.dtype, ctx.needs_input_grad
         grad_x = grad_bias = grad_a = grad_b = None
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(grad.device.type, enabled=False):
+            x = kept[0] if len(kept) == 1 else torch.mul(*kept)
             grad = grad.reshape(-1, grad.shape[-1])
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
             mask = None if bits is None else unpack_bits(bits, rows.shape).to(dtype).div_(1 - ctx.dropout)
