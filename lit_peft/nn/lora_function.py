@@ -1,8 +1,9 @@
 """A linear layer and its LoRA update as one operation: what is saved for the backward pass, and what it computes.
 
 Autograd on the plain formula keeps a dropped copy of the input for every adapted layer, adds two full-size outputs and
-two full-size input gradients. Here the input itself is kept (one tensor for all layers that share it; none where it is a product whose factors
-are kept anyway), of the dropout mask one bit per element, and both sums happen inside a matrix product.
+two full-size input gradients. Here the input itself is kept (one tensor for all layers that share it, and none where it
+is a product whose factors are kept anyway), of the dropout mask one bit per element, and both sums happen inside a
+matrix product.
 """
 
 from __future__ import annotations
