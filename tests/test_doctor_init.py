@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lit_peft.cli import main
-from lit_peft.commands import doctor
+from lit_peft.commands import doctor, init
+from lit_peft.tasks import TASKS
 
 
 def test_memory_counts_the_models_own_parameters(decoder: Path) -> None:
@@ -51,3 +54,120 @@ def test_what_init_writes_runs(
     for change, word in ((["--data", "none.csv"], "'none.csv'"), (["--method", "Lora"], "'LoRA'")):
         assert main(["init", *flags, *change, "--output", "other.yaml"]) == 2
         assert word in capsys.readouterr().err and not Path("other.yaml").exists()
+
+
+PAIRS = list(itertools.product(("film", "story", "acting", "it"), ("good", "bad", "poor", "great")))
+FILES = {
+    "causal_lm": ("texts.jsonl", "CausalLMData", [{"text": f"the {noun} was {word}"} for noun, word in PAIRS]),
+    "completions": (
+        "pairs.jsonl",
+        "completion_column",
+        [{"prompt": f"the {noun} of {word} is", "completion": word} for noun, word in PAIRS],
+    ),
+    "instructions": (
+        "alpaca.json",
+        "InstructionData",
+        [{"instruction": f"the {noun}", "input": word, "output": word} for noun, word in PAIRS],
+    ),
+    "chats": (
+        "chats.jsonl",
+        "messages_column",
+        [
+            {"messages": [{"role": "user", "content": noun}, {"role": "assistant", "content": word}]}
+            for noun, word in PAIRS
+        ],
+    ),
+    "seq2seq": (
+        "pairs.jsonl",
+        "Seq2SeqData",
+        [{"source": f"the {noun} is {word}", "target": word} for noun, word in PAIRS],
+    ),
+    "token_classification": (
+        "tags.conll",
+        "TokenClassificationData",
+        "\n\n".join(f"the O\n{noun} B-X\nis O\n{word} O" for noun, word in PAIRS),
+    ),
+    "question_answering": (
+        "squad.jsonl",
+        "QuestionAnsweringData",
+        [
+            {"question": f"the {noun} is {word}", "context": f"the {noun} is {word}", "answers": noun}
+            for noun, word in PAIRS
+        ],
+    ),
+    "multiple_choice": (
+        "choices.jsonl",
+        "MultipleChoiceData",
+        [
+            {"question": f"the {noun} is {word}", "choices": ["good", "bad"], "answer": len(word) % 2}
+            for noun, word in PAIRS
+        ],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def t5(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("t5")
+    shape = {"d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 4, "d_kv": 8, "vocab_size": 40}
+    ends = {"eos_token_id": 4, "decoder_start_token_id": 0, "pad_token_id": 0}
+    T5ForConditionalGeneration(T5Config(**shape, **ends)).save_pretrained(folder)
+    for file in encoder.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_what_init_writes_for_every_task_runs(
+    kind: str, encoder: Path, decoder: Path, t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    name, part, rows = FILES[kind]
+    text = rows if isinstance(rows, str) else "\n".join(map(json.dumps, rows))
+    Path(name).write_text(json.dumps(rows) if name.endswith(".json") else text, encoding="utf-8")
+    task = kind if kind in init.FORMS else "causal_lm"
+    base = {"causal_lm": decoder, "seq2seq": t5}.get(task, encoder)
+    flags = ["--task", task, "--base", str(base), "--method", "LoRA", "--data", name]
+    assert main(["init", *flags]) == 0
+    written = Path("config.yaml").read_text(encoding="utf-8")
+    assert part in written
+    # Of what a model of 64 positions, and a tokenizer without a chat template, have too little.
+    short = {
+        "question_answering": ["--data.doc_stride", "8", "--data.max_question_length", "16"],
+        "chats": ["--data.chat_template", "{% for turn in messages %}{{ turn['content'] }} {% endfor %}"],
+    }
+    smaller = ["--data.max_length", "48", *short.get(kind, [])]
+    quick = ["--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", "--config", "config.yaml", *quick, *smaller]) == 0
+
+
+def test_init_knows_every_task_and_reads_the_data_first(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert set(init.FORMS) == set(TASKS)
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.csv").write_text("words,label\na,b\n", encoding="utf-8")
+    flags = ["--task", "sequence_classification", "--base", str(encoder), "--method", "LoRA", "--data", "wrong.csv"]
+    assert main(["init", *flags]) == 2
+    assert "text" in capsys.readouterr().err and not Path("config.yaml").exists()
+
+
+def test_init_asks_for_what_no_flag_gives(
+    encoder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answers = iter(["", str(encoder), "AdapterP", str(reviews)])
+    asked: list[str] = []
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return next(answers)
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", answer)
+    assert main(["init"]) == 0
+    written = Path("config.yaml").read_text(encoding="utf-8")
+    assert "class_path: AdapterP" in written and "task: sequence_classification" in written
+    assert [question.split()[0].rstrip(":") for question in asked] == ["task", "base", "method", "data"]
+    assert main(["init"]) == 2

