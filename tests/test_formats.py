@@ -257,3 +257,50 @@ def test_files_are_as_the_umask_says_and_little_more_than_their_tensors(tmp_path
         assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert (folder / "adapter_model.safetensors").stat().st_size <= 1.01 * size
     assert "lora adapter" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "written"),
+    [
+        ("llama", {"target_modules": QV}, {"attn_matrices": ["q", "v"], "r": 4, "alpha": 16, "output_lora": False}),
+        ("llama", {"target_modules": [*QV, "down_proj"]}, {"intermediate_lora": True, "output_lora": False}),
+        ("llama", {"target_modules": QV, "rank_pattern": {"v_proj": 2}, "use_rslora": True}, {"r": 4, "alpha": 4}),
+        (
+            "llama",
+            {"target_modules": ["k_proj"], "layers_to_transform": [1]},
+            {"leave_out": [0], "attn_matrices": ["k"]},
+        ),
+        ("bert", {"target_modules": ["query", "output.dense"], "exclude_modules": r".*attention\.output.*"}, {}),
+        ("gpt2", {"target_modules": ["c_attn", "c_fc"]}, {"attn_matrices": ["q", "k", "v"], "intermediate_lora": True}),
+        ("bart", {"target_modules": [*QV, "fc2"]}, {"output_lora": True, "selfattn_lora": True}),
+        ("t5", {"target_modules": ["q", "wo"]}, {"output_lora": True}),
+        ("distilbert", {"target_modules": ["lin1"]}, {"selfattn_lora": False, "intermediate_lora": True}),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_lora_as_adapterhub_has_it(name: str, settings: Any, written: Any, tmp_path: Path) -> None:
+    model = lit_peft.attach(make(name), LoRASettings(r=4, **settings))
+    scramble(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub", name="mine")
+    config = json.loads((folder / "adapter_config.json").read_text())["config"]
+    assert config | {"architecture": "lora", **written} == config
+    assert all(".loras.mine.lora_" in key for key in load_file(folder / "adapter.safetensors"))
+    close(logits(lit_peft.load_adapter(make(name), folder), name), logits(model, name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"target_modules": ["o_proj"]}, "o_proj"),
+        ({"target_modules": r".*layers\.(0.*q_proj|1.*v_proj)"}, r"no LoRA at model.layers.0.self_attn.v_proj"),
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["norm"]}, "model.norm.weight"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+    ],
+    ids=str,
+)
+def test_what_adapterhub_has_no_place_for_is_named(settings: Any, said: str, tmp_path: Path) -> None:
+    model = lit_peft.attach(make("llama"), LoRASettings(r=4, **settings))
+    with pytest.raises(LitPeftError, match=said):
+        lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
+    assert not (tmp_path / "adapter").exists()

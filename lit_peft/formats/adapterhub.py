@@ -14,9 +14,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_peft.architectures import has_module, layer_stacks
+from lit_peft.architectures import layer_stacks
 from lit_peft.errors import LitPeftError
-from lit_peft.formats import adapterhub_prefix, peft_prefix
+from lit_peft.formats import adapterhub_lora, adapterhub_prefix, peft_prefix
 from lit_peft.formats.files import fill, write_json
 from lit_peft.formats.untrusted import read_tensors
 from lit_peft.methods.adapter_h import AdapterHSettings
@@ -29,7 +29,6 @@ from lit_peft.methods.parallel import ParallelSettings
 from lit_peft.methods.prefix import PrefixSettings
 from lit_peft.methods.prefix_tuning import PrefixTuningSettings
 from lit_peft.nn.bottleneck import Bottleneck
-from lit_peft.nn.linear import linear_features
 from lit_peft.nn.lora import LoRALayer
 
 _METHODS: dict[str, type[BottleneckSettings] | type[PrefixSettings]] = {
@@ -78,22 +77,6 @@ _NEUTRAL = {
     "shared_W_phm",
     "shared_phm_rule",
 }
-# What a LoRA's configuration may say; the stored tensors tell which modules it adapts.
-_LORA = {
-    "alpha",
-    "architecture",
-    "attn_matrices",
-    "composition_mode",
-    "dropout",
-    "dtype",
-    "init_weights",
-    "init_weights_seed",
-    "intermediate_lora",
-    "leave_out",
-    "output_lora",
-    "r",
-    "selfattn_lora",
-}
 # The names by which a folder may give one of AdapterHub's own configurations, the old ones included.
 _NAMED: dict[str, dict[str, Any]] = {
     "double_seq_bn": {"mh_adapter": True, "non_linearity": "swish", "reduction_factor": 16},
@@ -129,7 +112,7 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
     if "lit_peft" in config:
         settings = _own_settings(config, folder)
     elif isinstance(config["config"], dict) and config["config"].get("architecture") == "lora":
-        settings, stored = _lora(config, stored, model, folder)
+        settings, stored = adapterhub_lora.settings(config, stored, model, folder)
     elif isinstance(config["config"], dict) and config["config"].get("architecture") == "prefix_tuning":
         settings = adapterhub_prefix.settings(config["config"], folder)
     else:
@@ -159,10 +142,10 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
 
 
 def write(model: nn.Module, folder: Path, name: str = "default", own: bool = True) -> None:
-    """Write the attached bottleneck adapters or prefixes into an existing folder.
+    """Write the attached bottleneck adapters, prefixes or LoRA into an existing folder.
 
     Args:
-        model: a model with AdapterH, AdapterP, Parallel, Prefix Tuning or P-Tuning v2 attached.
+        model: a model with AdapterH, AdapterP, Parallel, Prefix Tuning, P-Tuning v2 or LoRA attached.
         folder: an existing folder.
         name: the adapter's name.
         own: also write what AdapterHub's configuration cannot say.
@@ -172,13 +155,16 @@ def write(model: nn.Module, folder: Path, name: str = "default", own: bool = Tru
     """
     attachment = attachment_of(model)
     settings = attachment.settings
-    if not isinstance(settings, BottleneckSettings | PrefixSettings):
+    if not isinstance(settings, BottleneckSettings | PrefixSettings | LoRASettings):
         raise LitPeftError(f"{settings.method!r} cannot be written in AdapterHub's format: use format='peft'.")
     if not re.fullmatch(r"[\w-]+", name):
         raise LitPeftError(f"name={name!r}: AdapterHub's names are letters, digits, '_' and '-'.")
     base: Any = getattr(model, "config", None)
     width = getattr(base, "hidden_size", None)
-    if isinstance(settings, PrefixSettings):
+    beyond: list[str] = []
+    if isinstance(settings, LoRASettings):
+        written, places = adapterhub_lora.written(attachment, name)
+    elif isinstance(settings, PrefixSettings):
         beyond = adapterhub_prefix.beyond(settings, attachment)
         written = adapterhub_prefix.config(settings, attachment)
         places = adapterhub_prefix.tensors(model, attachment, name)
@@ -274,52 +260,6 @@ def _settings(config: dict[str, Any] | str, folder: Path) -> BottleneckSettings:
     if config.get("is_parallel"):
         return ParallelSettings(**values)
     return (AdapterHSettings if values["mh_adapter"] and values["output_adapter"] else AdapterPSettings)(**values)
-
-
-def _lora(
-    config: dict[str, Any], stored: dict[str, Tensor], model: nn.Module, folder: Path
-) -> tuple[LoRASettings, dict[str, Tensor]]:
-    """The settings of an AdapterHub LoRA, and its tensors as our layers have them.
-
-    A fused q, k, v projection has one update of rank r per adapted matrix there; here it is one update of n · r,
-    its B zero outside the blocks.
-    """
-    values, where = config["config"], f"{folder}/adapter_config.json"
-    active = sorted(key for key, value in values.items() if key not in _LORA and value)
-    if active or values.get("composition_mode", "add") != "add":
-        named = ", ".join(active) or f"composition_mode={values['composition_mode']!r}"
-        raise LitPeftError(f"{where} sets {named}, which would change the result and cannot be read.")
-    r, alpha = int(values.get("r", 8)), float(values.get("alpha", 8))
-    version = re.match(r"adapters\.(\d+)\.(\d+)", str(config.get("version", "")))
-    if version and (int(version[1]), int(version[2])) < (1, 1):
-        # AdapterHub before 1.1 did not scale its updates.
-        alpha = r
-    matrices = [name in values.get("attn_matrices", ["q", "v"]) for name in "qkv"]
-    prefix, end = getattr(model, "base_model_prefix", "") + ".", f".loras.{config.get('name') or ''}.lora_A"
-    ranks: dict[str, int] = {}
-    tensors = dict(stored)
-    for key in [key for key in stored if key.endswith(end)]:
-        found = key.removesuffix(end)
-        path = next((p for p in (found, prefix + found, found.removeprefix(prefix)) if has_module(model, p)), None)
-        if path is None or key.removesuffix("A") + "B" not in stored:
-            raise LitPeftError(f"{folder} does not fit this model: {key} has no place in it, or no lora_B beside it.")
-        ranks[path] = stored[key].shape[0]
-        b, d_out = stored[key.removesuffix("A") + "B"], linear_features(model.get_submodule(path))[1]
-        if b.shape[0] != d_out or ranks[path] != r:
-            blocks = b.unflatten(0, (ranks[path] // r, -1))
-            wide = b.new_zeros(3, blocks.shape[1], ranks[path])
-            for number, matrix in enumerate(m for m in range(3) if matrices[m]):
-                wide[matrix, :, number * r : (number + 1) * r] = blocks[number]
-            tensors[key.removesuffix("A") + "B"] = wide.flatten(0, 1)
-    patterns = {re.escape(path): rank for path, rank in ranks.items() if rank != r}
-    return LoRASettings(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=values.get("dropout", 0.0),
-        target_modules=sorted(ranks),
-        rank_pattern=patterns,
-        alpha_pattern={path: alpha * rank / r for path, rank in patterns.items()},
-    ), tensors
 
 
 def _places(attachment: Attachment, name: str) -> dict[str, Tensor]:
