@@ -1,4 +1,4 @@
-"""The four ways to take one step: lit_peft, peft, full fine-tuning, and the floor; same base, same batch."""
+"""The ways to take one step: lit_peft, peft, full fine-tuning, the floor; same base, same batch, same adapters."""
 
 from __future__ import annotations
 
@@ -8,12 +8,23 @@ from typing import Any
 
 import torch
 from measure import Step
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lit_peft
-from lit_peft import LoRASettings, supervised_loss
+from lit_peft import (
+    AdapterHSettings,
+    AdapterPSettings,
+    LoRASettings,
+    ParallelSettings,
+    PrefixTuningSettings,
+    PromptTuningSettings,
+    PTuningSettings,
+    supervised_loss,
+)
+from lit_peft.methods.attachment import MethodSettings
+from lit_peft.nn import Bottleneck
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -67,66 +78,145 @@ class Shape:
         return {"input_ids": ids, "labels": labels}
 
 
-def runs(shape: Shape, full: bool = True, only: str | None = None) -> dict[str, tuple[nn.Module, Step]]:
-    """Return each way's model, and a function from nothing to its loss. Ours and peft's adapters are equal."""
-    base, batch = shape.base(), shape.batch()
-    adapted = None if shape.top is None else list(range(shape.layers - shape.top, shape.layers))
-    ours = lit_peft.attach(
-        copy.deepcopy(base),
-        LoRASettings(
-            r=shape.r,
-            lora_alpha=2 * shape.r,
-            lora_dropout=shape.dropout,
-            target_modules=LINEAR,
-            layers_to_transform=adapted,
+Runs = dict[str, tuple[nn.Module, Step]]
+
+# Each other method of ours, and peft's settings of the same; None where peft does not have it.
+METHODS: dict[str, tuple[MethodSettings, PeftConfig | None]] = {
+    "Prompt Tuning v=20": (
+        PromptTuningSettings(num_virtual_tokens=20),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
+    ),
+    "P-Tuning v=20, LSTM": (
+        PTuningSettings(num_virtual_tokens=20, encoder_hidden_size=256),
+        PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=20,
+            encoder_hidden_size=256,
+            encoder_reparameterization_type="LSTM",
         ),
-    )
-    config = LoraConfig(
-        r=shape.r,
-        lora_alpha=2 * shape.r,
-        lora_dropout=shape.dropout,
-        target_modules=LINEAR,
-        layers_to_transform=adapted,
-    )
-    theirs = get_peft_model(copy.deepcopy(base), config)
-    _copy_adapters(ours, theirs)
-    frozen = copy.deepcopy(base).requires_grad_(False)
+    ),
+    "Prefix Tuning v=30, projected": (
+        PrefixTuningSettings(num_virtual_tokens=30, prefix_projection_size=512),
+        PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=30,
+            prefix_projection=True,
+            encoder_hidden_size=512,
+        ),
+    ),
+    "Prefix Tuning v=30, direct": (
+        PrefixTuningSettings(num_virtual_tokens=30, prefix_projection=False),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30),
+    ),
+    "AdapterH, reduction 16": (AdapterHSettings(), None),
+    "AdapterP, reduction 16": (AdapterPSettings(), None),
+    "Parallel, bottleneck 128": (ParallelSettings(bottleneck_size=128), None),
+}
 
-    def our_step() -> Tensor:
-        with supervised_loss(ours):
-            return ours(**batch).loss
 
-    def floor() -> Tensor:
-        """The least there is to do: the frozen model, its input's gradient, the loss of the supervised tokens."""
-        embedded = frozen.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-        with supervised_loss(frozen):
-            return frozen(inputs_embeds=embedded, labels=batch["labels"]).loss
-
-    made = {
-        "lit_peft": (ours, our_step),
-        "peft": (theirs, lambda: theirs(**batch).loss),
-        "floor": (frozen, floor),
+def runs(shape: Shape, full: bool = True, only: str | None = None) -> Runs:
+    """Return LoRA each way: its model, and a function from nothing to its loss. Ours and peft's adapters are equal."""
+    base = shape.base()
+    adapted = None if shape.top is None else list(range(shape.layers - shape.top, shape.layers))
+    settings: dict[str, Any] = {
+        "r": shape.r,
+        "lora_alpha": 2 * shape.r,
+        "lora_dropout": shape.dropout,
+        "target_modules": LINEAR,
+        "layers_to_transform": adapted,
     }
-    if full:
-        tuned = copy.deepcopy(base)
-        made["full fine-tuning"] = (tuned, lambda: tuned(**batch).loss)
-    if only is not None:
-        made = {only: made[only]}
+    made = {}
+    if only in (None, "lit_peft", "peft"):
+        ours = lit_peft.attach(copy.deepcopy(base), LoRASettings(**settings))
+        theirs = get_peft_model(copy.deepcopy(base), LoraConfig(**settings))
+        _copy_adapters(ours, theirs)
+        made = {"lit_peft": _ours(ours, shape), "peft": _theirs(theirs, shape)}
+    if only in (None, "floor"):
+        made["floor"] = _floor(base if only else copy.deepcopy(base), shape)
+    if full and only in (None, "full fine-tuning"):
+        made["full fine-tuning"] = _theirs(base, shape)
+    return _warm(made if only is None else {only: made[only]})
+
+
+def method_runs(shape: Shape, method: str) -> Runs:
+    """Return another method each way, as `runs`.
+
+    A bottleneck is beside the floor, which never changes, and its adapters' own two products, forward and backward.
+    """
+    settings, config = METHODS[method]
+    base = shape.base()
+    ours = lit_peft.attach(copy.deepcopy(base), settings)
+    made = {"lit_peft": _ours(ours, shape)}
+    if config is None:
+        made["matmuls"] = (ours, _matmuls(ours, shape))
+    else:
+        theirs = get_peft_model(copy.deepcopy(base), config)
+        mine, others = ([p for p in model.parameters() if p.requires_grad] for model in (ours, theirs))
+        with torch.no_grad():
+            for parameter, value in zip(others, mine, strict=True):
+                parameter.copy_(value)
+        made["peft"] = _theirs(theirs, shape)
+    made["floor"] = _floor(base, shape)
+    return _warm(made)
+
+
+def _ours(model: Any, shape: Shape) -> tuple[nn.Module, Step]:
+    batch = shape.batch()
+
+    def step() -> Tensor:
+        with supervised_loss(model):
+            return model(**batch).loss
+
+    return model, step
+
+
+def _theirs(model: Any, shape: Shape) -> tuple[nn.Module, Step]:
+    batch = shape.batch()
+    return model, lambda: model(**batch).loss
+
+
+def _floor(model: Any, shape: Shape) -> tuple[nn.Module, Step]:
+    """The least there is to do: the frozen model, its input's gradient, the loss of the supervised tokens."""
+    batch = shape.batch()
+    model.requires_grad_(False)
+
+    def step() -> Tensor:
+        embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+        with supervised_loss(model):
+            return model(inputs_embeds=embedded, labels=batch["labels"]).loss
+
+    return model, step
+
+
+def _matmuls(model: nn.Module, shape: Shape) -> Step:
+    """The products of every bottleneck of the model, nothing around them."""
+    adapters = [module for module in model.modules() if isinstance(module, Bottleneck)]
+    x = torch.randn(shape.rows * shape.length, shape.hidden).requires_grad_()
+
+    def step() -> Tensor:
+        return torch.stack([adapter.up(adapter.down(x))[0, 0] for adapter in adapters]).sum()
+
+    return step
+
+
+def _warm(made: Runs) -> Runs:
     for _, step in made.values():
         step()  # the first call finds out what the model does with its logits
     return made
 
 
-def parity(made: dict[str, tuple[nn.Module, Step]]) -> float:
-    """The largest difference of a gradient between lit_peft and peft, by the largest gradient."""
-    gradients = {}
+def parity(made: Runs) -> float:
+    """The largest difference of a gradient between lit_peft and peft, by the largest gradient; dropout is off."""
+    gradients = []
     for name in ("lit_peft", "peft"):
         model, step = made[name]
-        model.zero_grad()
+        model.eval()
         step().backward()
-        gradients[name] = {_plain(path): p.grad for path, p in model.named_parameters() if p.requires_grad}
+        trained = {_plain(path): p.grad for path, p in model.named_parameters() if p.requires_grad}
+        gradients.append(trained if "lora_A" in "".join(trained) else dict(enumerate(trained.values())))
         model.zero_grad()
-    ours, theirs = gradients["lit_peft"], gradients["peft"]
+        model.train()
+    ours, theirs = gradients
     assert ours.keys() == theirs.keys()
     scale = max(float(gradient.abs().max()) for gradient in theirs.values())
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours) / scale

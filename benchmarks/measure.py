@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -40,19 +42,39 @@ def saved_bytes(step: Step, model: nn.Module) -> int:
     return total
 
 
-def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, one of each in turn, the first round left out: whatever slows the machine slows all."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds by the clock and of the processor for each step, one of each in turn, the first round left out.
+
+    Whatever slows the machine slows all. The processor's seconds leave out what other processes took.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
             gc.collect()
-            start = time.perf_counter()
+            clock, processor = time.perf_counter(), time.process_time()
             step().backward()
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - clock, time.process_time() - processor))
     return seconds
 
 
-def ratio(seconds: dict[str, list[float]], name: str, to: str) -> float:
-    """Median over the rounds of one step's time by another's."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
+def ratio(seconds: dict[str, list[tuple[float, float]]], name: str, *to: str, which: int = 0) -> float:
+    """Median over the rounds of one step's time by that of others together: the clock's (0) or the processor's (1)."""
+    others = zip(*(seconds[other] for other in to), strict=True)
+    return statistics.median(
+        own[which] / sum(other[which] for other in row) for own, row in zip(seconds[name], others, strict=True)
+    )
+
+
+def peak_mb(run: Callable[[], object]) -> float:
+    """Increase of the resident memory in MB at its highest while `run` runs (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest starts anew
+    before = _resident("VmRSS")
+    run()
+    return (_resident("VmHWM") - before) / 1e6
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
