@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lit_peft
 from lit_peft.errors import LitPeftError, closest
+from lit_peft.kinds import check_kinds
 from lit_peft.methods.attachment import MethodSettings
 from lit_peft.optim import SCHEDULES, make_optimizer, make_schedule
 from lit_peft.sharding import shard
@@ -75,6 +76,7 @@ class BaseLM(pl.LightningModule):
     ) -> None:
         super().__init__()
         values = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_kinds(BaseLM.__init__, values)
         settings = getattr(self, "settings", None)
         values.update(
             {field.name: getattr(settings, field.name) for field in fields(settings)} if settings is not None else {}

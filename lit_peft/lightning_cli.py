@@ -47,6 +47,12 @@ class CLI(LightningCLI):
             parser.set_defaults({"return_predictions": False})
         return parser
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as problem:
+            raise LitPeftError(f"A file of settings is not UTF-8 ({problem}): save it as UTF-8.") from None
+
     def _parse_ckpt_path(self) -> None:
         # The configuration says what to build, and the checkpoint's tensors are checked against it.
         return None

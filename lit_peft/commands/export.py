@@ -56,8 +56,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # pickle.UnpicklingError, RuntimeError, EOFError, ...
         raise LitPeftError(f"{path} is not a checkpoint that is safe to read ({first_line(problem)}).") from None
-    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= set(checkpoint):
-        raise LitPeftError(f"{path} is not a checkpoint of a lit-peft run: it has no settings and tensors.")
+    for part in ("state_dict", "hyper_parameters"):
+        values = checkpoint.get(part) if isinstance(checkpoint, dict) else None
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+            raise LitPeftError(f"{path} is not a checkpoint of a lit-peft run: it has no settings and tensors by name.")
+    if not all(isinstance(value, torch.Tensor) for value in checkpoint["state_dict"].values()):
+        raise LitPeftError(f"{path} is not a checkpoint of a lit-peft run: its state_dict holds other things, too.")
     return checkpoint
 
 

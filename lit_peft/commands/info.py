@@ -25,8 +25,8 @@ def run(arguments: list[str]) -> None:
         from lit_peft.commands.export import load_checkpoint
 
         checkpoint = load_checkpoint(path)
-        settings = dict(checkpoint["hyper_parameters"])
-        facts = {"checkpoint": path, "base": settings.pop("base", ""), "step": checkpoint.get("global_step", "")}
+        settings = checkpoint["hyper_parameters"]
+        facts = {"checkpoint": path, "base": settings.get("base", ""), "step": checkpoint.get("global_step", "")}
         tensors, files = checkpoint["state_dict"], [path]
     else:
         from lit_peft.formats.files import read_extra
@@ -42,7 +42,8 @@ def run(arguments: list[str]) -> None:
         )
         inner = config.get("config")
         settings = dict(inner) if isinstance(inner, dict) else dict(config)
-        base: Any = read_extra(path).get("base") or {}
+        record = read_extra(path).get("base")
+        base = record if isinstance(record, dict) else {}
         method = config.get("peft_type") or settings.get("architecture") or "bottleneck"
         name = base.get("name") or config.get("base_model_name_or_path") or config.get("model_name") or "not recorded"
         facts = {"adapter": path, "format": "peft" if "peft_type" in config else "adapterhub"}

@@ -152,8 +152,12 @@ def _load(path: Path, field: str, value: str, loader: str, options: dict[str, An
     import datasets
 
     # pyarrow takes any bytes for text, and fails only where a cell is read.
-    if loader == "json" and (place := _not_utf8(path)):
-        raise LitPeftError(f"{field} {value!r} is not UTF-8: {place}; save it as UTF-8.")
+    if loader == "json":
+        if place := _not_utf8(path):
+            raise LitPeftError(f"{field} {value!r} is not UTF-8: {place}; save it as UTF-8.")
+        # pyarrow's reader does not survive it.
+        if number := _null_line(path):
+            raise LitPeftError(f"{field} {value!r}: line {number} is not a JSON object ('null').")
     try:
         with _quiet():
             table = datasets.load_dataset(
@@ -250,6 +254,18 @@ def _not_utf8(path: Path) -> str:
                 return f"byte 0x{byte:02x} in line {number} (offset {offset + exc.start})"
             offset += len(line)
     return ""
+
+
+def _null_line(path: Path) -> int:
+    """Return the number of the first line that is `null` in a file of JSON lines, or 0 if there is none."""
+    with path.open(encoding="utf-8-sig") as stream:
+        before = "}"
+        for number, line in enumerate(stream, start=1):
+            text = line.strip()
+            if text == "null" and before.endswith(("}", "null")):
+                return number
+            before = text or before
+    return 0
 
 
 def _broken_json(path: Path) -> str:

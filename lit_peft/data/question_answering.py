@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.files import column_values
+from lit_peft.data.text_classification import number
 from lit_peft.errors import LitPeftError
+from lit_peft.kinds import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,7 +133,7 @@ class QuestionAnsweringData(LitDataModule):
         contexts = column_values(rows.table, self.context_column)
         for row, answers in zip(rows.numbers, self._answers(rows), strict=True):
             for text, start in answers:
-                context = contexts[row]
+                context = str(contexts[row])
                 if start < 0 or context[start : start + len(text)] != text:
                     place = f"at character {start} of" if start >= 0 else "in"
                     raise LitPeftError(
@@ -143,7 +145,7 @@ class QuestionAnsweringData(LitDataModule):
         answers = column_values(rows.table, self.answers_column)
         starts = column_values(rows.table, self.start_column) if self.start_column else None
         contexts = column_values(rows.table, self.context_column)
-        return [answers_of(answers[row], starts[row] if starts else None, contexts[row]) for row in rows.numbers]
+        return [answers_of(answers[row], starts[row] if starts else None, str(contexts[row])) for row in rows.numbers]
 
     @cached_property
     def _may_have_none(self) -> bool:
@@ -252,36 +254,56 @@ def unfold(batch: dict[str, list[Any]], names: dict[str, str]) -> dict[str, list
     out: dict[str, list[Any]] = {name: [] for name in names.values()}
     for articles in batch["data"]:
         for article in articles if isinstance(articles, list) else [articles]:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
+            for paragraph in _member(article, "paragraphs", list):
+                for question in _member(paragraph, "qas", list):
                     # A question marked impossible has no answer, whatever else it says.
-                    answers = [] if question.get("is_impossible") else question.get("answers") or []
-                    out[names["id"]].append(str(question["id"]))
-                    out[names["question"]].append(question["question"])
-                    out[names["context"]].append(paragraph["context"])
+                    stated = not _member(question, "is_impossible", (bool, type(None)))
+                    answers = (_member(question, "answers", (list, type(None))) or []) if stated else []
+                    out[names["id"]].append(str(question.get("id")))
+                    out[names["question"]].append(_member(question, "question", str))
+                    out[names["context"]].append(_member(paragraph, "context", str))
                     out[names["answers"]].append(
                         {
-                            "text": [answer["text"] for answer in answers],
-                            "answer_start": [answer["answer_start"] for answer in answers],
+                            "text": [_member(answer, "text", str) for answer in answers],
+                            "answer_start": [_member(answer, "answer_start", int) for answer in answers],
                         }
                     )
     return out
 
 
+def _member(item: Any, key: str, kind: type | tuple[type, ...]) -> Any:
+    """A part of SQuAD's json.
+
+    Raises:
+        LitPeftError: it is missing or of another kind.
+    """
+    value = item.get(key) if isinstance(item, dict) else None
+    if not isinstance(value, kind):
+        raise LitPeftError(
+            "A SQuAD file has articles with 'paragraphs', these 'context' and 'qas', these 'question' and 'answers' "
+            f"with 'text' and 'answer_start'; this one has {key!r} = {shown(value)} in {shown(item)}."
+        )
+    return value
+
+
 def answers_of(answers: Any, start: Any, context: str) -> list[tuple[str, int]]:
     """Return a row's answers with the character each starts at (-1: it is not in the context); none: an empty list."""
     if isinstance(answers, dict):
-        texts = list(answers.get("text") or ())
-        starts = list(answers.get("answer_start") or ())
+        texts, starts = _listed(answers.get("text")), _listed(answers.get("answer_start"))
     elif isinstance(answers, list):
-        texts = [answer["text"] if isinstance(answer, dict) else answer for answer in answers]
+        texts = [answer.get("text") if isinstance(answer, dict) else answer for answer in answers]
         starts = [answer["answer_start"] for answer in answers if isinstance(answer, dict) and "answer_start" in answer]
     else:
         texts = [str(answers)] if answers is not None and str(answers).strip() else []
         starts = [] if start is None or not str(start).strip() else [start]
     if len(starts) != len(texts):
-        starts = [context.find(text) for text in texts]
-    return [(str(text), int(float(place))) for text, place in zip(texts, starts, strict=True)]
+        starts = [context.find(str(text)) for text in texts]
+    places = [number(start) for start in starts]
+    return [(str(text), -1 if at is None else int(at)) for text, at in zip(texts, places, strict=True)]
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def encode_windows(

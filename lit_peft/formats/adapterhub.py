@@ -18,7 +18,8 @@ from lit_peft.architectures import layer_stacks
 from lit_peft.errors import LitPeftError
 from lit_peft.formats import adapterhub_lora, adapterhub_prefix, peft_prefix
 from lit_peft.formats.files import fill, write_json
-from lit_peft.formats.untrusted import read_tensors
+from lit_peft.formats.untrusted import check_sizes, read_tensors
+from lit_peft.kinds import shown
 from lit_peft.methods.adapter_h import AdapterHSettings
 from lit_peft.methods.adapter_p import AdapterPSettings
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
@@ -111,15 +112,16 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
     settings: MethodSettings
     if "lit_peft" in config:
         settings = _own_settings(config, folder)
-    elif isinstance(config["config"], dict) and config["config"].get("architecture") == "lora":
+    elif _architecture(config) == "lora":
         settings, stored = adapterhub_lora.settings(config, stored, model, folder)
-    elif isinstance(config["config"], dict) and config["config"].get("architecture") == "prefix_tuning":
+    elif _architecture(config) == "prefix_tuning":
         settings = adapterhub_prefix.settings(config["config"], folder)
     else:
         settings = _settings(config["config"], folder)
         if any("crossattention.output.adapters." in key for key in stored):
             # In decoders of BERT's kind AdapterHub's mh_adapter means both attentions.
             settings = dataclasses.replace(settings, cross_adapter=True)
+    _check_sizes(settings, stored, model, folder)
     attach(model, settings)
     try:
         attachment = attachment_of(model)
@@ -139,6 +141,27 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
         detach(model)
         raise
     return model
+
+
+def _architecture(config: dict[str, Any]) -> Any:
+    return config["config"].get("architecture") if isinstance(config["config"], dict) else None
+
+
+def _check_sizes(settings: MethodSettings, stored: dict[str, Tensor], model: nn.Module, folder: Path) -> None:
+    sizes: dict[str, float | None]
+    if isinstance(settings, PrefixSettings):
+        names = ("num_virtual_tokens", "prefix_projection_size")
+        sizes = {name: getattr(settings, name) for name in names}
+    elif isinstance(settings, BottleneckSettings):
+        factor, width = settings.reduction_factor, getattr(getattr(model, "config", None), "hidden_size", None) or 1
+        factors = [number for number in (factor.values() if isinstance(factor, dict) else [factor]) if number]
+        sizes = {
+            "bottleneck_size": settings.bottleneck_size,
+            "the size by reduction_factor": width / min(factors) if factors else None,
+        }
+    else:
+        sizes = {}
+    check_sizes(stored, sizes, f"{folder}/adapter_config.json")
 
 
 def write(model: nn.Module, folder: Path, name: str = "default", own: bool = True) -> None:
@@ -226,29 +249,32 @@ def _written(settings: BottleneckSettings, width: int | None) -> dict[str, Any]:
 
 
 def _own_settings(config: dict[str, Any], folder: Path) -> BottleneckSettings | PrefixSettings:
-    values = dict(config["lit_peft"])
+    values = dict(config["lit_peft"]) if isinstance(config["lit_peft"], dict) else {}
     method = values.pop("method", None)
-    kind = _METHODS.get(method)
+    kind = _METHODS.get(method) if isinstance(method, str) else None
     known = set() if kind is None else {field.name for field in dataclasses.fields(kind)}
     if kind is None or not known.issuperset(values):
         raise LitPeftError(
-            f"{folder}/adapter_config.json has the method {method!r} with settings {sorted(set(values) - known)} that "
+            f"{folder}/adapter_config.json has the method {shown(method)} with settings "
+            f"{shown(sorted(set(values) - known))} that "
             "this version of lit_peft does not know: update lit_peft."
         )
     return kind(**values)
 
 
-def _settings(config: dict[str, Any] | str, folder: Path) -> BottleneckSettings:
+def _settings(config: Any, folder: Path) -> BottleneckSettings:
     """The settings that say what AdapterHub's configuration says."""
     where = f"{folder}/adapter_config.json"
     if isinstance(config, str):
         if config not in _NAMED:
-            raise LitPeftError(f"{where} names the configuration {config!r}, which cannot be read.")
+            raise LitPeftError(f"{where} names the configuration {shown(config)}, which cannot be read.")
         config = _NAMED[config]
+    if not isinstance(config, dict):
+        raise LitPeftError(f"{where} has the configuration {shown(config)}: give the folder that AdapterHub saved.")
     if config.get("architecture") is not None:
         raise LitPeftError(
-            f"{where} is of the architecture {config['architecture']!r}: only bottleneck adapters, LoRA and prefixes "
-            "can be read."
+            f"{where} is of the architecture {shown(config['architecture'])}: only bottleneck adapters, LoRA and "
+            "prefixes can be read."
         )
     active = sorted(key for key, value in config.items() if key not in _READ | _NEUTRAL and value)
     if active:

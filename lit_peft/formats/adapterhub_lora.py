@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from lit_peft.architectures import has_module, layer_stacks
 from lit_peft.errors import LitPeftError
+from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.attachment import Attachment
 from lit_peft.methods.lora import LoRASettings
+from lit_peft.methods.targets import is_linear
 from lit_peft.nn.linear import linear_features
 from lit_peft.nn.lora import LoRALinear
 
@@ -36,6 +38,17 @@ _READ = {
     "r",
     "selfattn_lora",
 }
+
+
+class _Values:
+    """The kinds of the values that are read."""
+
+    alpha: float
+    attn_matrices: list[str]
+    dropout: float
+    r: int
+
+
 # The kind of a matrix by the end of its name.
 _KINDS = {
     **dict.fromkeys(("q_proj", "query", "query_proj", "q_lin", "q"), "q"),
@@ -60,11 +73,12 @@ def settings(
         LitPeftError: it sets something that cannot be read, or a tensor has no place in the model.
     """
     values, where = config["config"], f"{folder}/adapter_config.json"
+    check_kinds(_Values, values, f"{where}: ")
     active = sorted(key for key, value in values.items() if key not in _READ and value)
     if active or values.get("composition_mode", "add") != "add":
-        named = ", ".join(active) or f"composition_mode={values['composition_mode']!r}"
+        named = ", ".join(active) or f"composition_mode={shown(values['composition_mode'])}"
         raise LitPeftError(f"{where} sets {named}, which would change the result and cannot be read.")
-    r, alpha = int(values.get("r", 8)), float(values.get("alpha", 8))
+    r, alpha = values.get("r", 8), float(values.get("alpha", 8))
     version = re.match(r"adapters\.(\d+)\.(\d+)", str(config.get("version", "")))
     if version and (int(version[1]), int(version[2])) < (1, 1):
         # AdapterHub before 1.1 did not scale its updates.
@@ -76,12 +90,21 @@ def settings(
     for key in [key for key in stored if key.endswith(end)]:
         found = key.removesuffix(end)
         path = next((p for p in (found, prefix + found, found.removeprefix(prefix)) if has_module(model, p)), None)
-        if path is None or key.removesuffix("A") + "B" not in stored:
-            raise LitPeftError(f"{folder} does not fit this model: {key} has no place in it, or no lora_B beside it.")
-        ranks[path] = stored[key].shape[0]
-        b, d_out = stored[key.removesuffix("A") + "B"], linear_features(model.get_submodule(path))[1]
+        b = stored.get(key.removesuffix("A") + "B")
+        whole = b is not None and b.dim() == 2 and stored[key].numel()
+        if path is None or not is_linear(model.get_submodule(path)) or b is None or not whole:
+            raise LitPeftError(
+                f"{folder} does not fit this model: {shown(key)} has no place in it, or no lora_B beside it."
+            )
+        ranks[path], d_out = len(stored[key]), linear_features(model.get_submodule(path))[1]
         if b.shape[0] != d_out or ranks[path] != r:
-            blocks = b.unflatten(0, (ranks[path] // r, -1))
+            count = ranks[path] // r if r > 0 else 0
+            if not 0 < count <= sum(matrices) or len(b) % count or b.shape[1] > r:
+                raise LitPeftError(
+                    f"{folder} does not fit this model: {shown(key)} has rank {ranks[path]}, and r={r} for "
+                    f"attn_matrices={shown(values.get('attn_matrices', ['q', 'v']))}."
+                )
+            blocks = b.unflatten(0, (count, -1))
             wide = b.new_zeros(3, blocks.shape[1], ranks[path])
             for number, matrix in enumerate(m for m in range(3) if matrices[m]):
                 wide[matrix, :, number * r : (number + 1) * r] = blocks[number]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_peft.architectures import has_module, layer_stacks
 from lit_peft.errors import LitPeftError
+from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment
 from lit_peft.methods.p_tuning_v2 import PTuningV2Settings
 from lit_peft.methods.prefix import PrefixSettings
@@ -36,13 +37,17 @@ def settings(values: dict[str, Any], folder: Path) -> PrefixSettings:
     active = sorted(key for key, value in values.items() if key not in _READ | _NEUTRAL and value)
     if active:
         raise LitPeftError(f"{where} sets {', '.join(active)}, which would change the result and cannot be read.")
-    if not isinstance(values.get("prefix_length"), int):
-        raise LitPeftError(f"{where} does not give prefix_length: give the folder that AdapterHub saved.")
+    length, size = values.get("prefix_length"), values.get("bottleneck_size", 512)
+    if not isinstance(length, int) or not isinstance(size, int):
+        raise LitPeftError(
+            f"{where} has prefix_length={shown(length)} and bottleneck_size={shown(size)}, which are no sizes: give "
+            "the folder that AdapterHub saved."
+        )
     flat = bool(values.get("flat", False))
     return (PTuningV2Settings if flat else PrefixTuningSettings)(
-        num_virtual_tokens=values["prefix_length"],
+        num_virtual_tokens=length,
         prefix_projection=not flat,
-        prefix_projection_size=None if flat else int(values.get("bottleneck_size", 512)),
+        prefix_projection_size=None if flat else size,
         positions="adapterhub",
         per_query_head=True,
         **{key: values[key] for key in _READ if values.get(key) is not None},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_peft.errors import LitPeftError
 from lit_peft.formats.untrusted import check_finite, read_json
+from lit_peft.kinds import shown
 
 EXTRA = "lit_peft.json"
 
@@ -33,7 +34,9 @@ def fill(
     """
     missing, extra = sorted(set(places) - set(stored)), sorted(set(stored) - set(places) - set(ignored))
     if missing or extra:
-        raise LitPeftError(f"{folder} does not fit this model: missing {missing[:3]}, unexpected {extra[:3]}.")
+        raise LitPeftError(
+            f"{folder} does not fit this model: missing {shown(missing[:3], 300)}, unexpected {shown(extra[:3], 300)}."
+        )
     for name, place in places.items():
         if stored[name].shape != place.shape:
             raise LitPeftError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import fill as fill_places
 from lit_peft.formats.untrusted import check_pattern
+from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.lora import LoRASettings
-from lit_peft.nn.lora import LoRAEmbedding
+from lit_peft.methods.targets import default_targets, find_targets, pattern_value
+from lit_peft.nn.lora import InitLoRA, LoRAEmbedding
 
 _PREFIX = "base_model.model."
 _A = re.compile(r"\.lora_(embedding_)?A(\.|$)")
@@ -51,34 +53,6 @@ NEUTRAL = {
 }
 
 
-def _is(*kinds: type, each: type | None = None) -> Callable[[Any], bool]:
-    def check(value: Any) -> bool:
-        if isinstance(value, bool) and bool not in kinds:
-            return False
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        return isinstance(value, kinds) and (each is None or all(type(part) in (each, int) for part in inner))
-
-    return check
-
-
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    "r": _is(int),
-    "lora_alpha": _is(int, float),
-    "lora_dropout": _is(int, float),
-    "target_modules": _is(str, list, each=str),
-    "exclude_modules": _is(str, list, each=str),
-    "rank_pattern": _is(dict, each=int),
-    "alpha_pattern": _is(dict, each=float),
-    "layers_to_transform": _is(int, list, each=int),
-    "layers_pattern": _is(str, list, each=str),
-    "bias": _is(str),
-    "init_lora_weights": _is(bool, str),
-    "use_rslora": _is(bool),
-    "use_dora": _is(bool),
-    "modules_to_save": _is(list, each=str),
-}
-
-
 def writes(settings: MethodSettings) -> bool:
     """Whether the settings are LoRA's."""
     return isinstance(settings, LoRASettings)
@@ -92,36 +66,44 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             the stored tensors.
     """
     values = {name: value for name, value in config.items() if name in READ and value is not None}
-    for name, value in values.items():
-        if not _KINDS[name](value):
-            raise LitPeftError(f"adapter_config.json: {name}={repr(value)[:80]} is not a value peft writes there.")
+    start = values.pop("init_lora_weights", True)
+    if not isinstance(start, bool | str):
+        raise LitPeftError(f"adapter_config.json: init_lora_weights={shown(start)} is not a value peft writes there.")
+    check_kinds(LoRASettings, values, "adapter_config.json: ")
     for name in ("target_modules", "exclude_modules"):
         if isinstance(values.get(name), str) and values[name] != "all-linear":
             check_pattern(values[name], f"adapter_config.json: {name}")
-    layers = values.get("layers_pattern") or []
+    lists = values.get("layers_pattern") or []
     for pattern in [*values.get("rank_pattern", ()), *values.get("alpha_pattern", ())]:
         check_pattern(pattern, "adapter_config.json: rank_pattern or alpha_pattern")
-    for pattern in [layers] if isinstance(layers, str) else layers:
+    for pattern in [lists] if isinstance(lists, str) else lists:
         check_pattern(pattern, "adapter_config.json: layers_pattern")
     if values.get("layers_to_transform") == []:
         del values["layers_to_transform"]
-    start = values.pop("init_lora_weights", True)
     if isinstance(start, str) and start not in _STARTS:
         raise LitPeftError(
-            f"adapter_config.json: init_lora_weights={start!r} changed the base weights in a way that cannot be had "
-            "again: save it with peft's path_initial_model_for_weight_conversion, or merged."
-        )
-    stored_rank = max([tensor.shape[0] for name, tensor in stored.items() if _A.search(name) and tensor.dim()] or [0])
-    if max([values.get("r", 8), *values.get("rank_pattern", {}).values()]) > stored_rank and not (
-        # With a rank for each module, the common one need not occur.
-        values.get("rank_pattern") and max(values["rank_pattern"].values()) <= stored_rank <= values.get("r", 8)
-    ):
-        raise LitPeftError(
-            f"adapter_config.json: r={values.get('r', 8)} with rank_pattern={values.get('rank_pattern', {})} is more "
-            f"than the stored tensors have (rank {stored_rank}): the folder is not whole."
+            f"adapter_config.json: init_lora_weights={shown(start)} changed the base weights in a way that cannot be "
+            "had again: save it with peft's path_initial_model_for_weight_conversion, or merged."
         )
     values["modules_to_save"] = _modules(model, values.get("modules_to_save") or ()) or None
-    return LoRASettings(**values, init_lora_weights=start if start in ("pissa", "olora") else "kaiming")
+    saved, layers = values["modules_to_save"], values.get("layers_to_transform")
+    targets = find_targets(
+        model,
+        values.get("target_modules") or default_targets(model),
+        values.get("exclude_modules"),
+        [layers] if isinstance(layers, int) else layers,
+        values.get("layers_pattern"),
+        saved,
+    )
+    wanted = max(pattern_value(values.get("rank_pattern", {}), path, values.get("r", 8)) for path in targets)
+    stored_rank = max([0, *(t.shape[0] for name, t in stored.items() if _A.search(name) and t.dim() and t.numel())])
+    if wanted > stored_rank:
+        raise LitPeftError(
+            f"adapter_config.json: r={values.get('r', 8)} with rank_pattern={shown(values.get('rank_pattern', {}))} is "
+            f"more than the stored tensors have (rank {stored_rank}): the folder is not whole."
+        )
+    known: InitLoRA = "pissa" if start == "pissa" else "olora" if start == "olora" else "kaiming"
+    return LoRASettings(**values, init_lora_weights=known)
 
 
 def fill(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import fill as fill_places
+from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
 from lit_peft.methods.p_tuning_v2 import PTuningV2Settings
 from lit_peft.methods.prefix import PrefixSettings
@@ -45,16 +46,24 @@ def writes(settings: MethodSettings) -> bool:
 def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]) -> PrefixSettings:
     """The settings in a folder's configuration: a table without an MLP, which has been folded away."""
     kind = PTuningV2Settings if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
-    heads = {name for name in stored if name != _TABLE}
+    table, length = stored.get(_TABLE), config.get("num_virtual_tokens")
+    if table is None or table.dim() != 2 or not isinstance(length, int) or len(table) != length:
+        shape = None if table is None else tuple(table.shape)
+        raise LitPeftError(
+            f"adapter_config.json: num_virtual_tokens={shown(length)}, and the stored {_TABLE} has the shape {shape}: "
+            "the folder is not whole."
+        )
+    heads, saved = {name for name in stored if name != _TABLE}, config.get("modules_to_save") or ()
+    check_kinds(PrefixSettings, {"modules_to_save": saved}, "adapter_config.json: ")
     return (kind or PrefixTuningSettings)(
-        num_virtual_tokens=config["num_virtual_tokens"],
+        num_virtual_tokens=length,
         prefix_projection=False,
         encoder_prefix=False,
         cross_prefix=False,
         positions=config.get("lit_peft", {}).get("positions", "peft"),
         modules_to_save=[
             name
-            for name in dict.fromkeys(config.get("modules_to_save") or ())
+            for name in dict.fromkeys(saved)
             if any(f".{name}." in f".{key.removeprefix(_PREFIX)}" for key in heads)
         ]
         or None,

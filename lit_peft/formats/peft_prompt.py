@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import fill as fill_places
+from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
 from lit_peft.methods.p_tuning import PTuningSettings
 from lit_peft.methods.prompt_tuning import PromptTuningSettings
@@ -18,6 +19,7 @@ from lit_peft.nn.prompt import PromptEncoder, SoftPrompt
 _PREFIX = "base_model."
 _PROMPT = "prompt_embeddings"
 _OWN = ("positions", "prompt_token_id")
+_SHARED = {"num_virtual_tokens", "num_transformer_submodules", "modules_to_save"}
 # For each end of a model's name, peft's task, and the modules that peft then takes for the head and stores.
 _TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
@@ -32,7 +34,7 @@ class PromptKind:
     def __init__(self, peft_type: str, settings_class: type[SoftPromptSettings], own: set[str]) -> None:
         self.peft_type = peft_type
         self.settings_class = settings_class
-        self.READ = {"num_virtual_tokens", "num_transformer_submodules", "modules_to_save", *own}
+        self.READ = {*_SHARED, *own}
         # The stored tensor says these too, or they are about how it came to be.
         self.NEUTRAL = {
             "num_attention_heads",
@@ -50,11 +52,18 @@ class PromptKind:
 
     def settings(self, model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]) -> SoftPromptSettings:
         """The settings in a folder's configuration; positions as peft counts them, where peft wrote it."""
-        if _PROMPT not in stored:
-            raise LitPeftError(f"adapter_model.safetensors has no tensor {_PROMPT}: it is not one that peft saved.")
-        values = {name: value for name, value in config.items() if name in self.READ and value is not None}
+        if _PROMPT not in stored or stored[_PROMPT].dim() != 2:
+            raise LitPeftError(f"adapter_model.safetensors has no table {_PROMPT}: it is not one that peft saved.")
+        # The network that computed the virtual tokens was folded away: no need to build it as large as it was.
+        values = {name: value for name, value in config.items() if name in _SHARED and value is not None}
+        rows, length = len(stored[_PROMPT]), values.get("num_virtual_tokens")
+        if not isinstance(length, int) or length < 1 or rows not in (length, 2 * length):
+            raise LitPeftError(
+                f"adapter_config.json: num_virtual_tokens={shown(length)}, and {_PROMPT} has {rows} rows: the folder "
+                "is not whole."
+            )
         values["modules_to_save"] = config["lit_peft"].get("modules_to_save", _stored_modules(stored)) or None
-        values["num_transformer_submodules"] = max(1, len(stored[_PROMPT]) // config["num_virtual_tokens"])
+        values["num_transformer_submodules"] = rows // length
         if self.settings_class is PromptTuningSettings:
             values["prompt_tuning_init"] = "RANDOM"
         own = {"positions": "sequence", **config["lit_peft"]}

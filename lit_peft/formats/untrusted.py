@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_peft.errors import LitPeftError, first_line
+from lit_peft.kinds import shown
 
 # An adapter's settings are a few KB; a safetensors header has about 100 bytes for each tensor.
 MAX_JSON = MAX_HEADER = 16 * 2**20
@@ -98,13 +99,33 @@ def read_tensors(folder: Path, safe: str, pickled: str | None = None) -> dict[st
         _refuse_pickle(path, "it would unpack to more than it has bytes")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, OSError) as problem:
+    except Exception as problem:  # torch's reader raises what the bytes make it stumble over
         _refuse_pickle(path, type(problem).__name__)
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
     ):
         _refuse_pickle(path, "it holds other things than named tensors")
     return found
+
+
+def check_sizes(stored: Mapping[str, Tensor], sizes: Mapping[str, float | None], where: str) -> None:
+    """Refuse settings that would make something larger than what a folder holds, before memory is taken for it.
+
+    Args:
+        stored: the folder's tensors.
+        sizes: settings that say how large one of them is, by name.
+        where: the file the settings are from.
+
+    Raises:
+        LitPeftError: one is larger than the largest tensor.
+    """
+    largest = max([0, *(tensor.numel() for tensor in stored.values())])
+    for name, size in sizes.items():
+        if size is not None and size > largest:
+            raise LitPeftError(
+                f"{where}: {name}={shown(size)} is more than the stored tensors have ({largest} numbers at most): the "
+                "folder is not whole."
+            )
 
 
 def check_finite(name: str, tensor: Tensor, folder: Path) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_peft.errors import LitPeftError
+from lit_peft.kinds import check_kinds
 
 Model = TypeVar("Model", bound=nn.Module)
 _KEY = "_lit_peft_attachment"
@@ -27,6 +28,9 @@ class MethodSettings:
     # What the method is commonly trained with, where the user gives none.
     learning_rate: ClassVar[float] = 1e-3
     modules_to_save: tuple[str, ...] | list[str] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_kinds(type(self), vars(self))
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
         """Put the method onto the frozen model, every change through `attachment`."""

@@ -76,6 +76,7 @@ class BottleneckSettings(MethodSettings):
     target_modules: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(
             bottleneck_size=self.bottleneck_size,
             non_linearity=self.non_linearity,

@@ -56,6 +56,7 @@ class LoRASettings(MethodSettings):
     loraplus_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.r <= 0:
             raise LitPeftError(f"r={self.r}: the rank must be a positive integer, e.g. r=8.")
         if self.bias not in ("none", "all", "lora_only"):

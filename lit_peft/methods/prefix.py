@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lit_peft.architectures import Layer, has_module, kv_shape, layer_stacks
 from lit_peft.errors import LitPeftError
+from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings
 from lit_peft.methods.targets import check_leave_out
 from lit_peft.nn.linear import adapter_dtype
@@ -71,6 +72,7 @@ class PrefixSettings(MethodSettings):
     roles: ClassVar[tuple[str, ...]] = ("self", "encoder", "cross")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # The layer checks its own settings.
         size = self.prefix_projection_size if self.prefix_projection else None
         Prefix(
@@ -88,7 +90,7 @@ class PrefixSettings(MethodSettings):
                 "prefix_projection=True, or leave it out."
             )
         if self.positions not in ("mask", "peft", "adapterhub"):
-            raise LitPeftError(f"positions={self.positions!r} is not known: use 'mask', 'peft' or 'adapterhub'.")
+            raise LitPeftError(f"positions={shown(self.positions)} is not known: use 'mask', 'peft' or 'adapterhub'.")
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
         """Put the prefix in front of every attention layer's keys and values."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
+from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings
 from lit_peft.nn.prompt import PromptEncoder, SoftPrompt
 
@@ -39,10 +40,11 @@ class SoftPromptSettings(MethodSettings):
     learning_rate: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_virtual_tokens <= 0:
             raise LitPeftError(f"num_virtual_tokens={self.num_virtual_tokens}: give a positive number, e.g. 20.")
         if self.positions not in ("mask", "sequence"):
-            raise LitPeftError(f"positions={self.positions!r} is not known: use 'mask' or 'sequence'.")
+            raise LitPeftError(f"positions={shown(self.positions)} is not known: use 'mask' or 'sequence'.")
         if self.num_transformer_submodules not in (1, 2):
             raise LitPeftError(f"num_transformer_submodules={self.num_transformer_submodules}: give 1, or 2 as peft.")
         if self.prompt_token_id is not None and self.positions == "sequence":
