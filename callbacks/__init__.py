@@ -6,6 +6,7 @@ from lit_peft.lazy import lazy_names
 
 _NAMES = {
     "AdapterCheckpoint": "lit_peft.callbacks.adapter_checkpoint",
+    "GracefulStop": "lit_peft.callbacks.graceful_stop",
     "PredictionWriter": "lit_peft.callbacks.prediction_writer",
     "RunBanner": "lit_peft.callbacks.run_banner",
     "TokenProgressBar": "lit_peft.callbacks.token_progress_bar",

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_peft.disk import put_in_place, sync, temporary_folder
+from lit_peft.disk import replace_folder, sync, temporary_folder, write_failure
 from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import write_json
 from lit_peft.formats.folder import write_adapter
@@ -268,7 +268,7 @@ class _Keeper(ModelCheckpoint):
         try:
             _fill(self._module, temporary, self.format)
             write_json(temporary / NOTE, note)
-            self._do(lambda: _replace(temporary, target), target, temporary)
+            self._do(lambda: replace_folder(temporary, target), target, temporary)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, SafetensorError):  # its only trouble in writing is the disk
@@ -399,22 +399,6 @@ def _note(folder: Path) -> dict[str, Any]:
     return note
 
 
-def _replace(temporary: Path, target: Path) -> None:
-    """Make `temporary` `target`; one that is there goes only when the new one is on the disk."""
-    old = target.with_name(f".{target.name}.old")
-    try:
-        if target.exists():
-            target.rename(old)
-        put_in_place(temporary, target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _link(link: Path, name: str) -> None:
     """Point `link` to the folder `name` beside it, in one step."""
     new = link.with_name(f".{link.name}.tmp-{os.getpid()}")
@@ -433,5 +417,4 @@ def _discard(folder: Path) -> None:
 
 
 def _failure(target: Path, error: OSError) -> str:
-    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
-    return f"The adapter could not be written to {target} ({reason}); the folders written before are untouched."
+    return write_failure("The adapter", target, error)

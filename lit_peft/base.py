@@ -18,6 +18,7 @@ from lit_peft.errors import LitPeftError, closest
 from lit_peft.kinds import check_kinds
 from lit_peft.methods.attachment import MethodSettings
 from lit_peft.optim import SCHEDULES, make_optimizer, make_schedule
+from lit_peft.randomness import run_seed, seed_all
 from lit_peft.sharding import shard
 from lit_peft.sources import BaseSource, hub_error, resolve_base
 from lit_peft.tasks import find_task
@@ -97,6 +98,7 @@ class BaseLM(pl.LightningModule):
         self.strict_loading = False
         self._tokenizer: Any = None
         self._takes_positions = False
+        self._run_seed: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -282,6 +284,19 @@ class BaseLM(pl.LightningModule):
 
     # --------------------------------------------------------------------------------------------- steps
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Begin the randomness of each batch (dropout) anew, from run, process, epoch and batch.
+
+        So a run that was killed and resumed draws what the uninterrupted one draws, whatever was drawn in between by
+        validation or by loaders.
+        """
+        if self._run_seed is None:
+            self._run_seed = self.trainer.strategy.broadcast(run_seed())
+        # Processes that share the parts of one batch (tensor parallelism) draw alike.
+        mesh = self.device_mesh
+        process = self.global_rank if mesh is None else mesh["data_parallel"].get_local_rank()
+        seed_all(self._run_seed, process, self.current_epoch, batch_idx)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of a batch. Works without a Trainer, too."""
         with self._loss_alone():
@@ -396,8 +411,13 @@ class BaseLM(pl.LightningModule):
         return result._replace(missing_keys=[])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the model before its tensors arrive."""
+        """Build the model before its tensors arrive, and go on with the run's randomness."""
         self.configure_model()
+        self._run_seed = checkpoint.get("run_seed", self._run_seed)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the run's randomness comes from."""
+        checkpoint["run_seed"] = self._run_seed
 
     def describe(self) -> dict[str, str]:
         """Return what a banner shows: base, task and method."""

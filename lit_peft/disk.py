@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -50,6 +51,28 @@ def put_in_place(temporary: Path, target: Path) -> None:
     sync_folder(temporary)
     temporary.rename(target)
     sync(target.parent)
+
+
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Make a filled temporary folder `target`; one that is there goes only when the new one is on the disk."""
+    old = target.with_name(f".{target.name}.old")
+    try:
+        if target.exists():
+            target.rename(old)
+        put_in_place(temporary, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_failure(what: str, target: Path, error: OSError) -> str:
+    """Say that something could not be written, and why."""
+    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+    return f"{what} could not be written to {target} ({reason}); what was written before is untouched."
 
 
 def open_to_others(folder: Path) -> None:

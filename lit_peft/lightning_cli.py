@@ -6,25 +6,31 @@ import inspect
 import logging
 import re
 import shlex
+import shutil
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 import lit_peft.data
 import lit_peft.modules
 from lit_peft.base import BaseLM
-from lit_peft.callbacks import PredictionWriter, RunBanner, TokenProgressBar
+from lit_peft.callbacks import GracefulStop, PredictionWriter, RunBanner, TokenProgressBar
+from lit_peft.checkpoint_io import AtomicCheckpointIO, write_file
 from lit_peft.data.base import LitDataModule
+from lit_peft.disk import replace_folder, temporary_folder, write_failure
 from lit_peft.errors import LitPeftError, closest
-from lit_peft.formats.folder import save_adapter
+from lit_peft.formats.folder import write_adapter
+from lit_peft.run_folder import CONFIG, RunLogger, earlier_run, newest_last
 
 RUNS = "lit_peft_runs"
 
@@ -34,6 +40,18 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise LitPeftError(_readable(message)) from ex
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the run's `config.yaml` whole or not at all: a resumed run is found by it."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self._folder = Path(str(trainer.log_dir))  # asks all processes
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        text = self.parser.dump(self.config, skip_none=False)
+        write_file(self._folder / CONFIG, text.encode())
 
 
 class CLI(LightningCLI):
@@ -79,13 +97,41 @@ class CLI(LightningCLI):
             extra.append(TokenProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
         if self.subcommand in ("test", "predict"):
             extra.append(PredictionWriter(config.output))
+        if self.subcommand == "fit" and not any(isinstance(callback, GracefulStop) for callback in given):
+            extra.append(GracefulStop())
         saves = config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run
         if saves and not any(isinstance(callback, ModelCheckpoint) for callback in given):
             extra.append(self._checkpoint())
+        root = Path(config.trainer.default_root_dir or RUNS)
+        _check_writable(root)
+        version = self._resumed_version(root, [*given, *extra])
         logger = config.trainer.logger
         if logger is None or logger is True:
-            kwargs["logger"] = CSVLogger(config.trainer.default_root_dir or RUNS, name=None)
-        return super().instantiate_trainer(callbacks=[*given, *extra], **kwargs)
+            kwargs["logger"] = RunLogger(root, name=None, version=version)
+        plugins = config.trainer.plugins or []
+        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        return super().instantiate_trainer(callbacks=[*given, *extra], plugins=plugins, **kwargs)
+
+    def _resumed_version(self, root: Path, callbacks: list[Any]) -> int | None:
+        """With `--ckpt_path last`, name the newest last checkpoint of this run, and return the run's number."""
+        config = self.config_init[self.subcommand]
+        if self.subcommand != "fit" or config.get("ckpt_path") != "last":
+            return None
+        plain = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
+        version = earlier_run(root, plain)
+        folders = [Path(c.dirpath) for c in callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        if version is not None:
+            folders.append(root / f"version_{version}" / "checkpoints")
+        found = newest_last(folders)
+        if found is None:
+            rank_zero_only(print)(
+                f"No run of this model and data in {root} has a last checkpoint: this is a first start."
+            )
+        if found is not None or config.trainer.logger in (None, True):
+            config.ckpt_path = None if found is None else str(found)
+        return version
 
     def _check_checkpoint(self) -> None:
         """Refuse a checkpoint that is not there, and say where testing without one is testing what is not trained."""
@@ -119,9 +165,14 @@ class CLI(LightningCLI):
         # The adapter people share is the best one, not the last.
         weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
         self.model.load_state_dict(weights)
+        adapter = folder / "adapter"
+        temporary = temporary_folder(adapter)
         try:
-            adapter = save_adapter(self.model.model, folder / "adapter")
+            write_adapter(self.model.model, temporary)
+            # A run that was killed here, and resumed, has one already.
+            replace_folder(temporary, adapter)
         except LitPeftError as problem:
+            shutil.rmtree(temporary, ignore_errors=True)
             print(f"{'weights':<18}in the checkpoint only ({problem})")
         else:
             size = sum(file.stat().st_size for file in adapter.iterdir())
@@ -153,10 +204,20 @@ def run(arguments: list[str]) -> None:
         parser_class=Parser,
         trainer_defaults={"enable_model_summary": False},
         seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )
+
+
+def _check_writable(root: Path) -> None:
+    """Say before anything is computed that the folder of the runs cannot be written to."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise LitPeftError(f"{write_failure('Runs', root, error)} Give another --trainer.default_root_dir.") from error
 
 
 def _quiet() -> None:

@@ -1,0 +1,127 @@
+"""A checkpoint before a run is stopped from outside."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+class GracefulStop(Callback):
+    """On SIGTERM, or the first Ctrl-C, writes `last.ckpt` and stops; on SLURM's signal, writes it and requeues the job.
+
+    The signal is only noted when it comes, and obeyed when the optimizer has stepped and no validation is going on, by
+    all processes at the same step: the checkpoint is one that a run goes on from exactly. The process ends with status
+    143 (SIGTERM) or 130 (Ctrl-C). A second Ctrl-C stops at once.
+
+    The checkpoint is the last one of the Trainer's `ModelCheckpoint`; without one (`enable_checkpointing=False`), none
+    is written. On SLURM, the requeued job finds Lightning's own `hpc_ckpt_….ckpt` besides.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._before: dict[int, Any] = {}
+        self._requeue: Callable[..., Any] | None = None
+        self._steps = 0
+
+    # ------------------------------------------------------------------------------------------ signals
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._signal, self._steps = None, trainer.global_step
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._take(number)
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            # Lightning's handler would save in the middle of a step.
+            number = environment.requeue_signal or signal.SIGUSR1
+            self._take(number)
+            self._requeue = self._before[number]
+
+    def _take(self, number: int) -> None:
+        self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self._signal is not None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self._signal = number
+        if number == signal.SIGINT:
+            print("\nStopping after this step; Ctrl-C again stops at once.", flush=True)
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._give_back()
+
+    # ------------------------------------------------------------------------------------------ obeying
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._steps:
+            self._steps = trainer.global_step
+            self._obey(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Half a validation is none: it is over first.
+        trainer._signal_connector.received_sigterm = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._obey(trainer)
+
+    def _obey(self, trainer: pl.Trainer) -> None:
+        """Let the loop stop where it next looks: after the step, validation included, or at the end of the epoch."""
+        number = self._signal or 0
+        if trainer.world_size > 1:
+            ours = torch.tensor(float(number), device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(ours, reduce_op="max"))
+        if not number:
+            return
+        if self._requeue is not None and number not in (signal.SIGTERM, signal.SIGINT):
+            self._signal = None
+            self._save(trainer)
+            self._requeue(number, None)
+            return
+        self._signal = number
+        trainer._signal_connector.received_sigterm = True
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._give_back()
+        if self._signal is None or not isinstance(exception, SIGTERMException):
+            return
+        path = self._save(trainer)
+        exception.code = 128 + self._signal
+        if trainer.is_global_zero:
+            kept = (
+                f"{path} is written. To go on, start the same command again with --ckpt_path last (from Python: "
+                f"trainer.fit(..., ckpt_path={str(path)!r}))."
+                if path
+                else "The Trainer has no ModelCheckpoint, so nothing is kept of it."
+            )
+            print(
+                f"\nStopped by {signal.Signals(self._signal).name} after step {trainer.global_step}. {kept}", flush=True
+            )
+
+    def _save(self, trainer: pl.Trainer) -> Path | None:
+        """Write the last checkpoint, and return its path."""
+        keeper = next((found for found in trainer.checkpoint_callbacks if isinstance(found, ModelCheckpoint)), None)
+        if keeper is None or not keeper.dirpath:
+            return None
+        name = f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
+        keeper.last_model_path = keeper.last_model_path or str(Path(keeper.dirpath) / name)
+        trainer.save_checkpoint(keeper.last_model_path)
+        return Path(keeper.last_model_path)

@@ -1,0 +1,66 @@
+"""Training checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from lit_peft.disk import sync, write_failure
+from lit_peft.errors import LitPeftError
+
+# What a killed process left half written is removed when it is this old: a running one needs less.
+_STALE_SECONDS = 3600
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, syncs it to the disk, and renames it. A plugin of the Trainer.
+
+    Lightning writes to the system's temporary folder and moves the file, which copies where that is another file
+    system: a process killed, or a disk full, during the copy leaves half a checkpoint in the place of a good one.
+    Checkpoints elsewhere than in the file system (`s3://…`) are Lightning's own.
+
+    Raises:
+        LitPeftError: the file cannot be written; the one that was there still is.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        # In memory first: torch's own writer has no clear error for a full disk.
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            write_file(Path(path), content.getbuffer())
+        except OSError as error:
+            raise LitPeftError(write_failure("The checkpoint", Path(path), error)) from error
+
+
+def write_file(target: Path, content: Any) -> None:
+    """Write bytes as a file that a reader sees whole, the old one or the new one.
+
+    Raises:
+        OSError: it could not be written; what was there still is.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}.tmp-*"):
+        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+            left.unlink(missing_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(target.parent)
