@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,12 @@ import lit_peft
 from lit_peft import InstructionData, LitPeftError, ReasoningData
 from lit_peft.data.instruction import fill_template
 from lit_peft.tasks.answers import extract_answer, find_benchmark, kind_of, same_answer
+
+ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("reference_answers", ROOT / "benchmarks" / "reference_answers.py")
+assert _spec is not None and _spec.loader is not None
+reference_answers = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(reference_answers)
 
 QUIET: dict[str, Any] = {
     "logger": False,
@@ -60,6 +67,19 @@ def questions(count: int = 6) -> list[dict[str, Any]]:
         ("the answer is 3/4 of it", "number", "0.75"),
         ("The answer is 4.\n\n### Instruction:\nThe answer is 9.", "number", "4"),
         ("no idea", "number", None),
+        ("The answer is $118 000.", "number", "118000"),
+        ("The answer is $9 500.", "number", "9500"),
+        ("The answer is 1 1/2 cups", "number", "1.5"),
+        ("It is 1 200", "number", "200"),
+        ("48/2 = <<48/2=24>>24\n#### 1,072", "number", "1072"),
+        ("The answer to the question is 7. Not 8.", "number", "7"),
+        ("**Answer**: 7, not 8", "number", "7"),
+        ("The answer is −3.", "number", "-3"),
+        ("The answer is -3/4.", "number", "-0.75"),
+        ("A: 3 * 5 = 15.", "letter", None),
+        ("A", "letter", "A"),
+        ("C. 15", "letter", "C"),
+        ("The correct option is B, as A is 3.", "letter", "B"),
         ("Because each of them is 2. The answer is (D).", "letter", "D"),
         ("A: Each is 3, so (C)", "letter", "C"),
         ("B", "letter", "B"),
@@ -85,34 +105,38 @@ def test_benchmarks_by_name_and_forms_of_gold() -> None:
     ]
     with pytest.raises(LitPeftError, match="'boolq'"):
         find_benchmark("bolq")
-    golds = ["-3.50", ["4"], "C", "false", "option2", "well"]
-    assert [kind_of(gold) for gold in golds] == ["number", "number", "letter", "truth", "option", None]
+    golds = ["-3.50", ["4"], "C", "false", "option2", "well", "1 + 1 = 2\n#### 2", 3]
+    kinds = ["number", "number", "letter", "truth", "option", None, "number", "number"]
+    assert [kind_of(gold) for gold in golds] == kinds
+    assert same_answer("2", golds[-2], "number")
     assert same_answer("0.3335", "0.333", "number") and not same_answer("0.335", "0.333", "number")
 
 
-@pytest.mark.skipif("LIT_PEFT_LLM_ADAPTERS" not in os.environ, reason="LIT_PEFT_LLM_ADAPTERS names no folder of files")
-def test_reference_outputs_of_the_real_files() -> None:
-    """Every reference output gives gold, but those that say something else themselves."""
-    import re
+def test_reference_outputs_are_sorted_by_reason() -> None:
+    cases = [
+        ("A: The answer is 4.", "5", "other"),
+        ("A: 4 + 1 = 5, less 1. The answer is 4.", "5.0", "step"),
+        ("The answer is -5.", "5", "sign"),
+        ("The answer is 500.", "5", "power"),
+        ("The answer is 1004.", "1,000", "close"),
+        ("The answer is 4 + 5 = 9.", "5", "part"),
+        ("The answer is 4 cats and 3 dogs.", "7", "several"),
+        ("A: 2 cats. The answer is unknown.", "5", "wordless"),
+        ("A: He has 4 cats.", "5", "open"),
+        (" ", "5", "empty"),
+        ("The answer is (B).", "C", "letter"),
+        ("The answer is 5.", "5", None),
+    ]
+    for output, gold, key in cases:
+        found = reference_answers.differing([{"output": output, "answer": gold}])
+        assert list(found) == ([] if key is None else [key]), (output, gold)
 
-    # The reference names the gold number, but as another quantity than its answer.
-    ambiguous = ("5 arms and 3 legs, or 8 limbs", "The answer is 58 + 94 = 152 inches")
-    for file in sorted(Path(os.environ["LIT_PEFT_LLM_ADAPTERS"]).glob("*.json")):
-        rows = json.loads(file.read_text())
-        for row in rows if "output" in rows[0] else ():
-            kind = kind_of(row["answer"])
-            assert kind is not None
-            answer = extract_answer(row["output"], kind)
-            if same_answer(answer, row["answer"], kind):
-                continue
-            assert kind in ("number", "letter"), (file.name, row)
-            said = re.split("answer is", row["output"], flags=re.IGNORECASE)
-            if len(said) == 1:
-                continue  # The reference breaks off before it answers.
-            # A plain rule in place of ours: the gold one stands nowhere behind the words "answer is".
-            gold = row["answer"].removesuffix(".0")
-            stands = re.search(rf"(?<![\d.-]){re.escape(gold)}(?!\.?\d)", said[-1].replace(",", ""))
-            assert not stands or any(text in row["output"] for text in ambiguous), (file.name, answer, row)
+
+@pytest.mark.skipif("LIT_PEFT_LLM_ADAPTERS" not in os.environ, reason="LIT_PEFT_LLM_ADAPTERS names no folder of files")
+def test_reference_outputs_of_the_real_files_are_listed() -> None:
+    page = (ROOT / "docs" / "reasoning.md").read_text("utf-8")
+    listed = page.partition(reference_answers.START)[2].partition(reference_answers.END)[0]
+    assert reference_answers.listing(Path(os.environ["LIT_PEFT_LLM_ADAPTERS"])) == listed.strip()
 
 
 def test_template_is_alpacas() -> None:

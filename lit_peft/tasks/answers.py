@@ -1,20 +1,16 @@
 """Answers of LLM-Adapters' benchmarks: which there are, and how they are read out of generated text.
 
-Their scripts (`evaluate.py`, `commonsense_evaluate.py` of AGI-Edgerunners/LLM-Adapters) find answers otherwise. The
-differences, and where theirs are wrong:
+Their scripts (`evaluate.py`, `commonsense_evaluate.py` of AGI-Edgerunners/LLM-Adapters) find answers otherwise; the
+differences, and where theirs are wrong, stand in `docs/reasoning.md`, with each reference output of their files that
+does not state its gold answer. Here:
 
-- Letter (AQuA): theirs is the first capital A to E anywhere, so "Because …", "Each …" and the "A:" that opens an answer
-  count. Here: a letter that stands by itself, after the last "answer is"; without the phrase, the last in parentheses.
-- Number: theirs is the last number of the text after all commas are dropped, so "4,5" is 45, and what a model adds
-  after its answer counts instead of it ("The answer is 4. He had 7 before."). Here: the number after the last
-  "answer is" (after the last "=" of that sentence); without the phrase, the last number; a comma is part of a number
-  only between groups of three digits; a minus after a digit is no sign; "3/4" is 0.75.
-- No number: theirs fails on an index, or counts infinity. Here: no answer, which is wrong.
-- Choice: theirs is the first `answerN`, `solutionN`, `endingN`, `optionN`, `true` or `false`, in lower case. Here: the
-  first after the last "answer is"; without the phrase, the one choice that the text names; a text that names several
-  has no answer. Upper and lower case are the same, and "answer 1" is "answer1"; "answer12" is not.
-- Text after a new "###" heading or an end-of-text is not part of the answer; theirs reads on.
-- Gold: the older of theirs takes `answer[-1]`, the last character of a text. Here: the whole text, or a list's end.
+- Number: the one after the last "answer is" (after the last "=" of that sentence); without these words, the last one.
+  A comma is part of a number only between groups of three digits; a minus after a digit or a word is no sign.
+- Letter (AQuA): one that stands by itself after the last "answer is"; without these words, the last in parentheses, or
+  the text's first word.
+- Choice: the first after the last "answer is"; without these words, the one choice that the text names; a text that
+  names several has no answer.
+- What follows a new "###" heading or an end-of-text is not part of the answer.
 """
 
 from __future__ import annotations
@@ -57,10 +53,18 @@ _ALIASES = {
 TOLERANCE = 1e-3
 """Two numbers this close are the same answer, as in LLM-Adapters."""
 
-_STATEMENT = re.compile(r"\banswer(?: is|:)[:\s]*", re.IGNORECASE)
-_END = re.compile(r"\n\s*###|<\|?(?:end\w*|im_\w+|/s|eot_id)\|?>|</s>")
+# "The answer is", "Answer:", "the correct option is", and GSM8K's own "####".
+_STATEMENT = re.compile(
+    r"\banswers?(?:\s+(?:to|for)\s[^.:?!\n]{0,60}?)?(?:\s+(?:is|are|would be|will be)\b|\W{0,3}[:=])[:\s]*"
+    r"|\bcorrect (?:option|choice) is[:\s]*|####\s*",
+    re.IGNORECASE,
+)
+_END = re.compile(r"\n\s*###(?!#)|<\|?(?:end\w*|im_\w+|/s|eot_id)\|?>|</s>")
+# Sign, dollar, sign, the whole of "1 1/2", digits ("1,200.5"; "$1 200"), and what they are divided by.
 _NUMBER = re.compile(
-    r"(?<![\d.])(-\s?)?\$?\s?(-)?((?:\d{1,3}(?:,\d{3})+(?![\d]))(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+(?:\.\d+)?))?"
+    r"(?<![\d.])([-−]\s?)?\$?\s?([-−])?(?:(\d+) (?=\d+/\d))?"
+    r"((?<=\$)\d{1,3}(?: \d{3})+(?!\d)|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    r"(?:\s?/\s?(\d+(?:\.\d+)?))?"
 )
 _LETTER = re.compile(r"\(([A-E])\)|(?<![A-Za-z'])([A-E])(?![A-Za-z'])")
 
@@ -95,10 +99,10 @@ def kind_of(gold: Any) -> str | None:
 
 
 def gold_text(gold: Any) -> str:
-    """Return a gold answer as text; of a list, as some of the files have it, the last entry."""
+    """Return a gold answer as text: of a list the last entry, of a solution in GSM8K's own form what follows "####"."""
     while isinstance(gold, list) and gold:
         gold = gold[-1]
-    return "" if gold is None else str(gold).strip()
+    return "" if gold is None else str(gold).rpartition("####")[2].strip()
 
 
 def extract_answer(text: str, kind: str) -> str | None:
@@ -121,7 +125,8 @@ def extract_answer(text: str, kind: str) -> str | None:
     if kind == "letter":
         letters = [match[1] or match[2] for match in _LETTER.finditer(said)]
         if not letters:
-            whole = re.fullmatch(r"\s*\(?([A-E])[).:]?(?:\s.*)?", text, re.DOTALL)
+            # "B", "(B)", "B. 12" and "B: 12"; but "A: …" only opens an answer.
+            whole = re.fullmatch(r"\s*\(?(?!A:\s*\S)([A-E])[).:]?(?:\s.*)?", text, re.DOTALL)
             last = re.findall(r"\(([A-E])\)", text)
             letters = last[-1:] or ([whole[1]] if whole else [])
         return letters[0] if letters else None
@@ -152,10 +157,11 @@ def _choices(text: str, kind: str) -> list[str]:
 def _numbers(text: str) -> list[str]:
     found = []
     for match in _NUMBER.finditer(text):
-        before, after, digits, below = match.groups()
-        value = float(digits.replace(",", ""))
+        before, after, whole, digits, below = match.groups()
+        value = float(re.sub("[, ]", "", digits))
         if below is not None and float(below) != 0:
             value /= float(below)
+        value += float(whole or 0)
         # "5-3" and "a-3": a hyphen or the operator, not a sign.
         signed = (before and not re.search(r"[\w)]\s?$", text[: match.start()])) or after
         found.append(repr(-value if signed else value).removesuffix(".0"))
