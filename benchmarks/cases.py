@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lit_peft.callbacks import ActivationCache
 from measure import Step
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
@@ -78,6 +80,8 @@ class Shape:
         return {"input_ids": ids, "labels": labels}
 
 
+# From the second epoch on, with the frozen layers' states kept.
+CACHED = "lit_peft, cached"
 Runs = dict[str, tuple[nn.Module, Step]]
 
 # Each other method of ours, and peft's settings of the same; None where peft does not have it.
@@ -131,6 +135,12 @@ def runs(shape: Shape, full: bool = True, only: str | None = None) -> Runs:
         theirs = get_peft_model(copy.deepcopy(base), LoraConfig(**settings))
         _copy_adapters(ours, theirs)
         made = {"lit_peft": _ours(ours, shape), "peft": _theirs(theirs, shape)}
+    if shape.top is not None and only in (None, CACHED):
+        kept = lit_peft.attach(copy.deepcopy(base), LoRASettings(**settings))
+        if only is None:
+            kept.load_state_dict(made["lit_peft"][0].state_dict())
+        ActivationCache().on_fit_start(SimpleNamespace(global_rank=0, precision="32-true"), kept)  # type: ignore[arg-type]
+        made[CACHED] = _ours(kept, shape)
     if only in (None, "floor"):
         made["floor"] = _floor(base if only else copy.deepcopy(base), shape)
     if full and only in (None, "full fine-tuning"):

@@ -23,6 +23,15 @@ def flops(step: Step) -> int:
     return counter.get_total_flops()
 
 
+def gradients(model: nn.Module, step: Step) -> list[Tensor]:
+    """The gradients of one step, of every trained parameter in turn."""
+    model.zero_grad()
+    step().backward()
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    return found
+
+
 def saved_bytes(step: Step, model: nn.Module) -> int:
     """Bytes kept for the backward pass, each storage once, the model's own parameters and buffers not counted."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}

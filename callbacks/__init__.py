@@ -5,6 +5,7 @@ from __future__ import annotations
 from lit_peft.lazy import lazy_names
 
 _NAMES = {
+    "ActivationCache": "lit_peft.callbacks.activation_cache",
     "AdapterCheckpoint": "lit_peft.callbacks.adapter_checkpoint",
     "GracefulStop": "lit_peft.callbacks.graceful_stop",
     "PredictionWriter": "lit_peft.callbacks.prediction_writer",
