@@ -540,3 +540,8 @@ def test_adapterhub_lora(name: str, version: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(text.replace('"use_gating": false', '"use_gating": true'))
     with pytest.raises(LitPeftError, match="use_gating"):
         lit_peft.load_adapter(make(name), tmp_path)
+
+
+def test_a_layer_without_a_batch_axis_keeps_its_shape() -> None:
+    model = lit_peft.attach(make("opt post-LN"), AdapterPSettings(original_ln_after=False))
+    assert model(**batch("opt")).logits.shape == (2, 7, 61)

@@ -304,3 +304,12 @@ def test_what_adapterhub_has_no_place_for_is_named(settings: Any, said: str, tmp
     with pytest.raises(LitPeftError, match=said):
         lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_head_whose_name_ends_like_another(tmp_path: Path) -> None:
+    model = lit_peft.attach(make("distilbert"), LoRASettings(r=2, modules_to_save=["classifier"]))
+    scramble(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter")
+    again = lit_peft.load_adapter(make("distilbert"), folder)
+    assert lit_peft.trainable_parameters(again) == lit_peft.trainable_parameters(model)
+    close(logits(again, "distilbert"), logits(model, "distilbert"))

@@ -85,15 +85,22 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             f"adapter_config.json: init_lora_weights={shown(start)} changed the base weights in a way that cannot be "
             "had again: save it with peft's path_initial_model_for_weight_conversion, or merged."
         )
-    values["modules_to_save"] = _modules(model, values.get("modules_to_save") or ()) or None
-    saved, layers = values["modules_to_save"], values.get("layers_to_transform")
+    # peft takes `pre_classifier` for a `classifier`, and then stores it, too; a folder of ours does not.
+    named = values.get("modules_to_save") or ()
+    ours = tuple(f".{name}" for name in named)
+    saved = [
+        path
+        for path in _modules(model, named)
+        if f".{path}".endswith(ours) or any(name.startswith(f"{_PREFIX}{path}.") for name in stored)
+    ]
+    values["modules_to_save"], layers = saved or None, values.get("layers_to_transform")
     targets = find_targets(
         model,
         values.get("target_modules") or default_targets(model),
         values.get("exclude_modules"),
         [layers] if isinstance(layers, int) else layers,
         values.get("layers_pattern"),
-        saved,
+        values["modules_to_save"],
     )
     wanted = max(pattern_value(values.get("rank_pattern", {}), path, values.get("r", 8)) for path in targets)
     stored_rank = max([0, *(t.shape[0] for name, t in stored.items() if _A.search(name) and t.dim() and t.numel())])

@@ -242,7 +242,8 @@ class SublayerAdapter(Bottleneck):
     def pass_over(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook of LN: the layer's result where `original_ln_after` is False."""
         result, self._result = self._result, None
-        return result
+        # OPT's feed-forward has no batch axis.
+        return None if result is None else result.view_as(output)
 
     def _adapted(self, y: Tensor, x: Tensor | None) -> Tensor:
         (norm,) = self._norm
