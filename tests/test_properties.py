@@ -35,7 +35,7 @@ settings.register_profile(
 settings.register_profile(
     "thorough",
     settings.get_profile("quick"),
-    max_examples=400,
+    max_examples=200,
     derandomize=False,
     phases=[Phase.generate, Phase.shrink],
 )
