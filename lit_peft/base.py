@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from lit_peft.errors import LitPeftError, closest
 from lit_peft.kinds import check_kinds
 from lit_peft.methods.attachment import MethodSettings
 from lit_peft.optim import SCHEDULES, make_optimizer, make_schedule
+from lit_peft.quantization import check_quantization, loading_arguments, quantize
 from lit_peft.randomness import run_seed, seed_all
 from lit_peft.sharding import shard
 from lit_peft.sources import BaseSource, hub_error, resolve_base
@@ -45,6 +47,9 @@ class BaseLM(pl.LightningModule):
         warmup_steps: optimizer steps of linear warmup; below 1, a share of all steps.
         generation: arguments for `generate` at prediction, e.g. `{max_new_tokens: 64}`.
         dtype: `float32`, `bfloat16` or `float16` for the frozen base; the trainer's precision decides when unset.
+        adapter_dtype: the same for what is trained: `float32` keeps master weights under precision `bf16-true`.
+        quantization: `int8` or `int4` (torchao), `nf4`, `nf4-dq`, `fp4`, `fp4-dq` or `llm-int8` (bitsandbytes) for
+            the frozen base, or a quantization config of transformers as a dictionary.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`, ...: transformers' choice when unset.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
         supervised_loss: compute a causal LM's loss on the supervised tokens alone: the same loss for less.
@@ -69,6 +74,8 @@ class BaseLM(pl.LightningModule):
         warmup_steps: float = 0.06,
         generation: dict[str, Any] | None = None,
         dtype: str | None = None,
+        adapter_dtype: str | None = None,
+        quantization: str | dict[str, Any] | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
@@ -90,8 +97,10 @@ class BaseLM(pl.LightningModule):
             raise LitPeftError(f"learning_rate={learning_rate}: give a positive number, e.g. 5e-4.")
         if warmup_steps < 0:
             raise LitPeftError(f"warmup_steps={warmup_steps}: give a number of steps, or a share of them below 1.")
-        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise LitPeftError(f"dtype={dtype!r} is not known: use 'float32', 'bfloat16' or 'float16'.")
+        for name, value in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
+            if value is not None and not isinstance(getattr(torch, value, None), torch.dtype):
+                raise LitPeftError(f"{name}={value!r} is not known: use 'float32', 'bfloat16' or 'float16'.")
+        check_quantization(quantization)
         self.model: Any = None
         self.val_metrics = nn.ModuleDict()
         self.test_metrics = nn.ModuleDict()
@@ -128,6 +137,7 @@ class BaseLM(pl.LightningModule):
                 dtype=dtype,
                 output_loading_info=True,
                 **self._hub_settings(),
+                **loading_arguments(self.hparams.quantization, dtype, self.task.heads),
             )
         except Exception as problem:  # OSError, ValueError, ImportError, KeyError, by what is wrong
             raise hub_error(self.hparams.base, problem) from problem
@@ -137,6 +147,7 @@ class BaseLM(pl.LightningModule):
                 f"base={self.hparams.base!r} has no weights for {', '.join(sorted(missing)[:3])}, which "
                 f"task={self.hparams.task!r} needs: choose a base that was trained for it, or another task."
             )
+        quantize(model, self.hparams.quantization, self.task.heads)
         model.train()  # transformers hands models over in evaluation mode, and Lightning keeps the mode it finds
         if self.hparams.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -169,7 +180,10 @@ class BaseLM(pl.LightningModule):
         tensors = set() if backbone is None else set(backbone.state_dict())
         if not tensors or not {f"{prefix}{name}" for name in tensors} <= set(missing):
             return set(missing)
-        settings = {**self._hub_settings(), "config": model.config, "dtype": dtype}
+        config = copy.deepcopy(model.config)
+        vars(config).pop("quantization_config", None)
+        settings = {**self._hub_settings(), "config": config, "dtype": dtype}
+        settings |= loading_arguments(self.hparams.quantization, dtype)
         loaded = _transformers().AutoModel.from_pretrained(source.path, **settings)
         setattr(model, model.base_model_prefix, loaded)
         return {name for name in missing if not name.startswith(prefix)}

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import read_extra
 from lit_peft.methods.attachment import attachment_of, base_name
+from lit_peft.nn.linear import linear_features
 from lit_peft.nn.lora import LoRALayer
+from lit_peft.nn.quantized import is_quantized
 
 KEY = "base"
 _TENSORS, _VALUES = 16, 4
@@ -45,7 +47,7 @@ def check_base(model: nn.Module, folder: Path) -> None:
         return
     trained = recorded.get("trained")
     ours = _record(_weights(model, {}, trained if isinstance(trained, list) else []), model)
-    if _quantized(model) or ours["shapes"] == recorded.get("shapes"):
+    if ours["shapes"] == recorded.get("shapes"):
         theirs = recorded.get("sample")
         known = theirs if isinstance(theirs, dict) else {}
         if all(_alike(values, known[name]) for name, values in ours["sample"].items() if name in known):
@@ -61,7 +63,14 @@ def check_base(model: nn.Module, folder: Path) -> None:
 
 
 def _record(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
-    shapes = repr(sorted(tuple(weight.shape) for weight in weights.values()))
+    prefix = getattr(model, "base_model_prefix", "")
+    # What a quantized layer stores has another shape than its weight.
+    quantized = {
+        base_name(f"{path}.weight").removeprefix(f"{prefix}."): linear_features(module)[::-1]
+        for path, module in model.named_modules()
+        if is_quantized(module)
+    }
+    shapes = repr(sorted(quantized.get(name, tuple(weight.shape)) for name, weight in weights.items()))
     # The largest say most: norms and biases are alike in many models.
     largest = sorted(weights, key=lambda name: (-weights[name].numel(), name))[:_TENSORS]
     return {
@@ -89,10 +98,6 @@ def _weights(model: nn.Module, adapted: Mapping[str, nn.Module], without: Collec
             if kept is not None and name in weights:
                 weights[name] = kept
     return weights
-
-
-def _quantized(model: nn.Module) -> bool:
-    return getattr(getattr(model, "config", None), "quantization_config", None) is not None
 
 
 def _can_sample(weight: Tensor) -> bool:

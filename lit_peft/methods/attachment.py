@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import check_kinds
+from lit_peft.nn.quantized import is_quantized
 
 Model = TypeVar("Model", bound=nn.Module)
 _KEY = "_lit_peft_attachment"
@@ -107,6 +108,11 @@ class Attachment:
         parent, _, name = path.rpartition(".")
         owner = self.model.get_submodule(parent)
         original = owner.get_parameter(name)
+        if name == "weight" and is_quantized(owner):
+            raise LitPeftError(
+                f"{path} is quantized and cannot be trained itself: leave it out of modules_to_save, or load the base "
+                "unquantized."
+            )
         copy = nn.Parameter(original.detach().clone(), requires_grad=True)
         setattr(owner, name, copy)
         self.trained.append(path)

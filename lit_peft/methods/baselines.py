@@ -10,6 +10,7 @@ from torch import nn
 from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, MethodSettings
 from lit_peft.methods.mixin import MethodMixin
+from lit_peft.nn.quantized import is_quantized
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,11 @@ class FullFineTuningSettings(MethodSettings):
         def refuse() -> None:
             raise LitPeftError("Full fine-tuning changed the base itself: load the base again instead of detaching.")
 
+        if any(is_quantized(module) for module in model.modules()):
+            raise LitPeftError("A quantized base cannot be trained in full: leave out quantization, or use LoRA.")
         attachment.undo.append(refuse)
         for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
+            parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attac
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.targets import default_targets, find_targets, pattern_value
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear
+from lit_peft.nn.quantized import dense_linear, is_quantized
+from lit_peft.quantization import dequantize
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,10 @@ class LoRAMixin(MethodMixin):
 def merge(model: Model) -> Model:
     """Fold the trained updates into the base weights and return the plain model.
 
+    A quantized base is dequantized for it, all of it, in the type of its input embeddings: the merged weights are
+    those of the quantized base plus the update, up to that type's rounding. The original base's own weights differ
+    from them by what quantizing took away.
+
     Raises:
         LitPeftError: nothing is attached, or the attached method is not a weight update.
     """
@@ -112,9 +118,11 @@ def merge(model: Model) -> Model:
         raise LitPeftError(f"{attachment.settings.method!r} is not a weight update and cannot be merged.")
     for path in (path for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)):
         _untie(model, f"{path}.base_layer.weight")
-    if any(not layer.weight.is_floating_point() for layer in layers):
-        raise LitPeftError("A quantized layer cannot take a merged update: load the base model unquantized to merge.")
+    quantized = any(is_quantized(module) for module in model.modules())
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad), torch.float32)
     for layer in layers:
+        if is_quantized(layer.base_layer):
+            layer.base_layer = dense_linear(layer.base_layer, dtype)
         # One after the other: the kept copy of W is let go before the next one is made.
         layer.merge()
         layer.keep_merged()
@@ -124,6 +132,8 @@ def merge(model: Model) -> Model:
         for path, value in saved.items():
             _untie(model, base_name(path))
             model.get_parameter(base_name(path)).copy_(value)
+    if quantized:
+        dequantize(model, dtype)
     return model
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lit_peft.errors import LitPeftError
 from lit_peft.nn.linear import adapter_dtype, linear_features
 from lit_peft.nn.lora_function import lora_linear
+from lit_peft.nn.quantized import QuantizedLinear, dense_weight, is_quantized
 
 # Whether a linear layer and its update are computed as one operation where they can be; False: the plain formula.
 FUSED = True
@@ -103,7 +104,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def _start_from_weight(self, how: str) -> None:
-        if not self.weight.is_floating_point():
+        if is_quantized(self.base_layer):
             raise LitPeftError(
                 f"init_lora_weights={how!r} needs the layer's weight in floating point, and this layer is quantized: "
                 "use init_lora_weights='kaiming'."
@@ -165,10 +166,10 @@ class LoRALayer(nn.Module):
         """
         if self.merged:
             return
-        if not self.weight.is_floating_point():
+        if is_quantized(self.base_layer):
             raise LitPeftError(
-                f"This {type(self.base_layer).__name__} is quantized and cannot take a merged update: load the base "
-                "model unquantized to merge."
+                f"This {type(self.base_layer).__name__} is quantized and cannot take an update and give it back: use "
+                "lit_peft.merge(model), which dequantizes the model for good."
             )
         # Rounding makes (W + d) - d differ from W, so W itself is kept to come back to.
         self._unmerged_weight = self.weight.detach().clone()
@@ -243,11 +244,8 @@ class LoRALinear(LoRALayer):
         super().__init__(base_layer, d_in, d_out, **settings)  # type: ignore[arg-type]
 
     def dense_weight(self) -> Tensor:
-        if not self.weight.is_floating_point():
-            # A quantized layer is linear all the same: its weight is its answer to the unit vectors.
-            eye = torch.eye(self.in_features, device=self.lora_A.device, dtype=self.lora_A.dtype)
-            out = self.base_layer(eye)
-            return (out - self.bias if self.bias is not None else out).detach().T
+        if is_quantized(self.base_layer):
+            return dense_weight(self.base_layer)
         weight = self.weight.detach()
         return weight.T if self.fan_in_fan_out else weight
 
@@ -262,10 +260,10 @@ class LoRALinear(LoRALayer):
             FUSED
             and self.lora_magnitude is None
             and not self.merged
-            and (type(base) is nn.Linear or type(base).__name__ == "Conv1D")
+            and (type(base) in (nn.Linear, QuantizedLinear) or type(base).__name__ == "Conv1D")
             and type(weight) is nn.Parameter
             and not weight.requires_grad
-            and (autocast or weight.dtype == x.dtype)
+            and (autocast or weight.dtype == x.dtype or type(base) is QuantizedLinear)
             and x.is_floating_point()
             and not (base._forward_hooks or base._forward_pre_hooks)
             and not torch.compiler.is_compiling()
@@ -275,7 +273,12 @@ class LoRALinear(LoRALayer):
         if self._is_plain(x) and not args and not kwargs:
             weight = self.weight.T if self.fan_in_fan_out else self.weight
             dropout = self.lora_dropout if self.training else 0.0
-            return lora_linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+            codes = (
+                (self.base_layer.scale, self.base_layer.zero_point)
+                if isinstance(self.base_layer, QuantizedLinear)
+                else ()
+            )
+            return lora_linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, *codes)
         out: Tensor = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return out

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_peft.nn.factors import factors_or_self
+from lit_peft.nn.quantized import dequantized
 
 
 def lora_linear(
@@ -26,22 +27,26 @@ def lora_linear(
     lora_b: Tensor,
     scaling: float,
     dropout: float = 0.0,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
 ) -> Tensor:
     """Return `W x + b + scaling · B A dropout(x)` with W frozen; A and B are cast to the type it is computed in.
 
     Args:
         x: (..., d_in)
-        weight: (d_out, d_in), frozen; a transposed view will do.
+        weight: (d_out, d_in), frozen; a transposed view will do. With `scale`, codes as `QuantizedLinear` stores them.
         bias: (d_out,)
         lora_a: (r, d_in)
         lora_b: (d_out, r)
         scaling: factor on the update.
         dropout: dropout probability on the update's input, 0 when not training.
+        scale: (d_out, groups), of a quantized W.
+        zero_point: (d_out, groups), of a quantized W.
 
     Returns:
         (..., d_out)
     """
-    out: Tensor = _LoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling, dropout)
+    out: Tensor = _LoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling, dropout, scale, zero_point)
     return out
 
 
@@ -68,6 +73,8 @@ class _LoRALinear(torch.autograd.Function):
         lora_b: Tensor,
         scaling: float,
         dropout: float,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -78,16 +85,18 @@ class _LoRALinear(torch.autograd.Function):
                 dropped, mask = torch.native_dropout(rows, dropout, True)
                 bits = pack_bits(mask)
             low = F.linear(dropped, lora_a.to(dtype)) * scaling
-            out = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+            dense = weight if scale is None else dequantized(weight, scale, zero_point, rows.shape[-1])
+            out = F.linear(rows, dense.to(dtype), None if bias is None else bias.to(dtype))
+            del dense
             out = torch.addmm(out, low, lora_b.to(dtype).T)
-        ctx.save_for_backward(weight, lora_a, lora_b, low, bits, *factors_or_self(x))
+        ctx.save_for_backward(weight, lora_a, lora_b, low, bits, scale, zero_point, *factors_or_self(x))
         ctx.scaling, ctx.dropout, ctx.dtype = scaling, dropout, dtype
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, lora_a, lora_b, low, bits, *kept = ctx.saved_tensors
+        weight, lora_a, lora_b, low, bits, scale, zero_point, *kept = ctx.saved_tensors
         dtype, needs = ctx.dtype, ctx.needs_input_grad
         grad_x = grad_bias = grad_a = grad_b = None
         with torch.autocast(grad.device.type, enabled=False):
@@ -97,7 +106,9 @@ class _LoRALinear(torch.autograd.Function):
             mask = None if bits is None else unpack_bits(bits, rows.shape).to(dtype).div_(1 - ctx.dropout)
             grad_low = torch.mm(grad, lora_b.to(dtype)) * ctx.scaling
             if needs[0]:
-                grad_x = torch.mm(grad, weight.to(dtype))
+                dense = weight if scale is None else dequantized(weight, scale, zero_point, x.shape[-1])
+                grad_x = torch.mm(grad, dense.to(dtype))
+                del dense
                 if mask is None:
                     grad_x = torch.addmm(grad_x, grad_low, lora_a.to(dtype))
                 else:
@@ -109,4 +120,4 @@ class _LoRALinear(torch.autograd.Function):
                 grad_a = torch.mm(grad_low.T, rows if mask is None else mask.mul_(rows)).to(lora_a.dtype)
             if needs[4]:
                 grad_b = torch.mm(grad.T, low).to(lora_b.dtype)
-        return grad_x, None, grad_bias, grad_a, grad_b, None, None
+        return grad_x, None, grad_bias, grad_a, grad_b, None, None, None, None
