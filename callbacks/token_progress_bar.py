@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 class TokenProgressBar(TQDMProgressBar):
     """Lightning's bar (loss, steps, elapsed and remaining time) with the tokens per second of all devices.
 
-    Tokens are counted by the attention mask, so padding does not count.
+    Tokens are counted by the attention mask, so padding does not count; in packed rows, which have none, it does.
 
     Args:
         refresh_rate: batches between updates; 0 disables the bar.
@@ -33,7 +33,9 @@ class TokenProgressBar(TQDMProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-        if mask is not None:
+        if mask is None and isinstance(batch, dict) and "input_ids" in batch:
+            self._tokens = self._tokens + batch["input_ids"].numel()
+        elif mask is not None:
             # Added up on the device: a device is not waited for until the bar is drawn.
             self._tokens = self._tokens + mask.sum()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

@@ -25,6 +25,7 @@ from lit_peft.sharding import shard
 from lit_peft.sources import BaseSource, hub_error, resolve_base
 from lit_peft.tasks import find_task
 from lit_peft.tasks.base import Batch
+from lit_peft.tasks.packed import check_method
 
 
 class BaseLM(pl.LightningModule):
@@ -126,6 +127,7 @@ class BaseLM(pl.LightningModule):
         """
         if self.model is not None:
             return
+        self.check_data(getattr(self._trainer, "datamodule", None))
         source = resolve_base(self.hparams.base)
         config = self._config(source)
         auto = self.task.model_class(config)
@@ -169,6 +171,18 @@ class BaseLM(pl.LightningModule):
         with torch.device("meta"):
             model = self.task.model_class(config).from_config(config, **settings)
         self._attach(model, ())
+
+    def check_data(self, data: Any) -> None:
+        """Refuse a data module whose batches the method or the task cannot take.
+
+        Raises:
+            LitPeftError: it packs examples, and the method has virtual tokens, or the task is not `causal_lm`.
+        """
+        if not getattr(data, "packing", False):
+            return
+        check_method(self.settings)
+        if self.task.name != "causal_lm":
+            raise LitPeftError(f"data.packing is set, and task={self.task.name!r}: only causal_lm takes packed rows.")
 
     def _with_backbone(self, model: Any, source: BaseSource, dtype: torch.dtype, missing: Any) -> set[str]:
         """Load the backbone apart where the head's class calls it by another name; return what is missing then.

@@ -87,6 +87,7 @@ class CLI(LightningCLI):
         self._check_checkpoint()
         if self.datamodule is not None:
             self.datamodule.setup(str(self.subcommand))
+        self.model.check_data(self.datamodule)
         self.model.take_labels(self.datamodule)
         self.model.check()
         config = self.config_init[self.subcommand]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.evened import Evened, RealOnly
 from lit_peft.data.files import column_values, is_file, read_file, read_hub, require_columns
-from lit_peft.data.sampling import SeededSampler
+from lit_peft.data.sampling import ByBatch, SeededBatches, StatefulLoader
 from lit_peft.data.splits import carve, first_of_each, limited, matching, normalized
 from lit_peft.data.tokenization import load_tokenizer, tokenizer_digest, with_padding
 from lit_peft.errors import LitPeftError, closest
@@ -91,6 +91,8 @@ class LitDataModule(pl.LightningDataModule):
         batch_size: examples per batch and device.
         max_length: longest example, in tokens; longer ones are cut and counted.
         num_workers: processes that prepare batches; 0: the main process.
+        num_proc: processes that tokenize; unset: the main process. What they made is kept on disk for the next run.
+        group_by_length: make training batches of examples of similar lengths, so that little of them is padding.
         seed: of the split, the limits and the order of training; the same seed gives the same of each.
         limit_train: use at most this many training rows, drawn at random.
         limit_validation: the same, for validation.
@@ -123,6 +125,8 @@ class LitDataModule(pl.LightningDataModule):
         batch_size: int = 16,
         max_length: int = 256,
         num_workers: int = 0,
+        num_proc: int | None = None,
+        group_by_length: bool = False,
         seed: int = 0,
         limit_train: int | None = None,
         limit_validation: int | None = None,
@@ -147,6 +151,8 @@ class LitDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.max_length = max_length
         self.num_workers = num_workers
+        self.num_proc = num_proc
+        self.group_by_length = group_by_length
         self.seed = seed
         self.limits: dict[Split, int | None] = {
             "train": limit_train,
@@ -160,6 +166,8 @@ class LitDataModule(pl.LightningDataModule):
         self._tokenizer: Any = None
         self._encoded: dict[Split, Any] = {}
         self._said: set[str] = set()
+        self._train_loader: StatefulLoader | None = None
+        self._place: dict[str, Any] = {}
         # Row numbers that need no prediction any more.
         self.finished: set[int] = set()
         self._check_settings()
@@ -169,6 +177,7 @@ class LitDataModule(pl.LightningDataModule):
             "batch_size": (self.batch_size, 1),
             "max_length": (self.max_length, 2),
             "num_workers": (self.num_workers, 0),
+            "num_proc": (self.num_proc, 1),
             "pad_to_multiple_of": (self.pad_to_multiple_of, 1),
             **{f"limit_{split}": (limit, 1) for split, limit in self.limits.items()},
         }
@@ -298,6 +307,7 @@ class LitDataModule(pl.LightningDataModule):
             fn_kwargs={"tokenizer": self.tokenizer, **settings},
             remove_columns=table.column_names,
             new_fingerprint=hashlib.sha256(repr(key).encode()).hexdigest()[:32],
+            num_proc=self.num_proc,
             desc=description,
         )
 
@@ -457,9 +467,51 @@ class LitDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of training examples, in an order given by the seed and the epoch."""
+        if getattr(self.trainer, "overfit_batches", 0):
+            return self._loader("train")
         examples = self.examples("train")
         processes = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
-        return self._loader("train", sampler=SeededSampler(len(examples), self.seed, **processes))
+        loader = StatefulLoader(
+            ByBatch(examples),
+            batch_size=None,
+            sampler=SeededBatches(len(examples), self.batch_size, self.seed, **self._grouping(), **processes),
+            collate_fn=self._train_collator(),
+            generator=torch.Generator().manual_seed(self.seed),
+            **self._loading(),
+        )
+        loader.pending = self._pending
+        self._train_loader = loader
+        if self._place:
+            loader.load_state_dict(self._place)
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training examples, for the trainer's checkpoint."""
+        return {} if self._train_loader is None else self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on in the middle of an epoch. Lightning's own way comes too late for a loader that the schedule asked for.
+
+        Raises:
+            LitPeftError: the settings now make other batches of the examples.
+        """
+        self._place = state_dict
+        if self._train_loader is not None:
+            self._train_loader.load_state_dict(state_dict)
+
+    def _grouping(self) -> dict[str, Any]:
+        """What `SeededBatches` is told of how training examples go into batches."""
+        return {"lengths": lengths_of(self.examples("train"))} if self.group_by_length else {}
+
+    def _train_collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+        return self.collator("train")
+
+    def _pending(self) -> int:
+        """How many batches the trainer holds that it has not trained on yet: it may save on an exception."""
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return 0
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return progress.ready - progress.processed
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Batches of validation examples in order; an empty list if there are none."""
@@ -492,7 +544,28 @@ class LitDataModule(pl.LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            **self._loading(),
         )
+
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+
+def lengths_of(examples: Any) -> list[int]:
+    """Return how many tokens each example has; of several texts, the longest."""
+    if not hasattr(examples, "with_format"):
+        return [len(example["input_ids"]) for example in examples]
+    import pyarrow.compute as compute
+
+    lengths: list[int] = []
+    for block in examples.select_columns("input_ids").with_format("arrow").iter(10_000):
+        column = block["input_ids"]
+        if hasattr(column.type.value_type, "value_type"):  # lists of lists
+            lengths += [max(map(len, texts)) for texts in column.to_pylist()]
+        else:
+            lengths += compute.list_value_length(column).to_pylist()
+    return lengths

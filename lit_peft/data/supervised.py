@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lit_peft.data.base import LitDataModule, Rows, Split
+from lit_peft.data.base import LitDataModule, Rows, Split, lengths_of
 from lit_peft.data.collate import IGNORE, PadCollator
 from lit_peft.data.files import column_values
+from lit_peft.data.packing import PackCollator
 from lit_peft.errors import LitPeftError
 
 
@@ -17,12 +18,30 @@ class SupervisedData(LitDataModule):
 
     Args:
         train_on_inputs: put the loss on the prompt as well.
+        packing: join training examples to rows of at most `max_length` tokens, `batch_size` of them to a batch; no
+            example sees another. Not for methods with virtual tokens.
         **common: see `LitDataModule`.
     """
 
-    def __init__(self, train_on_inputs: bool = False, **common: Any) -> None:
+    def __init__(self, train_on_inputs: bool = False, packing: bool = False, **common: Any) -> None:
         super().__init__(**common)
         self.train_on_inputs = train_on_inputs
+        self.packing = packing
+        if packing and self.group_by_length:
+            raise LitPeftError(
+                "data.packing and data.group_by_length are both set: packed rows are full, whatever the lengths of "
+                "their examples; leave group_by_length out."
+            )
+
+    def _grouping(self) -> dict[str, Any]:
+        if not self.packing:
+            return super()._grouping()
+        return {"lengths": lengths_of(self.examples("train")), "capacity": self.max_length}
+
+    def _train_collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+        if not self.packing:
+            return super()._train_collator()
+        return PackCollator(self.tokenizer.pad_token_id, self.pad_to_multiple_of)
 
     def generates(self, split: Split) -> bool:
         """Tell whether a split's examples are prompts to continue."""

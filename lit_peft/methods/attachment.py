@@ -28,6 +28,8 @@ class MethodSettings:
     method: ClassVar[str] = ""
     # What the method is commonly trained with, where the user gives none.
     learning_rate: ClassVar[float] = 1e-3
+    # Whether each token is treated as its own, so that a row may hold several examples.
+    packs: ClassVar[bool] = True
     modules_to_save: tuple[str, ...] | list[str] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -69,6 +69,7 @@ class PrefixSettings(MethodSettings):
     positions: Literal["mask", "peft", "adapterhub"] = "mask"
     per_query_head: bool = False
 
+    packs: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...]] = ("self", "encoder", "cross")
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ class SoftPromptSettings(MethodSettings):
     positions: Literal["mask", "sequence"] = "mask"
     num_transformer_submodules: int = 1
     learning_rate: ClassVar[float] = 1e-2
+    packs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric, Metric
 
 from lit_peft.tasks.answers import extract_answer, same_answer
 from lit_peft.tasks.base import Batch, Metrics, Task
+from lit_peft.tasks.packed import is_packed, packed_inputs
 from lit_peft.tasks.supervised_loss import supervised_loss
 
 # New tokens, where neither the module's `generation` nor the data module says how many.
@@ -26,6 +27,8 @@ class Perplexity(MeanMetric):
 class CausalLM(Task):
     """Next-token prediction. Batches: `input_ids`, `attention_mask`, `labels` [batch, length], -100 where unsupervised.
 
+    Packed rows have `position_ids`, which begin again with each example, and no `attention_mask`.
+
     Metrics: `loss` (mean over supervised tokens) and `perplexity`. Prediction generates a continuation, greedily unless
     the module's `generation` says otherwise. A batch of prompts, padded on the left, with lists `kind` and `gold` (see
     `lit_peft.tasks.answers`) is judged by what is generated: `answer_accuracy`.
@@ -35,6 +38,9 @@ class CausalLM(Task):
     auto_class = "AutoModelForCausalLM"
     new_head = False
     extras = ("kind", "gold")
+
+    def run(self, model: Any, batch: Batch) -> Any:
+        return model(**packed_inputs(model, batch) if is_packed(batch) else batch)
 
     def loss_alone(self, model: Any) -> AbstractContextManager[None]:
         return supervised_loss(model)
