@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning.pytorch as pl
 import torch
@@ -30,6 +31,8 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.output = output
         self._partial: Any = None
+        self._key = ""
+        self._seen = 0
         self._tested: list[tuple[int, dict[str, Any]]] = []
 
     def path(self, trainer: pl.Trainer) -> Path:
@@ -49,16 +52,15 @@ class PredictionWriter(BasePredictionWriter):
         key = _key(trainer, pl_module)
         data: Any = getattr(trainer, "datamodule", None)
         resumable = hasattr(data, "finished")
-        finished: set[int] = set()
-        stale = []
-        for file in _partials(path):
-            rows = _readable(file, key, own=file == self._file(trainer, path)) if resumable else {}
-            finished.update(rows)
-            stale += [] if rows else [file]
+        found = {file: _places(file, key) if resumable else ({}, 0) for file in _partials(path)}
+        finished = {row for places, _ in found.values() for row in places}
         trainer.strategy.barrier("partial predictions read")
         if trainer.is_global_zero:
-            for file in stale:
-                file.unlink()
+            for file, (places, end) in found.items():
+                if places:
+                    os.truncate(file, end)
+                else:
+                    file.unlink()
         trainer.strategy.barrier("partial predictions cleared")
         if resumable:
             data.finished = finished
@@ -69,16 +71,12 @@ class PredictionWriter(BasePredictionWriter):
         own = self._file(trainer, path)
         new = not own.is_file()
         self._partial = own.open("a", encoding="utf-8")
+        self._key, self._seen = key, 0
         if new:
-            self._append(json.dumps({"key": key}))
+            self._partial.write(json.dumps({"key": key}) + "\n")
 
     def _file(self, trainer: pl.Trainer, path: Path) -> Path:
         return path.with_name(f".{path.name}.partial-{trainer.global_rank}")
-
-    def _append(self, text: str) -> None:
-        self._partial.write(text + "\n")
-        # To the system, which outlives the process.
-        self._partial.flush()
 
     def write_on_batch_end(
         self,
@@ -90,9 +88,14 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        start = batch_idx * len(prediction)
-        numbers = batch_indices or range(start, start + len(prediction))
-        self._append("\n".join(_line(number, row) for number, row in zip(numbers, prediction, strict=True)))
+        # Loaders without a sampler tell no row numbers; processes take every n-th example in turn.
+        step, first = trainer.world_size, trainer.global_rank + trainer.world_size * self._seen
+        self._seen += len(prediction)
+        numbers = batch_indices or range(first, first + step * len(prediction), step)
+        for number, row in zip(numbers, prediction, strict=True):
+            self._partial.write(_line(number, row) + "\n")
+        # To the system, which outlives the process.
+        self._partial.flush()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._partial.close()
@@ -100,9 +103,14 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier("predictions written")
         if trainer.is_global_zero:
             # A distributed sampler may repeat rows to even out the processes: each row number once.
-            places = {number: (file, at) for file in _partials(path) for number, at in _places(file).items()}
-            _write(path, (_read_line(*places[number]) for number in sorted(places)))
-            for file in _partials(path):
+            files = _partials(path)
+            places = {
+                row: (at, place) for at, file in enumerate(files) for row, place in _places(file, self._key)[0].items()
+            }
+            with contextlib.ExitStack() as stack:
+                streams = [stack.enter_context(file.open("rb")) for file in files]
+                _write(path, (_line_at(streams[at], place) for _, (at, place) in sorted(places.items())))
+            for file in files:
                 file.unlink()
             print(f"predictions: {path} ({len(places):,} rows)")
 
@@ -167,33 +175,37 @@ def _partials(path: Path) -> list[Path]:
     return sorted(file for file in path.parent.iterdir() if file.name.startswith(start))
 
 
-def _places(file: Path) -> dict[int, int]:
-    """Return where each row's line begins, in bytes; the first line is the key."""
-    places = {}
+def _places(file: Path, key: str) -> tuple[dict[int, int], int]:
+    """Return where each row's line begins in a partial file, and where what is whole ends, in bytes.
+
+    A kill leaves a line half-written. A file of another key, which is its first line, has no rows.
+    """
+    places: dict[int, int] = {}
     with file.open("rb") as stream:
-        at = len(stream.readline())
+        first = stream.readline()
+        if _parsed(first) != {"key": key}:
+            return {}, 0
+        end = len(first)
         for line in stream:
-            places[json.loads(line)["row"]] = at
-            at += len(line)
-    return places
+            row = _parsed(line)
+            if row is None:
+                break
+            places[row["row"]] = end
+            end += len(line)
+    return places, end
 
 
-def _read_line(file: Path, at: int) -> str:
-    with file.open("rb") as stream:
-        stream.seek(at)
-        return stream.readline().decode("utf-8").rstrip("\n")
+def _parsed(line: bytes) -> Any:
+    """Return what a line holds, None if it is not whole."""
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
 
 
-def _readable(file: Path, key: str, own: bool) -> dict[int, int]:
-    """Return the rows of a partial file of this key, after cutting off a line that a kill left half-written."""
-    content = file.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if own and whole < len(content):
-        os.truncate(file, whole)
-    first = content[: content.find(b"\n") + 1]
-    if not first or json.loads(first) != {"key": key}:
-        return {}
-    return _places(file) if own or whole == len(content) else {}
+def _line_at(stream: BinaryIO, place: int) -> str:
+    stream.seek(place)
+    return stream.readline().decode("utf-8").rstrip("\n")
 
 
 def _key(trainer: pl.Trainer, module: pl.LightningModule) -> str:

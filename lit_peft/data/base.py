@@ -526,9 +526,10 @@ class LitDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of the rows to predict, in the order of the file, without those in `finished`."""
         every = range(len(self.examples("predict")))
-        # A loader without a batch would end the prediction before its end; the last row is cheap to run again.
-        rows = [row for row in every if row not in self.finished] or every[-1:]
-        return self._loader("predict", sampler=rows if self.finished else None)
+        rows = [row for row in every if row not in self.finished]
+        # Every process needs a batch, or prediction would not come to its end; the last row is cheap to run again.
+        rows += [every[-1]] * (max(getattr(self.trainer, "world_size", 1), 1) - len(rows))
+        return self._loader("predict", sampler=rows if len(rows) != len(every) or self.finished else None)
 
     def identity(self, split: Split) -> str:
         """Return a hash of a split's examples: the same file, tokenizer and settings give the same."""
