@@ -12,7 +12,15 @@ import torch
 from models import batch, close, make, scramble
 
 import lit_peft
-from lit_peft import AdapterHSettings, LitPeftError, LoRASettings, ParallelSettings
+from lit_peft import (
+    AdapterHSettings,
+    AdapterPSettings,
+    LitPeftError,
+    LoRASettings,
+    ParallelSettings,
+    PrefixTuningSettings,
+    PromptTuningSettings,
+)
 
 QV = ["q_proj", "v_proj"]
 
@@ -123,9 +131,88 @@ def test_a_mixed_batch_equals_the_single_runs() -> None:
         assert torch.equal(beams[row], one[0])
     with lit_peft.row_adapters(model, names), pytest.raises(LitPeftError, match="4 rows"):
         logits(model, input_ids=ids[:4])
-    lit_peft.add_adapter(model, "dora", LoRASettings(use_dora=True))
-    with pytest.raises(LitPeftError, match="'dora'"), lit_peft.row_adapters(model, ["dora"]):
-        pass
+
+
+ROWS: list[tuple[str, list[Any]]] = [
+    ("llama", [LoRASettings(use_dora=True, target_modules="all-linear"), LoRASettings(r=2, target_modules=QV)]),
+    ("llama", [LoRASettings(target_modules=["embed_tokens", "q_proj"]), LoRASettings(target_modules=["embed_tokens"])]),
+    ("llama", [LoRASettings(init_lora_weights="pissa"), LoRASettings(init_lora_weights="olora", use_dora=True)]),
+    ("llama", [LoRASettings(modules_to_save=["norm", "lm_head"]), LoRASettings(modules_to_save=["lm_head"])]),
+    (
+        "llama",
+        [AdapterHSettings(reduction_factor=4), ParallelSettings(reduction_factor=4), LoRASettings(use_dora=True)],
+    ),
+    ("llama", [AdapterPSettings(reduction_factor=4, use_gating=True), AdapterPSettings(reduction_factor=8)]),
+    (
+        "llama",
+        [AdapterHSettings(placement="llm_adapters", bottleneck_size=8), LoRASettings(target_modules=["up_proj"])],
+    ),
+    ("gpt2", [LoRASettings(use_dora=True), LoRASettings(target_modules=["c_attn", "c_fc", "wte"])]),
+    ("gpt2", [ParallelSettings(placement="llm_adapters", bottleneck_size=8), AdapterPSettings(reduction_factor=4)]),
+    ("opt", [AdapterHSettings(reduction_factor=4), LoRASettings(bias="lora_only", target_modules=["q_proj", "fc1"])]),
+    (
+        "bert",
+        [AdapterPSettings(reduction_factor=4, modules_to_save=None), LoRASettings(modules_to_save=["classifier"])],
+    ),
+    ("roberta", [AdapterHSettings(reduction_factor=4, train_layer_norms=True), LoRASettings(bias="lora_only")]),
+    ("t5", [AdapterHSettings(reduction_factor=4, cross_adapter=True), LoRASettings(use_dora=True), ParallelSettings()]),
+]
+
+
+@pytest.mark.parametrize(("base", "settings"), ROWS, ids=lambda value: str(value)[:40])
+def test_adapters_of_many_kinds_share_a_batch(base: str, settings: list[Any]) -> None:
+    model = make(base)
+    for number, each in enumerate(settings):
+        lit_peft.add_adapter(model, f"a{number}", each)
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+    before = lit_peft.active_adapter(model)
+    names = ["a1", None, f"a{len(settings) - 1}", "a0", "a1", "a0"]
+    ids = torch.randint(3, 61, (6, 9))
+    more = {"decoder_input_ids": torch.randint(3, 61, (6, 4))} if base == "t5" else {}
+    with lit_peft.row_adapters(model, names):
+        mixed = logits(model, input_ids=ids, **more)
+    assert lit_peft.active_adapter(model) == before
+    singles = {}
+    for name in dict.fromkeys(names):
+        singles[name] = logits(lit_peft.set_adapter(model, name), input_ids=ids, **more)
+    for row, name in enumerate(names):
+        close(mixed[row], singles[name][row])
+        assert name is None or float((singles[name][row] - singles[None][row]).abs().max()) > 1e-3
+    lit_peft.set_adapter(model, None)
+    bare = dict(make(base).named_parameters())
+    assert all(torch.equal(value, bare[name]) for name, value in model.named_parameters())
+
+
+def test_what_cannot_share_a_batch_is_named() -> None:
+    model = with_loras(2)
+    lit_peft.add_adapter(model, "prefix", PrefixTuningSettings(num_virtual_tokens=2))
+    lit_peft.add_adapter(model, "prompt", PromptTuningSettings(num_virtual_tokens=2, prompt_tuning_init="RANDOM"))
+    for name in ("prefix", "prompt"):
+        with pytest.raises(LitPeftError, match=f"'{name}'"), lit_peft.row_adapters(model, ["a0", name]):
+            pass
+        assert lit_peft.active_adapter(model) == "prompt"
+
+
+def test_a_hot_swap_compiles_nothing_again() -> None:
+    model = with_loras(2, 4, 8, 3)
+    expected = {name: logits(lit_peft.set_adapter(model, name)) for name in lit_peft.adapter_names(model)}
+    lit_peft.add_adapter(model, "slot", LoRASettings(r=8, lora_alpha=3, target_modules=QV))
+    compiled = []
+    fast = torch.compile(model, backend=lambda graph, _: compiled.append(1) or graph.forward)
+    logits(fast)
+    count = len(compiled)
+    for name in [*expected, *expected]:
+        lit_peft.hotswap_adapter(model, name)
+        close(logits(fast), expected[name])
+        close(logits(model), expected[name])
+    assert len(compiled) == count > 0
+    lit_peft.add_adapter(model, "small", LoRASettings(r=2, target_modules=QV))
+    with pytest.raises(LitPeftError, match="'a2' does not fit"):
+        lit_peft.hotswap_adapter(model, "a2")
 
 
 @pytest.mark.parametrize(

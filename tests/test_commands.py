@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
-from models import close, scramble
+from models import batch, close, make, scramble
 
 import lit_peft
 from lit_peft import LoRA, LoRASettings
@@ -41,6 +41,20 @@ def test_merge_gives_the_same_logits_with_transformers_alone(
     assert main(["merge", *folders[:-1], str(tmp_path / "x"), "--dtype", "float33"]) == 2
     assert "not an empty folder" in (said := capsys.readouterr().err) and "float33" in said
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["t5", "mt5", "bart", "mbart"])
+def test_merged_embeddings_that_were_tied_are_saved(name: str, tmp_path: Path) -> None:
+    base = make(name)
+    base.save_pretrained(tmp_path / "base")
+    model = lit_peft.attach(base, LoRASettings(r=4, target_modules=["decoder.embed_tokens", "lm_head"]))
+    scramble(model)
+    lit_peft.save_adapter(model, tmp_path / "adapter")
+    folders = ["--base", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter")]
+    assert main(["merge", *folders, "--output", str(tmp_path / "merged")]) == 0
+    merged = type(base).from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        close(merged(**batch(name)).logits, model.eval()(**batch(name)).logits)
 
 
 def test_export_from_a_checkpoint(decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, close, make, scramble
+from models import GOLDEN, batch, close, make, scramble
 from safetensors.torch import load_file, save_file
 
 import lit_peft
@@ -25,6 +25,8 @@ READ: list[tuple[str, dict[str, Any]]] = [
         "llama",
         {"target_modules": QV, "rank_pattern": {"v_proj": 2, "1.self_attn.q_proj": 3}, "alpha_pattern": {QV[0]: 5}},
     ),
+    ("llama", {"target_modules": r"(?:\w+\.)*q_proj", "exclude_modules": r"(\w+\.)*0(\.\w+)*"}),
+    ("llama", {"target_modules": QV, "rank_pattern": {r"(\w+\.)*v_proj": 2}}),
     ("llama", {"target_modules": QV, "layers_to_transform": []}),
     ("llama", {"target_modules": QV, "layers_to_transform": 1, "layers_pattern": "layers"}),
     ("llama", {"target_modules": QV, "exclude_modules": r".*layers\.0.*q_proj"}),
@@ -44,6 +46,8 @@ READ: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": QV, "init_lora_weights": "pissa"}),
     ("gpt2", {"target_modules": ["c_attn"], "init_lora_weights": "pissa"}),
     ("llama", {"target_modules": QV, "init_lora_weights": "olora", "use_rslora": True, "converted": True}),
+    ("llama", {"target_modules": QV, "init_lora_weights": "olora", "use_rslora": True}),
+    ("llama", {"target_modules": QV, "init_lora_weights": "pissa", "rank_pattern": {"v_proj": 2}, "use_dora": True}),
 ]
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lora_bias": True}, "lora_bias"),
@@ -57,7 +61,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"r": 10**9}, "1000000000"),
     ({"r": "8"}, "r='8'"),
     ({"target_modules": 5}, "target_modules=5"),
-    ({"target_modules": "(a+)+q_proj"}, "forever"),
+    ({"target_modules": r"(\w+\.?)+!"}, "forever"),
+    ({"rank_pattern": {r"(\w+\.?)+!": 4}}, "forever"),
+    ({"layers_pattern": "(a+)+"}, "layers_pattern"),
+    ({"target_modules": "(a+)+q_proj"}, "matches no module"),
     ({"target_modules": "../../etc/passwd"}, "matches no module"),
     ({"rank_pattern": {"(": 4}}, "regular expression"),
 ]
@@ -92,11 +99,37 @@ def test_peft_settings_both_ways(name: str, settings: dict[str, Any], tmp_path: 
     expected = logits(PeftModel.from_pretrained(make(name), str(folder)), name)
     ours = lit_peft.load_adapter(make(name), folder)
     close(logits(ours, name), expected)
-    if settings.get("init_lora_weights") not in ("pissa", "olora") or settings.get("converted"):
-        again = lit_peft.save_adapter(ours, tmp_path / "ours")
-        close(logits(PeftModel.from_pretrained(make(name), str(again)), name), expected)
-        close(logits(lit_peft.load_adapter(make(name), again), name), expected)
+    again = lit_peft.save_adapter(ours, tmp_path / "ours")
+    close(logits(PeftModel.from_pretrained(make(name), str(again)), name), expected)
+    close(logits(lit_peft.load_adapter(make(name), again), name), expected)
     close(logits(lit_peft.merge(ours), name), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="no reference cases: set LIT_PEFT_GOLDEN to their folder")
+@pytest.mark.parametrize("case", sorted((GOLDEN / "peft").glob("*/case.json")), ids=lambda path: path.parent.name)
+def test_peft_loads_what_we_save_of_its_reference_cases(case: Path, tmp_path: Path) -> None:
+    import transformers
+    from peft import PeftModel
+
+    facts, io = json.loads(case.read_text()), load_file(case.parent / "io.safetensors")
+    inputs = {name: io[name] for name in io if not name.startswith("output")}
+
+    def base() -> Any:
+        return getattr(transformers, facts["auto_class"]).from_pretrained(case.parent / "base").eval()
+
+    folder = lit_peft.save_adapter(lit_peft.load_adapter(base(), case.parent / "adapter"), tmp_path / "again")
+    theirs = PeftModel.from_pretrained(base(), str(folder)).eval()
+    if facts["method"] == "p_tuning_v2":
+        # Under transformers 5 peft has no forward for prefixes on encoders, its own folder's included.
+        with pytest.raises(ValueError, match="does not support past key values"):
+            PeftModel.from_pretrained(base(), str(case.parent / "adapter"))(**inputs)
+        own = load_file(case.parent / "adapter" / "adapter_model.safetensors")
+        again = load_file(folder / "adapter_model.safetensors")
+        assert set(own) == set(again) and all(torch.equal(own[name], again[name]) for name in own)
+        return
+    with torch.no_grad():
+        close(theirs(**inputs)[facts["output"]], io["output"])
 
 
 def ours(folder: Path) -> Path:
@@ -111,7 +144,7 @@ def refuse(folder: Path, said: str) -> None:
     start = time.perf_counter()
     with pytest.raises(LitPeftError, match=said):
         lit_peft.load_adapter(model, folder)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 20
     assert list(model.state_dict()) == before and all(p.requires_grad for p in model.parameters())
 
 

@@ -12,7 +12,7 @@ def run(arguments: list[str]) -> None:
     """Merge an adapter's folder into its base and save the result, whole or not at all.
 
     Raises:
-        LitPeftError: bad input, or the merged model is not one transformers can save.
+        LitPeftError: bad input, or the adapter is not one that can be merged.
     """
     parser = Options("lit-peft merge", description="Merge a LoRA into its base: a plain transformers folder.")
     parser.takes_base()
@@ -27,13 +27,7 @@ def run(arguments: list[str]) -> None:
 
     with new_folder(options.output) as folder:
         model = load_base(options)
-        tied = getattr(model.config, "tie_word_embeddings", False)
         merge(load_adapter(model, options.adapter, check_base=not options.force))
-        if tied and not model.config.tie_word_embeddings and model.config.is_encoder_decoder:
-            raise LitPeftError(
-                f"{options.adapter} trains embeddings that {type(model).__name__} ties to others, which transformers "
-                "cannot save apart: use the adapter's folder as it is."
-            )
         model.save_pretrained(folder, max_shard_size=options.max_shard_size)
         # A base without a tokenizer is merged all the same.
         with contextlib.suppress(LitPeftError):

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import fill as fill_places
-from lit_peft.formats.untrusted import check_pattern
+from lit_peft.formats.untrusted import is_quick, matching
 from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.lora import LoRASettings
-from lit_peft.methods.targets import default_targets, find_targets, pattern_value
-from lit_peft.nn.lora import InitLoRA, LoRAEmbedding
+from lit_peft.methods.targets import default_targets, find_targets, is_linear, pattern_value
+from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALinear
 
+_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 _A = re.compile(r"\.lora_(embedding_)?A(\.|$)")
 # Starts that leave the base weights as they are, and those that are computed from them alone.
@@ -68,21 +69,34 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
     values = {name: value for name, value in config.items() if name in READ and value is not None}
     start = values.pop("init_lora_weights", True)
     if not isinstance(start, bool | str):
-        raise LitPeftError(f"adapter_config.json: init_lora_weights={shown(start)} is not a value peft writes there.")
-    check_kinds(LoRASettings, values, "adapter_config.json: ")
+        raise LitPeftError(f"{_FILE}: init_lora_weights={shown(start)} is not a value peft writes there.")
+    check_kinds(LoRASettings, values, f"{_FILE}: ")
+    names = [name for name, module in model.named_modules() if is_linear(module) or isinstance(module, nn.Embedding)]
     for name in ("target_modules", "exclude_modules"):
-        if isinstance(values.get(name), str) and values[name] != "all-linear":
-            check_pattern(values[name], f"adapter_config.json: {name}")
+        pattern = values.get(name)
+        if isinstance(pattern, str) and pattern != "all-linear" and not is_quick(pattern, f"{_FILE}: {name}"):
+            values[name] = matching(pattern, names, f"{_FILE}: {name}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        values[name] = {
+            key: value
+            for pattern, value in values.get(name, {}).items()
+            for key in (
+                [pattern]
+                if is_quick(pattern, f"{_FILE}: {name}")
+                else map(re.escape, matching(rf"(.*\.)?({pattern})", names, f"{_FILE}: {name}"))
+            )
+        }
     lists = values.get("layers_pattern") or []
-    for pattern in [*values.get("rank_pattern", ()), *values.get("alpha_pattern", ())]:
-        check_pattern(pattern, "adapter_config.json: rank_pattern or alpha_pattern")
     for pattern in [lists] if isinstance(lists, str) else lists:
-        check_pattern(pattern, "adapter_config.json: layers_pattern")
+        if not is_quick(pattern, f"{_FILE}: layers_pattern"):
+            raise LitPeftError(
+                f"{_FILE}: layers_pattern={pattern[:80]!r} can take forever (nested repeats): name the list of layers."
+            )
     if values.get("layers_to_transform") == []:
         del values["layers_to_transform"]
     if isinstance(start, str) and start not in _STARTS:
         raise LitPeftError(
-            f"adapter_config.json: init_lora_weights={shown(start)} changed the base weights in a way that cannot be "
+            f"{_FILE}: init_lora_weights={shown(start)} changed the base weights in a way that cannot be "
             "had again: save it with peft's path_initial_model_for_weight_conversion, or merged."
         )
     # peft takes `pre_classifier` for a `classifier`, and then stores it, too; a folder of ours does not.
@@ -106,7 +120,7 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
     stored_rank = max([0, *(t.shape[0] for name, t in stored.items() if _A.search(name) and t.dim() and t.numel())])
     if wanted > stored_rank:
         raise LitPeftError(
-            f"adapter_config.json: r={values.get('r', 8)} with rank_pattern={shown(values.get('rank_pattern', {}))} is "
+            f"{_FILE}: r={values.get('r', 8)} with rank_pattern={shown(values.get('rank_pattern', {}))} is "
             f"more than the stored tensors have (rank {stored_rank}): the folder is not whole."
         )
     known: InitLoRA = "pissa" if start == "pissa" else "olora" if start == "olora" else "kaiming"
@@ -151,21 +165,19 @@ def _modules(model: nn.Module, names: Collection[str], before: str = "") -> list
 
 
 def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
-    """The configuration of the attached LoRA.
-
-    Raises:
-        LitPeftError: the adapter alone does not stand for the trained model.
-    """
+    """The configuration of the attached LoRA; of a plain one of twice the rank where part of the base moved into it."""
     settings = attachment.settings
     assert isinstance(settings, LoRASettings)
-    if settings.init_lora_weights in ("pissa", "olora"):
-        raise LitPeftError(
-            f"init_lora_weights={settings.init_lora_weights!r} changed the base weights, so the adapter alone would "
-            "not give the same model: call lit_peft.merge(model) and save the merged model."
-        )
     first = next(iter(attachment.adapted.values()))
+    moved = getattr(first, "moved", False)
+    # The scale stays: it is alpha / r, or alpha / sqrt(r).
+    rank, alpha = (2, 2**0.5 if settings.use_rslora else 2) if moved else (1, 1)
     return {
         **{name: getattr(settings, name) for name in READ},
+        "r": settings.r * rank,
+        "lora_alpha": settings.lora_alpha * alpha,
+        "rank_pattern": {name: value * rank for name, value in settings.rank_pattern.items()},
+        "alpha_pattern": {name: value * alpha for name, value in settings.alpha_pattern.items()},
         "init_lora_weights": True,
         "peft_type": "LORA",
         # Full names, so that the reader adapts these modules and no others.
@@ -180,8 +192,12 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
 
 
 def tensors(attachment: Attachment) -> dict[str, Tensor]:
-    """The attached LoRA's tensors by peft's names."""
-    return {f"{_PREFIX}{name}": place for name, place in _places(attachment).items()}
+    """The attached LoRA's tensors by peft's names, for the base as it was."""
+    places = _places(attachment)
+    for path, layer in attachment.adapted.items():
+        if isinstance(layer, LoRALinear):
+            places[f"{path}.lora_A.weight"], places[f"{path}.lora_B.weight"] = layer.plain()
+    return {f"{_PREFIX}{name}": place for name, place in places.items()}
 
 
 def _places(attachment: Attachment) -> dict[str, torch.Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ from lit_peft.kinds import shown
 MAX_JSON = MAX_HEADER = 16 * 2**20
 # Python's regular expressions take exponential time where repeats are nested, polynomial where they follow each other.
 _MAX_REPEATS = 6
+_MATCH_SECONDS = 4
 
 
 def inside(folder: Path, name: str) -> Path | None:
@@ -137,23 +140,43 @@ def check_finite(name: str, tensor: Tensor, folder: Path) -> None:
         )
 
 
-def check_pattern(pattern: str, where: str) -> str:
-    """Return a regular expression from a foreign file, if it is valid and quick on any name.
+def is_quick(pattern: str, where: str) -> bool:
+    """Whether a regular expression from a foreign file is quick on any name; what is not, is for `matching`.
 
     Raises:
-        LitPeftError: it is not.
+        LitPeftError: it is not valid, or too long.
     """
     try:
-        parsed = re._parser.parse(pattern)  # type: ignore[attr-defined]
-        repeats = _repeats(parsed, False)
+        repeats = _repeats(re._parser.parse(pattern), False)  # type: ignore[attr-defined]
     except (re.error, RecursionError, OverflowError) as problem:
         raise LitPeftError(f"{where} has the regular expression {pattern[:80]!r}: {first_line(problem)}.") from None
-    if repeats > _MAX_REPEATS or len(pattern) > 10_000:
-        raise LitPeftError(
-            f"{where} has the regular expression {pattern[:80]!r}, which can take forever (nested or too many "
-            "repeats): name the modules instead."
+    if len(pattern) > 10_000:
+        raise LitPeftError(f"{where} has a regular expression of {len(pattern):,} letters: name the modules instead.")
+    return repeats <= _MAX_REPEATS
+
+
+def matching(pattern: str, names: list[str], where: str) -> list[str]:
+    """The names that a regular expression matches whole, found in a process of its own, which has limited time.
+
+    Raises:
+        LitPeftError: it takes longer than that.
+    """
+    ask = "import json, re, sys; p, names = json.load(sys.stdin); print([int(bool(re.fullmatch(p, n))) for n in names])"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", ask],
+            input=json.dumps([pattern, names]),
+            capture_output=True,
+            text=True,
+            timeout=_MATCH_SECONDS,
+            check=True,
         )
-    return pattern
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        raise LitPeftError(
+            f"{where} has the regular expression {pattern[:80]!r}, which takes forever on this model's names: name the "
+            "modules instead."
+        ) from None
+    return [name for name, found in zip(names, json.loads(done.stdout), strict=True) if found]
 
 
 def _repeats(parsed: Any, inside_repeat: bool) -> float:

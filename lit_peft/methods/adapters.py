@@ -1,4 +1,4 @@
-"""Several named adapters on one base: add, switch, disable, merge, and different ones for the rows of one batch.
+"""Several named adapters on one base: add, switch, disable, merge.
 
 Each adapter is an attachment of its own, whatever its method. The active one is on the model; the others are taken off
 and kept, and come back as they were. So the active adapter costs what a single one costs, and switching builds nothing.
@@ -6,7 +6,7 @@ and kept, and come back as they were. So the active adapter costs what a single 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -23,9 +23,8 @@ from lit_peft.methods.attachment import (
     detach,
     set_attachment,
 )
-from lit_peft.methods.lora import LoRASettings, merge
-from lit_peft.nn.lora import LoRALayer, LoRALinear
-from lit_peft.nn.lora_rows import LoRARows
+from lit_peft.methods.lora import merge
+from lit_peft.nn.lora import LoRALayer
 
 DEFAULT = "default"
 _KEY = "_lit_peft_adapters"
@@ -125,6 +124,46 @@ def set_adapter(model: Model, name: str | None) -> Model:
     return model
 
 
+@torch.no_grad()
+def hotswap_adapter(model: Model, name: str) -> Model:
+    """Copy the LoRA `name` into the active one, in place: no module changes, so that a compiled model runs on as it is.
+
+    Switching by `set_adapter` makes `torch.compile` compile once for each adapter; make a LoRA to swap into instead, of
+    the largest rank: `add_adapter(model, "slot", LoRASettings(r=...))`. What the active one held is lost.
+
+    Args:
+        model: a model whose active adapter is a LoRA.
+        name: the adapter to copy, of no larger rank, on some or all of the active one's modules.
+
+    Raises:
+        LitPeftError: there is no such adapter, or it does not fit into the active one. Nothing has changed.
+    """
+    adapters, slots = adapters_of(model), {}
+    source, active = adapters.find(name), attachment_or_none(model)
+    for path, layer in active.adapted.items() if active is not None else ():
+        if isinstance(layer, LoRALayer) and layer.lora_magnitude is None and not (layer.merged or layer.moved):
+            slots[path] = layer
+    fitting = {
+        path: layer
+        for path, layer in source.adapted.items()
+        if isinstance(layer, LoRALayer) and layer.lora_magnitude is None and not layer.moved
+        if path in slots and layer.r <= slots[path].r
+    }
+    if set(fitting) != set(source.adapted) or source.trained or active is None or active.trained:
+        wrong = next(iter(set(source.adapted) - set(fitting)), "trained modules or biases")
+        raise LitPeftError(
+            f"The adapter {name!r} does not fit into the active one ({adapters.active!r}) at {wrong}: plain LoRAs can "
+            "be swapped in place, into one of at least their rank that adapts at least their modules."
+        )
+    for path, slot in slots.items():
+        slot.lora_B.zero_()
+        if path in fitting:
+            layer = fitting[path]
+            slot.lora_A[: layer.r] = layer.lora_A.to(slot.lora_A.device)
+            slot.lora_B[:, : layer.r] = layer.lora_B.to(slot.lora_B.device) * (layer.scaling / slot.scaling)
+    return model
+
+
 def delete_adapter(model: Model, name: str) -> Model:
     """Let an adapter go; if it is the active one, the model answers as its base afterwards."""
     adapters = adapters_of(model)
@@ -198,52 +237,6 @@ def merge_and_unload(model: Model) -> Model:
     adapters.kept.clear()
     adapters.active = None
     return model
-
-
-@contextmanager
-def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Within the block, each row of a batch goes through its own adapter, all of them in one forward.
-
-    Args:
-        model: a model with LoRA adapters.
-        names: the adapter of each row, None for the base. Beams and returned sequences of `generate`, which repeat
-            each row, follow their row.
-
-    Raises:
-        LitPeftError: there is no adapter of a name, or one is not a LoRA of linear layers alone (DoRA, trained modules,
-            biases and embeddings are of the whole batch).
-    """
-    adapters = adapters_of(model)
-    order = list(dict.fromkeys(name for name in names if name is not None))
-    for name in order:
-        _check_mixable(name, adapters.find(name))
-    if not names:
-        raise LitPeftError("names is empty: give the adapter of each row of the batch.")
-    before = adapters.active
-    _switch(model, adapters, None)
-    attachment = Attachment(model, LoRASettings())
-    index = torch.tensor([order.index(name) if name is not None else len(order) for name in names])
-    try:
-        for path in dict.fromkeys(path for name in order for path in adapters.kept[name].adapted):
-            base = model.get_submodule(path)
-            layers = [adapters.kept[name].adapted.get(path) for name in order]
-            attachment.replace(path, LoRARows(base, layers, index), lambda base=base: base)  # type: ignore[misc, arg-type]
-        yield
-    finally:
-        attachment.revert()
-        _switch(model, adapters, before)
-
-
-def _check_mixable(name: str, attachment: Attachment) -> None:
-    plain = all(
-        isinstance(layer, LoRALinear) and layer.lora_magnitude is None and layer._moved_weight is None
-        for layer in attachment.adapted.values()
-    )
-    if not plain or attachment.trained:
-        raise LitPeftError(
-            f"The adapter {name!r} cannot share a batch with others: only LoRAs of linear layers can, without DoRA, "
-            "PiSSA or OLoRA, trained modules and biases. Run its rows in a batch of their own with set_adapter."
-        )
 
 
 def _lora_layers(model: nn.Module) -> list[LoRALayer]:

@@ -65,6 +65,9 @@ class Attachment:
     redo: list[Callable[[], object]] = field(default_factory=list)
     adapted: dict[str, nn.Module] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
+    hooks: list[tuple[Callable[[], object], Callable[[], object]]] = field(default_factory=list)
+    # The trained copies while the method is off its model.
+    kept: dict[str, nn.Parameter] = field(default_factory=dict)
 
     @property
     def saved(self) -> dict[str, nn.Parameter]:
@@ -103,7 +106,8 @@ class Attachment:
         """Take note of a hook that was registered, to remove it again."""
         dicts = [handle.hooks_dict_ref(), *(reference() for reference in handle.extra_dict_ref)]
         entries = [(hooks, hooks[handle.id]) for hooks in dicts if hooks is not None and handle.id in hooks]
-        self.did(lambda: [hooks.update({handle.id: hook}) for hooks, hook in entries], handle.remove)
+        self.hooks.append((lambda: [hooks.update({handle.id: hook}) for hooks, hook in entries], handle.remove))
+        self.did(*self.hooks[-1])
 
     def train(self, path: str) -> None:
         """Train a copy of the parameter at `path` in its place; the original returns at detach."""
@@ -143,6 +147,7 @@ class Attachment:
         for module in self.adapted.values():
             if isinstance(module, Suspendable):
                 module.suspend()
+        self.kept = self.saved
         self.revert()
 
     def resume(self) -> None:

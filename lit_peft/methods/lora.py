@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -138,18 +137,15 @@ def merge(model: Model) -> Model:
 
 
 def _untie(model: nn.Module, name: str) -> None:
-    """Make a parameter that others share (tied embeddings) its module's own: it is about to change there alone."""
+    """Give every module that shares a parameter (tied embeddings) one of its own: it is about to change in one alone.
+
+    All of them, since transformers saves a model whose config says that nothing is tied only if nothing is.
+    """
     original = model.get_parameter(name)
-    if sum(parameter is original for _, parameter in model.named_parameters(remove_duplicate=False)) < 2:
-        return
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, nn.Parameter(original.detach().clone(), original.requires_grad))
+    sharing = [other for other, p in model.named_parameters(remove_duplicate=False) if p is original and other != name]
+    for other in sharing:
+        parent, _, last = other.rpartition(".")
+        setattr(model.get_submodule(parent), last, nn.Parameter(original.detach().clone(), original.requires_grad))
     config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
+    if sharing and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
-        if getattr(config, "is_encoder_decoder", False):
-            warnings.warn(
-                f"{name} was tied to other embeddings and is not any more: transformers cannot save such an "
-                f"{type(model).__name__}. Use the merged model as it is, or keep the adapter's folder.",
-                stacklevel=3,
-            )

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError, closest
+from lit_peft.nn.rows import repeats
 
 InitBottleneck = Literal["mam_adapter", "bert", "houlsby"]
 Scaling = float | Literal["learned", "channel"]
@@ -105,6 +106,8 @@ class Bottleneck(nn.Module):
         self.act, self.non_linearity, self.dropout = ACTIVATIONS[non_linearity.lower()], non_linearity, dropout
         self.adapter_residual_before_ln = adapter_residual_before_ln
         self.enabled = True
+        # The rows of a batch that the hooks act on, and how many rows it has; all of them when None.
+        self.rows: tuple[Tensor, int] | None = None
         self.norm_before = nn.LayerNorm(in_features, **at) if ln_before else None
         self.down = nn.Linear(in_features, bottleneck_size, bias=bias, **at)
         self.up = nn.Linear(bottleneck_size, out_features, bias=bias, **at)
@@ -153,15 +156,23 @@ class Bottleneck(nn.Module):
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Forward pre-hook: the module gets `x + A(x)` in place of its input x."""
-        return (self(args[0], args[0]), *args[1:]) if self.enabled else None
+        return (self._on_rows(self, args[0], args[0]), *args[1:]) if self.enabled else None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook: the module gives `y + A(y)` in place of its output y."""
-        return self(output, output) if self.enabled else None
+        return self._on_rows(self, output, output) if self.enabled else None
 
     def beside(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook: the module gives `y + A(x)`, x its input."""
-        return output + self(args[0]).to(output.dtype) if self.enabled else None
+        return self._on_rows(lambda y, x: y + self(x).to(y.dtype), output, args[0]) if self.enabled else None
+
+    def _on_rows(self, function: Callable[[Tensor, Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
+        """Return `function(y, x)`; where only some rows are this adapter's, y with those rows of it."""
+        if self.rows is None:
+            return function(y, x)
+        rows, count = self.rows[0].to(y.device), repeats(y, self.rows[1])
+        places = (rows[:, None] * count + torch.arange(count, device=y.device)).flatten()
+        return y.index_copy(0, places, function(y[places], x[places]).to(y.dtype))
 
     def extra_repr(self) -> str:
         scaling = self.scaling if isinstance(self.scaling, float) else "learned"
@@ -236,7 +247,11 @@ class SublayerAdapter(Bottleneck):
         if not self.enabled:
             return None
         y = output if isinstance(output, Tensor) else output[0]
-        adapted = self._adapted(y, x)
+        adapted = (
+            self._on_rows(lambda y, _: self._adapted(y, None), y, y)
+            if x is None
+            else self._on_rows(self._adapted, y, x)
+        )
         return adapted if isinstance(output, Tensor) else (adapted, *output[1:])
 
     def pass_over(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

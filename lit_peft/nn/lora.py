@@ -82,6 +82,7 @@ class LoRALayer(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(out_features, r, dtype=dtype, device=weight.device))
         self.lora_magnitude: nn.Parameter | None = None
         self._moved_weight: Tensor | None = None
+        self._start: tuple[Tensor, Tensor] | None = None
         self._rest: Tensor | None = None
         self.reset_parameters(init_lora_weights)
         if use_dora:
@@ -123,6 +124,7 @@ class LoRALayer(nn.Module):
         self.lora_B.copy_(b)
         # What the update now carries leaves W, so that the sum starts as the base; kept to restore W exactly.
         self._moved_weight = self.weight.detach().clone()
+        self._start = self.lora_A.detach().clone(), self.lora_B.detach().clone()
         self.add_to_weight(-self.delta_weight())
 
     @property
@@ -134,6 +136,21 @@ class LoRALayer(nn.Module):
     def merged(self) -> bool:
         """Whether the update is folded into the base weight."""
         return self._unmerged_weight is not None
+
+    @property
+    def moved(self) -> bool:
+        """Whether the start (PiSSA's, OLoRA's) moved part of the base weight into the update."""
+        return self._moved_weight is not None
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """A and B, scale s, for the base weight W₀ as it was; of twice the rank where part of it moved.
+
+        With A₀ and B₀ the start, `W₀ - s·B₀A₀ + s·B A = W₀ + s·[B, -B₀] [A; A₀]`.
+        """
+        if self._start is None:
+            return self.lora_A, self.lora_B
+        a, b = (start.to(self.lora_A) for start in self._start)
+        return torch.cat([self.lora_A, a]), torch.cat([self.lora_B, -b], 1)
 
     @property
     def bias(self) -> Tensor | None:

@@ -1,0 +1,136 @@
+"""Different adapters for the rows of one batch, in a single forward of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lit_peft.errors import LitPeftError
+from lit_peft.methods.adapters import adapters_of, set_adapter
+from lit_peft.methods.attachment import Attachment, MethodSettings, base_name
+from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
+from lit_peft.nn.lora import LoRALayer, LoRALinear
+from lit_peft.nn.rows import LoRARows, ModuleRows
+
+
+@contextmanager
+def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Within the block, each row of a batch goes through its own adapter, all of them in one forward.
+
+    The base's layers compute all rows at once, and so do plain LoRAs of linear layers; what else an adapter has (DoRA,
+    embeddings, PiSSA, bottlenecks, trained modules and biases) computes its own rows.
+
+    Args:
+        model: a model with LoRAs and bottleneck adapters.
+        names: the adapter of each row, None for the base. Beams and returned sequences of `generate`, which repeat
+            each row, follow their row.
+
+    Raises:
+        LitPeftError: there is no adapter of a name, or one makes the whole batch longer (prompts, prefixes).
+    """
+    adapters = adapters_of(model)
+    if not names:
+        raise LitPeftError("names is empty: give the adapter of each row of the batch.")
+    order = list(dict.fromkeys(name for name in names if name is not None))
+    kept = [adapters.find(name) for name in order]
+    for name, attachment in zip(order, kept, strict=True):
+        _check(name, attachment)
+    before = adapters.active
+    set_adapter(model, None)
+    index = torch.tensor([order.index(name) if name is not None else len(order) for name in names])
+    mixed = Attachment(model, MethodSettings())
+    try:
+        for number, attachment in enumerate(kept):
+            _hook(mixed, attachment, (index == number).nonzero().flatten(), len(names))
+        trained = [_trained(attachment) for attachment in kept]
+        updates = [{path: x for path, x in a.adapted.items() if isinstance(x, LoRALayer)} for a in kept]
+        for path in dict.fromkeys([*(path for part in trained for path in part), *(p for u in updates for p in u)]):
+            layers = [part.get(path) for part in updates]
+            _replace(mixed, path, layers, [part.get(path, {}) for part in trained], index)
+        yield
+    finally:
+        mixed.revert()
+        set_adapter(model, before)
+
+
+def _check(name: str, attachment: Attachment) -> None:
+    layers = attachment.adapted.values()
+    bottlenecks = [layer for layer in layers if isinstance(layer, SublayerAdapter)]
+    passing = any(not layer.original_ln_after and layer._norm[0] is not None for layer in bottlenecks)
+    if passing or not all(isinstance(layer, LoRALayer | Bottleneck) for layer in layers):
+        raise LitPeftError(
+            f"The adapter {name!r} ({attachment.settings.method}) cannot share a batch with others: LoRAs and "
+            "bottleneck adapters can, but none with original_ln_after=False. Run its rows in a batch of their own with "
+            "set_adapter."
+        )
+    if attachment.trained and any(layer.original_ln_before for layer in bottlenecks):
+        raise LitPeftError(
+            f"The adapter {name!r} trains modules of the base and has bottlenecks with original_ln_before, which may "
+            "use them: it cannot share a batch with others. Run its rows in a batch of their own with set_adapter."
+        )
+
+
+def _hook(mixed: Attachment, attachment: Attachment, rows: Tensor, count: int) -> None:
+    """Let an adapter's bottlenecks act on its rows."""
+    bottlenecks = [layer for layer in attachment.adapted.values() if isinstance(layer, Bottleneck)]
+    for adapter in bottlenecks:
+        mixed.set(adapter, "rows", (rows, count))
+        if adapter.training:
+            adapter.eval()
+    for again, undo in attachment.hooks if bottlenecks else ():
+        again()
+        mixed.did(again, undo)
+
+
+def _trained(attachment: Attachment) -> dict[str, dict[str, Tensor]]:
+    """The tensors trained in place of the base's own, by module and name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in attachment.kept.items():
+        path, _, last = base_name(name).rpartition(".")
+        found.setdefault(path, {})[last] = parameter.detach()
+    return found
+
+
+def _replace(
+    mixed: Attachment,
+    path: str,
+    layers: Sequence[LoRALayer | None],
+    trained: Sequence[Mapping[str, Tensor]],
+    index: Tensor,
+) -> None:
+    """Put a module that serves every row at `path`."""
+    base = mixed.model.get_submodule(path)
+    plain = [x if isinstance(x, LoRALinear) and x.lora_magnitude is None and x._rest is None else None for x in layers]
+    rows: nn.Module
+    if not any(trained) and plain == list(layers):
+        rows = LoRARows(base, plain, index)
+    else:
+        if isinstance(base, nn.Embedding) and base.num_embeddings != _vocabulary(mixed.model):
+            raise LitPeftError(f"{path} is the same for the whole batch, so adapters of it cannot share one.")
+        if base._forward_hooks or base._forward_pre_hooks:
+            raise LitPeftError(
+                f"A bottleneck adapter and a LoRA with DoRA, PiSSA, OLoRA or trained tensors stand at {path} both: "
+                "they cannot share a batch. Run their rows in batches of their own with set_adapter."
+            )
+        rows = ModuleRows(base, [_form(base, x, own) for x, own in zip(layers, trained, strict=True)], index)
+    mixed.replace(path, rows.eval(), lambda: base)
+
+
+def _form(
+    base: nn.Module, layer: LoRALayer | None, trained: Mapping[str, Tensor]
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    if layer is None:
+        return base, dict(trained)
+    tensors = {f"base_layer.{name}": tensor for name, tensor in trained.items()}
+    if layer._rest is not None:
+        tensors["base_layer.weight"] = layer._rest
+    return layer.eval(), tensors
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    found: int | None = None if config is None else config.get_text_config().vocab_size
+    return found

@@ -1,0 +1,112 @@
+"""Different adapters for the rows of one batch, in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lit_peft.errors import LitPeftError
+from lit_peft.nn.lora import LoRALinear
+
+
+def repeats(x: Tensor, rows: int) -> int:
+    """How often each row stands in a batch, one after the other: beams, returned sequences, tokens without their axis.
+
+    Raises:
+        LitPeftError: the batch is no multiple of the rows.
+    """
+    count, rest = divmod(x.shape[0], rows)
+    if rest or not count:
+        raise LitPeftError(f"The batch has {x.shape[0]} rows, and adapters were named for {rows}.")
+    return count
+
+
+class LoRARows(nn.Module):
+    """`h_i = W x_i + s_n · B_n A_n x_i` with n the adapter of row i: one product with W, two batched small ones.
+
+    Ranks may differ: A and B are padded with zeros to the largest.
+
+    Args:
+        base_layer: the layer, frozen.
+        layers: the adapters' updates of it, None for one that does not adapt it.
+        index: the number of each row's adapter, `len(layers)` for none. Shape (rows,).
+
+    Shapes:
+        input (rows · k, ..., in_features) → output (rows · k, ..., out_features)
+
+    Raises:
+        LitPeftError: in the forward, the batch is no multiple of the rows.
+    """
+
+    def __init__(self, base_layer: nn.Module, layers: Sequence[LoRALinear | None], index: Tensor) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        first = next(layer for layer in layers if layer is not None)
+        rank = max(layer.r for layer in layers if layer is not None)
+        a = first.lora_A.new_zeros(len(layers) + 1, rank, first.in_features)
+        b = first.lora_B.new_zeros(len(layers) + 1, first.out_features, rank)
+        for number, layer in enumerate(layers):
+            if layer is not None:
+                a[number, : layer.r] = layer.lora_A.detach()
+                b[number, :, : layer.r] = layer.lora_B.detach() * layer.scaling
+        # One A and B for each row, already in place: the forward gathers nothing.
+        index = index.to(a.device)
+        self.a, self.b = a[index].transpose(1, 2), b[index].transpose(1, 2)
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        out: Tensor = self.base_layer(x, *args, **kwargs)
+        count = repeats(x, len(self.a))
+        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
+        if count > 1:
+            a, b = a.repeat_interleave(count, 0), b.repeat_interleave(count, 0)
+        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+        update = torch.bmm(torch.bmm(rows, a), b)
+        return out + update.view(out.shape).to(out.dtype)
+
+
+class ModuleRows(nn.Module):
+    """Each row through its own adapter's form of a module, whatever that is: the rows of one adapter together.
+
+    Args:
+        base_layer: the module of the rows without an adapter.
+        forms: each adapter's module and the tensors it has in place of its own, by name.
+        index: the number of each row's adapter, `len(forms)` for none. Shape (rows,).
+
+    Shapes:
+        input (rows · k, ...) → output (rows · k, ...)
+
+    Raises:
+        LitPeftError: in the forward, the batch is no multiple of the rows.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, forms: Sequence[tuple[nn.Module, Mapping[str, Tensor]]], index: Tensor
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.index = index
+        # Not registered: they hold the base's own layers.
+        self._forms = [*forms, (base_layer, {})]
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        index = self.index.to(x.device).repeat_interleave(repeats(x, len(self.index)))
+        out: Tensor | None = None
+        for number in self.index.unique().tolist():
+            places = (index == number).nonzero().flatten()
+            module, tensors = self._forms[number]
+            part = functional_call(module, dict(tensors), (x[places], *args), kwargs)
+            out = part.new_empty(x.shape[0], *part.shape[1:]) if out is None else out
+            out = out.index_copy(0, places, part.to(out.dtype))
+        assert out is not None
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        # Models look at their layers' weights, for their type and device.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
