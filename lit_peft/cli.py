@@ -20,6 +20,7 @@ _COMMANDS = {
     "merge": "merge a LoRA into its base: a plain transformers folder",
     "info": "show what is in an adapter's folder or a checkpoint",
     "generate": "generate text with a base and adapters",
+    "serve": "answer prompts over HTTP, each by the adapter that it names",
     "push": "upload an adapter's folder to the hub",
     "pull": "download an adapter from the hub",
     "compare": "run every method on one base and data, and report which to use",
@@ -27,7 +28,7 @@ _COMMANDS = {
     "init": "write a commented configuration to start from",
 }
 # Those that are no part of Lightning's command line: a module of `lit_peft.commands` each.
-_OWN = {"export", "merge", "info", "generate", "push", "pull", "compare", "doctor", "init"}
+_OWN = {"export", "merge", "info", "generate", "serve", "push", "pull", "compare", "doctor", "init"}
 _EXAMPLES = """\
 examples:
   lit-peft fit --config configs/quickstart.yaml

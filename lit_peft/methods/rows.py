@@ -56,6 +56,20 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         set_adapter(model, before)
 
 
+def can_share(model: nn.Module, name: str) -> bool:
+    """Whether rows of the adapter can share a batch with those of others, in `row_adapters`.
+
+    Raises:
+        LitPeftError: there is no adapter of that name.
+    """
+    attachment = adapters_of(model).find(name)
+    try:
+        _check(name, attachment)
+    except LitPeftError:
+        return False
+    return True
+
+
 def _check(name: str, attachment: Attachment) -> None:
     layers = attachment.adapted.values()
     bottlenecks = [layer for layer in layers if isinstance(layer, SublayerAdapter)]

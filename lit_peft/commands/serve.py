@@ -1,0 +1,44 @@
+"""`lit-peft serve`: a base and several adapters behind HTTP."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from lit_peft.commands.options import Options
+from lit_peft.errors import LitPeftError
+
+
+def run(arguments: list[str]) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        LitPeftError: bad input, or the extra `serve` is not installed.
+    """
+    parser = Options("lit-peft serve", description="Answer prompts over HTTP, each by the adapter that it names.")
+    parser.takes_base()
+    parser.add_argument("--adapter", action="append", default=[], help="[NAME=]FOLDER; repeat for several adapters")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for every one")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at")
+    parser.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to run")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens to write at most")
+    parser.add_argument("--max_prompt_tokens", type=int, default=4096, help="longer prompts are refused")
+    parser.add_argument("--max_batch_size", type=int, default=8, help="requests in one batch at most")
+    parser.add_argument("--batch_timeout", type=float, default=0.02, help="seconds to wait for further requests")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds after which a request is given up")
+    options = vars(parser.parse_args(arguments))
+    for name in ("max_new_tokens", "max_prompt_tokens", "max_batch_size"):
+        if options[name] < 1:
+            raise LitPeftError(f"--{name} {options[name]}: give a positive number.")
+    if find_spec("litserve") is None:
+        raise LitPeftError("`lit-peft serve` needs LitServe: run `pip install 'lit-peft[serve]'`.")
+
+    import litserve
+
+    from lit_peft.serving import AdapterAPI, check_adapters
+    from lit_peft.sources import resolve_base
+
+    resolve_base(options["base"])
+    host, port, accelerator, timeout = (options.pop(name) for name in ("host", "port", "accelerator", "timeout"))
+    api = AdapterAPI(adapters=check_adapters(options.pop("adapter")), **options)
+    server = litserve.LitServer(api, accelerator=accelerator, devices=1, timeout=timeout)
+    server.run(host=host, port=port, num_api_servers=1, generate_client_file=False)
