@@ -142,7 +142,7 @@ def test_the_report_has_the_results_numbers(killed: tuple[Path, bytes, str]) -> 
         assert cells[1] == f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
         assert cells[3] == f"{own[0]['trainable']:,}"
         assert cells[4] == f"{100 * own[0]['trainable'] / own[0]['total']:.3f}"
-        assert cells[5] == f"{own[0]['adapter_bytes']:,} B"
+        assert cells[5] == f"{own[0]['adapter_bytes'] / 1000:,.1f} kB"
         assert cells[9] == f"{rate:g}"
         assert line.split("|")[2].strip() in (folder / "report.html").read_text()
 
@@ -152,22 +152,22 @@ def test_the_page_needs_nothing_else(killed: tuple[Path, bytes, str]) -> None:
     folder, *_ = killed
     text = (folder / "report.html").read_text()
     assert "http" not in text and "//" not in text.replace("<!--", "")
-    assert text.count("<svg") == 3
+    assert text.count("<svg") == 4
     assert all(target.startswith("#") for target in re.findall(r'(?:href|src)="([^"]*)"', text))
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]*)', text)) <= set(ids)
-    for name in ("quality_by_parameters", "quality_by_memory", "learning_curves"):
+    for name in ("quality_by_parameters", "quality_by_memory", "learning_curves", "learning_curves_by_time"):
         assert (folder / f"{name}.png").stat().st_size > 1000 and (folder / f"{name}.svg").stat().st_size > 1000
 
 
 def test_noise_is_called_noise() -> None:
     alike = summarize(plan(), rows(LoRA=[0.80, 0.82, 0.81], HeadOnly=[0.6] * 3, FullFineTuning=[0.81, 0.81, 0.82]))
     said = " ".join(verdict(alike))
-    assert re.search(r"full fine-tuning: LoRA -0\.003 \(within noise\)", said)
-    assert re.search(r"head alone: LoRA \+0\.210 \(above noise\)", said)
+    assert re.search(r"full fine-tuning, within noise: LoRA -0\.003", said)
+    assert re.search(r"head alone, above noise: LoRA \+0\.210", said)
     apart = summarize(plan(), rows(LoRA=[0.70, 0.71, 0.70], FullFineTuning=[0.81, 0.81, 0.82]))
-    assert "(above noise)" in " ".join(verdict(apart))
+    assert "full fine-tuning, above noise: LoRA -0.110" in " ".join(verdict(apart))
 
 
 def test_the_noise_is_the_paired_interval_or_the_sampling_error() -> None:
@@ -199,7 +199,7 @@ def test_a_failed_run_is_said_and_tried_again(tmp_path: Path, monkeypatch: pytes
     answers: list[dict[str, Any]] = [{"error": "ValueError: no"}, row("LoRA", 0, 0.8)]
     ran: list[Cell] = []
 
-    def pretend(cell: Cell) -> dict[str, Any]:
+    def pretend(cell: Cell, device: int | None) -> dict[str, Any]:
         ran.append(cell)
         answer = answers[len(ran) - 1]
         return {
@@ -227,6 +227,8 @@ def test_the_search_is_around_the_usual_rate_and_keys_tell_runs_apart() -> None:
         cell_of(plan(steps=5), "LoRA", 1e-3, 0),
     ]
     assert len({cell.key, *(other.key for other in others)}) == 4
+    timed = [cell_of(plan(steps=steps, seconds=9.0), "LoRA", 1e-3, 0) for steps in (5, 6)]
+    assert timed[0].key == timed[1].key != cell.key
 
 
 @pytest.mark.parametrize(
@@ -254,3 +256,40 @@ def test_every_method_is_compared() -> None:
 
     known = {name for name, value in vars(modules).items() if isinstance(value, type) and BaseLM in value.__bases__}
     assert set(METHODS) == known and len(METHODS) == 10
+
+
+def test_a_budget_of_time_and_several_devices(
+    encoder: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", "--config", str(config(tmp_path, encoder, reviews)), "--trials", "1"]
+    assert main([*arguments, "--seconds", "0.5", "--devices", "2"]) == 0
+    done = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert sorted((one["method"], one["seed"]) for one in done) == [
+        (method, seed) for method in ("LoRA", "PromptTuning") for seed in (0, 1)
+    ]
+    for one in done:
+        assert one["curve"][-1][0] == one["steps"] > 4
+        # As many steps as fit: what they took is about what was given, on a machine that does other things, too.
+        assert 0.1 < one["curve"][-1][1] < 2.5
+    assert "fit in 0.5 s of training" in (tmp_path / "out" / "report.md").read_text()
+    capsys.readouterr()
+    assert main([*arguments, "--seconds", "0.5", "--devices", "2"]) == 0
+    assert capsys.readouterr().out.count("(finished before)") == 4
+
+
+def test_devices_are_each_given_to_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy: set[int | None] = set()
+    used: list[int | None] = []
+
+    def pretend(cell: Cell, device: int | None) -> dict[str, Any]:
+        assert device not in busy and len(busy) < 3
+        busy.add(device)
+        used.append(device)
+        time.sleep(0.01)
+        busy.remove(device)
+        return {"error": "no"} if cell.method == "HeadOnly" else row(cell.method, cell.seed, 0.8)
+
+    monkeypatch.setattr(module, "_in_process", pretend)
+    wanted = plan(trials=2, devices=3)
+    done = module.compare(wanted, Results(tmp_path / "results.jsonl"))
+    assert set(used) == {0, 1, 2} and len(done) == 2 * 3 + 2 * 2

@@ -9,10 +9,13 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 from lit_peft.commands.options import Options
@@ -31,6 +34,18 @@ METHODS = (
     "PromptTuning",
 )
 RESULTS = "results.jsonl"
+# Settings that the command line can give in place of the file.
+_FLAGS = {
+    "steps": int,
+    "seconds": float,
+    "evaluations": int,
+    "seeds": int,
+    "trials": int,
+    "devices": int,
+    "output": str,
+}
+# Steps by which a budget of seconds is turned into one of steps, after as many that are not counted.
+_PROBED = 8
 
 
 @dataclass(frozen=True)
@@ -45,10 +60,12 @@ class Plan:
         model: settings of every method, e.g. `lr_scheduler`.
         trainer: arguments of the Trainer, e.g. `precision`.
         steps: optimizer steps of every run: the budget.
+        seconds: seconds of training of every run instead: as many steps as fit, by the time of its first ones.
         evaluations: validations during a run, the last one at its end.
         seeds: runs of each method at its chosen learning rate: seeds 0, 1, ...
         trials: learning rates tried for each method, with seed 0; chosen on validation.
         spread: ratio between neighbouring learning rates.
+        devices: runs at once, each on a device of its own; on the CPU they share its cores.
         reach: share of full fine-tuning's validation metric whose time is reported.
         output: folder of the results.
 
@@ -63,18 +80,22 @@ class Plan:
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     steps: int = 200
+    seconds: float | None = None
     evaluations: int = 4
     seeds: int = 3
     trials: int = 3
     spread: float = 3.0
+    devices: int = 1
     reach: float = 0.95
     output: str = "lit_peft_runs/compare"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluations", "seeds", "trials"):
+        for name in ("steps", "evaluations", "seeds", "trials", "devices"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise LitPeftError(f"{name}={value!r}: give a whole number of at least 1.")
+        if self.seconds is not None and not self.seconds > 0:
+            raise LitPeftError(f"seconds={self.seconds}: give the seconds of training of each run, e.g. 60.")
         if not self.spread > 1:
             raise LitPeftError(f"spread={self.spread}: give the ratio of neighbouring learning rates, above 1, e.g. 3.")
         if not 0 < self.reach <= 1:
@@ -109,11 +130,15 @@ class Cell:
     trainer: dict[str, Any]
     steps: int
     evaluations: int
+    seconds: float | None = None
 
     @property
     def key(self) -> str:
         """A name that is the same for the same run, and for no other."""
-        text = json.dumps(asdict(self), sort_keys=True, default=str)
+        decides = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.seconds is not None:
+            del decides["steps"]
+        text = json.dumps(decides, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -157,9 +182,8 @@ def run(arguments: Sequence[str]) -> None:
 
     folder = Path(plan.output)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise LitPeftError(f"output={plan.output!r} is in use by another compare: wait, or give another.") from None
     with lock:
@@ -177,20 +201,45 @@ def compare(plan: Plan, results: Results) -> list[dict[str, Any]]:
     Raises:
         LitPeftError: every run failed.
     """
-    progress = _Progress(plan.cells)
-    rows: list[dict[str, Any]] = []
-    for method in plan.methods:
-        trials = [_finished(cell, results, progress) for cell in search(plan, method)]
-        rows += trials
-        chosen = best(trials)
-        if chosen is None:
-            progress.skip(plan.seeds - 1)
-            continue
-        for seed in range(1, plan.seeds):
-            rows.append(_finished(cell_of(plan, method, chosen["learning_rate"], seed), results, progress))
+    progress = _Progress(plan.cells, plan.devices)
+    tried = _all(plan, [cell for method in plan.methods for cell in search(plan, method)], results, progress)
+    chosen = {method: best([row for row in tried if row["method"] == method]) for method in plan.methods}
+    progress.skip((plan.seeds - 1) * sum(row is None for row in chosen.values()))
+    # Seed by seed, so that a comparison that is stopped has as many runs of one method as of another.
+    cells = [
+        cell_of(plan, method, row["learning_rate"], seed)
+        for seed in range(1, plan.seeds)
+        for method, row in chosen.items()
+        if row is not None
+    ]
+    rows = [*tried, *_all(plan, cells, results, progress)]
     if all("error" in row for row in rows):
         raise LitPeftError(f"Every run failed; the first one with: {rows[0]['error']}")
     return rows
+
+
+def _all(plan: Plan, cells: Sequence[Cell], results: Results, progress: _Progress) -> list[dict[str, Any]]:
+    """The rows of these runs, in their order, as many at a time as there are devices."""
+    if plan.devices == 1:
+        return [_finished(cell, results, progress) for cell in cells]
+    free: Queue[int] = Queue()
+    for number in range(plan.devices):
+        free.put(number)
+
+    def on_a_free_one(cell: Cell) -> dict[str, Any]:
+        device = free.get()
+        try:
+            return _finished(cell, results, progress, device)
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(plan.devices) as pool:
+        waiting = [pool.submit(on_a_free_one, cell) for cell in cells]
+        try:
+            return [one.result() for one in waiting]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def search(plan: Plan, method: str) -> list[Cell]:
@@ -222,6 +271,7 @@ def cell_of(plan: Plan, method: str, learning_rate: float, seed: int) -> Cell:
         plan.trainer,
         plan.steps,
         plan.evaluations,
+        plan.seconds,
     )
 
 
@@ -236,7 +286,7 @@ def _plan(arguments: Sequence[str]) -> Plan:
     parser = Options(prog="lit-peft compare", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file: base, task, data, methods, budget")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help=f"only these: {', '.join(METHODS)}")
-    for name, kind in (("steps", int), ("evaluations", int), ("seeds", int), ("trials", int), ("output", str)):
+    for name, kind in _FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help=f"in place of the file's {name}")
     parser.add_argument("--limit_train", type=int, help="at most this many training rows")
     given = parser.parse_args(list(arguments))
@@ -249,7 +299,7 @@ def _plan(arguments: Sequence[str]) -> Plan:
     if given.methods:
         file = values.get("methods", {})
         values["methods"] = {name: file.get(name, {}) for name in given.methods}
-    for name in ("steps", "evaluations", "seeds", "trials", "output"):
+    for name in _FLAGS:
         if getattr(given, name) is not None:
             values[name] = getattr(given, name)
     if given.limit_train is not None:
@@ -315,56 +365,64 @@ def _module(cell: Cell) -> Any:
 
 
 class _Progress:
-    """One line for each run: which, how it went, and how long the rest may take."""
+    """A line or two for each run: which, how it went, and how long the rest may take."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.ran, self.spent = total, 0, 0, 0.0
+    def __init__(self, total: int, devices: int = 1) -> None:
+        self.total, self.devices, self.done, self.ran, self.spent = total, devices, 0, 0, 0.0
 
     def skip(self, count: int) -> None:
         self.total -= count
 
     def start(self, cell: Cell) -> None:
-        print(f"[{self.done + 1}/{self.total}] {_title(cell)} ...", end="", flush=True)
+        if self.devices == 1:
+            print(f"[{self.done + 1}/{self.total}] {_title(cell)} ...", end="", flush=True)
 
     def end(self, cell: Cell, row: Mapping[str, Any], seconds: float | None) -> None:
         self.done += 1
         said = f"failed: {row['error']}" if "error" in row else f"val_{row['metric']} {row['validation']:.4f}"
+        head = f"[{self.done}/{self.total}] {_title(cell)}:"
         if seconds is None:
-            print(f"[{self.done}/{self.total}] {_title(cell)}: {said} (finished before)", flush=True)
+            print(f"{head} {said} (finished before)", flush=True)
             return
         self.ran, self.spent = self.ran + 1, self.spent + seconds
-        left = self.spent / self.ran * (self.total - self.done)
-        print(f" {said} ({seconds:.0f} s; at most {left / 60:.0f} min left)", flush=True)
+        left = self.spent / self.ran * (self.total - self.done) / self.devices
+        head = "" if self.devices == 1 else head
+        print(f"{head} {said} ({seconds:.0f} s; at most {left / 60:.0f} min left)", flush=True)
 
 
 def _title(cell: Cell) -> str:
     return f"{cell.method}, learning rate {cell.learning_rate:g}, seed {cell.seed}"
 
 
-def _finished(cell: Cell, results: Results, progress: _Progress) -> dict[str, Any]:
+_TURN = threading.Lock()
+
+
+def _finished(cell: Cell, results: Results, progress: _Progress, device: int | None = None) -> dict[str, Any]:
     """The row of a run, which is run if it is not finished; one that failed is tried again."""
     row = results.rows.get(cell.key)
     if row is not None and "error" not in row:
-        progress.end(cell, row, None)
+        with _TURN:
+            progress.end(cell, row, None)
         return row
     progress.start(cell)
     start = time.perf_counter()
     head = {"cell": cell.key, "method": cell.method, "learning_rate": cell.learning_rate, "seed": cell.seed}
-    row = {**head, **_in_process(cell)}
-    results.add(row)
-    progress.end(cell, row, time.perf_counter() - start)
+    row = {**head, **_in_process(cell, device)}
+    with _TURN:
+        results.add(row)
+        progress.end(cell, row, time.perf_counter() - start)
     return row
 
 
-def _in_process(cell: Cell) -> dict[str, Any]:
-    """Run a cell in a process of its own, so that its peak memory is its own."""
+def _in_process(cell: Cell, device: int | None = None) -> dict[str, Any]:
+    """Run a cell in a process of its own, so that its peak memory is its own; on a GPU of this number, if any."""
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         # The server imports the heavy packages once, and every run starts from there.
         context.set_forkserver_preload(["lit_peft.commands.preload"])
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(cell, send), daemon=True)
+    process = context.Process(target=_child, args=(cell, send, device), daemon=True)
     process.start()
     send.close()
     try:
@@ -379,23 +437,27 @@ def _in_process(cell: Cell) -> dict[str, Any]:
     return result
 
 
-def _child(cell: Cell, send: Any) -> None:
+def _child(cell: Cell, send: Any, device: int | None) -> None:
     try:
-        result = measure(cell)
+        result = measure(cell, device)
     except Exception as problem:
         result = {"error": f"{type(problem).__name__}: {first_line(problem)}"}
     send.send(result)
     send.close()
 
 
-def measure(cell: Cell) -> dict[str, Any]:
+def measure(cell: Cell, device: int | None = None) -> dict[str, Any]:
     """Train one cell and measure it.
+
+    Args:
+        cell: what to train.
+        device: number of the GPU to use, where the Trainer uses GPUs; any when None.
 
     Returns:
         `metric` and `mode`; `validation` and `test` (None without test rows) at the last step; `rows` evaluated on;
-        `trainable` and `total` parameters; `adapter_bytes`; `peak_memory_bytes`, on a GPU of its tensors, else of the
-        process beyond what libraries and data take; `seconds_per_step`, the median; `curve`: step, seconds of training
-        so far, validation metric.
+        `trainable` and `total` parameters; `steps` taken; `adapter_bytes`; `peak_memory_bytes`, on a GPU of its
+        tensors, else of the process beyond what libraries and data take; `seconds_per_step`, the median; `curve`: step,
+        seconds of training so far, validation metric.
     """
     import logging
     import warnings
@@ -430,21 +492,21 @@ def measure(cell: Cell) -> dict[str, Any]:
     before = _resident()
     recorder = Recorder(module.task.monitor[0])
     accumulated = int(cell.trainer.get("accumulate_grad_batches", 1))
+    steps = cell.steps if cell.seconds is None else _steps_in(cell, device)
     settings: dict[str, Any] = {
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
-        "max_steps": cell.steps,
+        "max_steps": steps,
         "max_epochs": -1,
-        "val_check_interval": max(1, cell.steps // cell.evaluations) * accumulated,
+        "val_check_interval": -(-steps // cell.evaluations) * accumulated,
         "check_val_every_n_epoch": None,
-        "devices": 1,
     }
-    trainer = Trainer(**{**settings, **cell.trainer}, callbacks=[recorder])
+    trainer = Trainer(**{**settings, **_on(cell, device)}, callbacks=[recorder])
     trainer.fit(module, datamodule=data)
-    if not recorder.curve or recorder.curve[-1][0] < cell.steps:
+    if not recorder.curve or recorder.curve[-1][0] < steps:
         trainer.validate(module, datamodule=data, verbose=False)
     cuda = trainer.strategy.root_device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else max(0, _peak() - before)
@@ -457,6 +519,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         "mode": module.task.monitor[1],
         "validation": recorder.curve[-1][2],
         "test": test,
+        "steps": steps,
         "rows": len(data.rows["test" if tested else "validation"]),
         "trainable": trainable_parameters(module.model),
         "total": sum(parameter.numel() for parameter in module.model.parameters()),
@@ -466,6 +529,33 @@ def measure(cell: Cell) -> dict[str, Any]:
         "curve": recorder.curve,
         "device": str(trainer.strategy.root_device),
     }
+
+
+def _on(cell: Cell, device: int | None) -> dict[str, Any]:
+    """The Trainer's arguments of a cell on one device: the GPU of this number, or any single one."""
+    import torch
+
+    gpu = device is not None and torch.cuda.is_available() and cell.trainer.get("accelerator") != "cpu"
+    return {"devices": [device] if gpu else 1, **cell.trainer}
+
+
+def _steps_in(cell: Cell, device: int | None) -> int:
+    """How many optimizer steps of this cell fit in its seconds, by the median of a few."""
+    from lightning.pytorch import Trainer, seed_everything
+
+    from lit_peft.commands.recorder import Recorder
+
+    seed_everything(cell.seed, verbose=False)
+    data = _data(cell.base, cell.data)
+    data.setup("fit")
+    module = _module(cell)
+    module.take_labels(data)
+    recorder = Recorder(module.task.monitor[0], skip=_PROBED)
+    accumulated = int(cell.trainer.get("accumulate_grad_batches", 1))
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    quick = {"max_steps": 2 * _PROBED, "max_epochs": -1, "limit_val_batches": 0}
+    Trainer(**{**quiet, **quick, **_on(cell, device)}, callbacks=[recorder]).fit(module, datamodule=data)
+    return max(1, int((cell.seconds or 0) / (recorder.seconds_per_step * accumulated)))
 
 
 def _adapter_bytes(module: Any) -> int:

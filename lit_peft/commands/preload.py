@@ -5,6 +5,7 @@ from __future__ import annotations
 import datasets
 import lightning.pytorch
 import transformers
+import transformers.modeling_utils
 
 import lit_peft.commands.recorder
 import lit_peft.formats.folder

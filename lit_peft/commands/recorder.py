@@ -17,10 +17,12 @@ class Recorder(Callback):
 
     Args:
         monitor: the metric's name, as it is logged.
+        skip: batches at the start that `seconds_per_step` does not count.
     """
 
-    def __init__(self, monitor: str) -> None:
+    def __init__(self, monitor: str, skip: int = 0) -> None:
         self.monitor = monitor
+        self.skip = skip
         self.curve: list[list[float]] = []
         self._times: list[float] = []
         self._start = 0.0
@@ -28,7 +30,7 @@ class Recorder(Callback):
     @property
     def seconds_per_step(self) -> float:
         """The median time of a batch: forward, backward and the optimizer."""
-        return statistics.median(self._times) if self._times else 0.0
+        return statistics.median(self._times[self.skip :]) if self._times[self.skip :] else 0.0
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         self._start = _now()

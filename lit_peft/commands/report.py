@@ -1,11 +1,8 @@
-"""The report of `lit-peft compare`: table, plots, one HTML file, and a verdict that knows about noise."""
+"""The report of `lit-peft compare`: its figures, its table, and a verdict that knows about noise."""
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +15,9 @@ if TYPE_CHECKING:
 # Student's t, two-sided 95 %, by degrees of freedom; beyond those here, the normal distribution's.
 _T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 _NORMAL = 1.96
-_FULL, _HEAD = "FullFineTuning", "HeadOnly"
-# Stands for the page's text color until the plot is in the page.
-_INK = "#010203"
+# What counts as close to full fine-tuning, and as few parameters, in percent.
+_CLOSE, _FEW = 0.02, 5.0
+FULL, HEAD = "FullFineTuning", "HeadOnly"
 
 
 @dataclass(frozen=True)
@@ -103,15 +100,19 @@ def summarize(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[Summary]:
                 adapter_bytes=chosen["adapter_bytes"],
                 peak_memory_bytes=max(row["peak_memory_bytes"] for row in runs),
                 seconds_per_step=statistics.median(row["seconds_per_step"] for row in runs),
-                curve=[
-                    [statistics.fmean(values) for values in zip(*points, strict=True)]
-                    for points in zip(*(row["curve"] for row in runs), strict=True)
-                ],
+                curve=_mean_curve([row["curve"] for row in runs]),
             )
         )
-    full = next((one for one in found if one.method == _FULL), None)
+    full = next((one for one in found if one.method == FULL), None)
     reached = [Summary(**{**vars(one), "reached": _reached(one, full, plan.reach)}) for one in found]
     return sorted(reached, key=lambda one: one.mean, reverse=bool(found) and found[0].mode == "max")
+
+
+def _mean_curve(curves: list[list[list[float]]]) -> list[list[float]]:
+    """The mean of curves point by point, counted from their ends: runs of a time budget differ in their steps."""
+    shared = min(map(len, curves))
+    points = zip(*(curve[-shared:] for curve in curves), strict=True)
+    return [[statistics.fmean(values) for values in zip(*point, strict=True)] for point in points]
 
 
 def _reached(one: Summary, full: Summary | None, share: float) -> float | None:
@@ -146,7 +147,7 @@ def verdict(found: Sequence[Summary]) -> list[str]:
     if not found:
         return ["No method finished."]
     by_name = {one.method: one for one in found}
-    methods = [one for one in found if one.method not in (_FULL, _HEAD)]
+    methods = [one for one in found if one.method not in (FULL, HEAD)]
     said = []
     if len(methods) > 1:
         first, rest = methods[0], methods[1:]
@@ -161,14 +162,22 @@ def verdict(found: Sequence[Summary]) -> list[str]:
             said.append(
                 f"{first.method} has the best {first.metric}, and the difference to every other is above noise."
             )
-    for name, what in ((_FULL, "full fine-tuning"), (_HEAD, "training the head alone")):
+    for name, what in ((FULL, "full fine-tuning"), (HEAD, "training the head alone")):
         if name in by_name and methods:
-            parts = []
-            for one in methods:
-                gap = difference(one, by_name[name])
-                sign = "within noise" if not gap.real else "above noise"
-                parts.append(f"{one.method} {gap.value:+.3f} ({sign})")
-            said.append(f"Against {what}: {'; '.join(parts)}.")
+            gaps = [(one, difference(one, by_name[name])) for one in methods]
+            real = "; ".join(f"{one.method} {gap.value:+.3f}" for one, gap in gaps if gap.real)
+            noise = "; ".join(f"{one.method} {gap.value:+.3f}" for one, gap in gaps if not gap.real)
+            said += [f"Against {what}, above noise: {real}."] if real else []
+            said += [f"Against {what}, within noise: {noise}."] if noise else []
+    if FULL in by_name and methods:
+        full, sign = by_name[FULL], 1 if found[0].mode == "max" else -1
+        close = [x for x in methods if sign * (x.mean - full.mean) >= -_CLOSE and x.share < _FEW]
+        if found[0].metric.endswith("accuracy"):
+            names = f": {', '.join(one.method for one in close)}" if close else ""
+            said.append(
+                f"{len(close)} of {len(methods)} methods are within {100 * _CLOSE:g} points of full fine-tuning, or "
+                f"above it, at less than {_FEW:g} % of its parameters{names}."
+            )
     if all(len(one.values) < 2 for one in found):
         known = found[0].metric.endswith("accuracy")
         how = "only the sampling error of the evaluated rows is known" if known else "the noise is not known"
@@ -187,7 +196,7 @@ _COLUMNS: dict[str, Callable[[Summary], str]] = {
     "seeds": lambda one: str(len(one.values)),
     "trainable": lambda one: f"{one.trainable:,}",
     "%": lambda one: f"{one.share:.3f}",
-    "adapter": lambda one: f"{one.adapter_bytes:,} B",
+    "adapter": lambda one: f"{one.adapter_bytes / 1000:,.1f} kB",
     "peak memory": lambda one: f"{one.peak_memory_bytes / 2**20:,.0f} MiB",
     "time per step": lambda one: f"{1000 * one.seconds_per_step:,.1f} ms",
     "REACH": lambda one: "—" if one.reached is None else f"{one.reached:,.1f} s",
@@ -209,8 +218,12 @@ def setting(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[str]:
     """What was run, and what the columns mean."""
     failed = [f"{row['method']} at {row['learning_rate']:g}: {row['error']}" for row in rows if "error" in row]
     done = next((row for row in rows if "error" not in row), {})
+    steps = f"{plan.steps} steps"
+    if plan.seconds is not None:
+        taken = [row["steps"] for row in rows if "error" not in row]
+        steps = f"the steps that fit in {plan.seconds:g} s of training ({min(taken):,} to {max(taken):,})"
     return [
-        f"Base {plan.base}, task {plan.task}; {plan.steps} steps for every run, the metric is that of the last step; "
+        f"Base {plan.base}, task {plan.task}; {steps} for every run, the metric is that of the last step; "
         f"{plan.trials} learning rate(s) each, chosen on validation with seed 0; {plan.seeds} seed(s), which set the "
         f"start and the order of training; evaluated on {done.get('rows', 0):,} rows, on {done.get('device', '?')}.",
         "± is the standard deviation over seeds. Peak memory is what a run of its own process takes beyond libraries "
@@ -229,131 +242,11 @@ def markdown(plan: Plan, found: Sequence[Summary], rows: Sequence[dict[str, Any]
     return f"# Comparison of methods\n\n{said}\n\n{text}\n\n" + "\n\n".join(setting(plan, rows)) + "\n"
 
 
-# ------------------------------------------------------------------------------------------------- plots
-
-
-def plots(plan: Plan, found: Sequence[Summary]) -> dict[str, Any]:
-    """Return matplotlib figures by name; none where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return {}
-    metric = found[0].metric
-    colors = {method: f"C{at}" for at, method in enumerate(plan.methods)}
-
-    def scatter(value: Callable[[Summary], float], label: str, log: bool) -> Any:
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = figure.subplots()
-        for one in found:
-            error = one.std if len(one.values) > 1 else None
-            axes.errorbar(value(one), one.mean, yerr=error, fmt="o", color=colors[one.method], capsize=3)
-            axes.annotate(one.method, (value(one), one.mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        if log:
-            axes.set_xscale("log")
-        axes.margins(x=0.18, y=0.1)
-        axes.set(xlabel=label, ylabel=metric)
-        axes.grid(alpha=0.25)
-        return figure
-
-    curves = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = curves.subplots()
-    for one in found:
-        steps, _, values = zip(*one.curve, strict=True)
-        axes.plot(steps, values, marker="o", markersize=3, label=one.method, color=colors[one.method])
-    axes.set(xlabel="step", ylabel="val_" + metric.partition("_")[2])
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, ncols=2, framealpha=0)
-    return {
-        "quality_by_parameters": scatter(lambda one: one.trainable, "trained parameters", True),
-        "quality_by_memory": scatter(lambda one: one.peak_memory_bytes / 2**20, "peak memory (MiB)", False),
-        "learning_curves": curves,
-    }
-
-
-def _inked(figure: Any) -> None:
-    """Give everything that is not a method's the stand-in of the page's text color, on no background."""
-    figure.patch.set_alpha(0)
-    for axes in figure.axes:
-        axes.patch.set_alpha(0)
-        axes.tick_params(which="both", colors=_INK)
-        legend = axes.get_legend()
-        texts = [axes.xaxis.label, axes.yaxis.label, *axes.texts, *(legend.get_texts() if legend else [])]
-        for text in texts:
-            text.set_color(_INK)
-        for spine in axes.spines.values():
-            spine.set_color(_INK)
-
-
-def inline_svg(figure: Any, name: str) -> str:
-    """A figure as an SVG element for an HTML page: text stays text, and takes the page's color."""
-    import matplotlib
-
-    _inked(figure)
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
-    # Ids are the page's: those of two plots must differ.
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = text.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    label = name.replace("_", " ")
-    return text.replace(_INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1c2024; --soft: #60666d; --line: #dfe3e7; --card: #f6f8fa; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14171a; --ink: #e6e9ec; --soft: #9aa2aa; --line: #30363c; --card: #1c2126; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 72rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 1rem; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
-.verdict { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1.2rem; }
-.verdict ul { margin: 0; padding-left: 1.1rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
-figure { margin: 0; border: 1px solid var(--line); border-radius: .6rem; padding: .6rem; }
-figure svg { width: 100%; height: auto; display: block; }
-figcaption { color: var(--soft); font-size: .88rem; padding: .2rem .3rem; }
-p { color: var(--soft); font-size: .9rem; }
-"""
-
-
-def page(plan: Plan, found: Sequence[Summary], rows: Sequence[dict[str, Any]], figures: dict[str, Any]) -> str:
-    """The report as one HTML file that needs nothing else."""
-    head, *body = ([html.escape(text) for text in line] for line in table(plan, found))
-    cells = "".join(f"<tr>{''.join(f'<td>{text}</td>' for text in line)}</tr>\n" for line in body)
-    said = "".join(f"<li>{html.escape(point)}</li>" for point in verdict(found))
-    drawn = "".join(
-        f"<figure>{inline_svg(figure, name)}<figcaption>{name.replace('_', ' ').capitalize()}</figcaption></figure>\n"
-        for name, figure in figures.items()
-    )
-    notes = "".join(f"<p>{html.escape(text)}</p>\n" for text in setting(plan, rows))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Comparison of methods</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<h1>Comparison of methods</h1>\n<div class="verdict"><ul>{said}</ul></div>\n'
-        f'<h2>Results</h2>\n<div class="scroll"><table><thead><tr>{"".join(f"<th>{text}</th>" for text in head)}</tr>'
-        f"</thead><tbody>\n{cells}</tbody></table></div>\n"
-        + (f'<h2>Plots</h2>\n<div class="plots">\n{drawn}</div>\n' if drawn else "")
-        + f"<h2>What was run</h2>\n{notes}</body>\n</html>\n"
-    )
-
-
 def write_report(folder: Path, plan: Plan, rows: Sequence[dict[str, Any]]) -> list[str]:
     """Write `report.md`, `report.html` and the plots; return the files' names."""
+    from lit_peft.commands.figures import plots
+    from lit_peft.commands.page import page
+
     found = summarize(plan, rows)
     (folder / "report.md").write_text(markdown(plan, found, rows), encoding="utf-8")
     figures = plots(plan, found) if found else {}
