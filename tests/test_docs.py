@@ -7,16 +7,18 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = {
-    f"{page.stem}-{number}": code
+    f"{page.stem}-{number}": textwrap.dedent(code)
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    for number, code in enumerate(
-        re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL), start=1
+    for number, (_, code) in enumerate(
+        re.findall(r"^( *)```python\n(.*?)^ *```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE),
+        start=1,
     )
 }
 
