@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from lit_peft import LitPeftError, TextClassificationData
 from lit_peft.data.evened import Evened, RealOnly
+from lit_peft.data.text_classification import encode_texts
 
 
 def data(encoder: Path, file: Path, **settings: object) -> TextClassificationData:
@@ -89,13 +93,47 @@ def test_labels_of_one_file_missing_from_the_other(encoder: Path, tmp_path: Path
         data(encoder, train, test=str(test)).setup("test")
 
 
-def test_a_changed_file_is_noticed(encoder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [None, 2])
+def test_a_changed_file_is_noticed(processes: int | None, encoder: Path, tmp_path: Path) -> None:
+    """Its size and times are those of the file before, and the tokens are not."""
     file = tmp_path / "a.csv"
-    for word in ("good", "poor"):
+    times, tokens = [], []
+    for word in ("good", "poor", "good"):
         file.write_text(f"text,label\n{word} film,0\nthe film,1\n")
-        made = data(encoder, file)
-        made.setup("fit")
-        assert made.rows["train"].table["text"][0] == f"{word} film"
+        os.utime(file, ns=(10**18, 10**18))
+        times.append((file.stat().st_size, file.stat().st_mtime_ns))
+        made = data(encoder, file, num_proc=processes)
+        assert made.examples("train")["input_ids"][0] == made.tokenizer(f"{word} film")["input_ids"]
+        tokens.append(made.identity("train"))
+    assert len(set(times)) == 1 and tokens[0] == tokens[2] != tokens[1]
+
+
+def test_tokens_are_kept_for_the_next_run(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return encode_texts(*args, **kwargs)
+
+    counted.__qualname__, counted.__module__ = "counted", "a module"
+    monkeypatch.setattr("lit_peft.data.text_classification.encode_texts", counted)
+    file, moved = tmp_path / "a.csv", tmp_path / "b.csv"
+    for path in (file, moved):
+        path.write_text("text,label\ngood film and so on,0\nthe film,1\n")
+    other = tmp_path / "tokenizer"
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(other)
+    settings: list[tuple[Path, dict[str, Any], int]] = [
+        (file, {}, 1),
+        (file, {}, 1),
+        (file, {"max_length": 9}, 2),
+        (file, {"tokenizer": str(other)}, 2),  # it is the same, in another place
+    ]
+    for path, given, made in settings:
+        data(encoder, path, **given).examples("train")
+        assert len(calls) == made
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"awful"', '"awfull"'))
+    data(encoder, file, tokenizer=str(other)).examples("train")
+    assert len(calls) == 3
 
 
 def test_cut_texts_are_counted(encoder: Path, tmp_path: Path) -> None:

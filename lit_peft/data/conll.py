@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.files import explain, resolve_file
+from lit_peft.data.files import content_digest, explain, resolve_file
 from lit_peft.errors import LitPeftError
 from lit_peft.sources import cache_root
 
@@ -46,10 +46,9 @@ def read_conll(
 
     path = resolve_file(value, field, SUFFIXES)
     kind = datasets.Sequence(datasets.Value("string"))
-    state = path.stat()
     settings = {
         "path": str(path.resolve()),
-        "stamp": f"{state.st_size} {state.st_mtime_ns}",
+        "content": content_digest(path),
         "columns": {tokens_column: token_position, **({tags_column: tag_position} if tags_column else {})},
         "where": f"{field} {value!r}",
     }
@@ -65,7 +64,7 @@ def read_conll(
     return table
 
 
-def _sentences(path: str, stamp: str, columns: dict[str, int], where: str) -> Iterator[dict[str, Any]]:
+def _sentences(path: str, content: str, columns: dict[str, int], where: str) -> Iterator[dict[str, Any]]:
     rows: dict[str, list[str]] = {name: [] for name in columns}
     any_row = False
     with Path(path).open(encoding="utf-8-sig") as stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator
@@ -55,7 +56,7 @@ def read_file(value: str, field: str, text_column: str = "text", text_unit: str 
 
     Every column of a csv or tsv file is read as text, since such a file has no types: "NA" and "007" stay
     as they are written, and a column does not change its type halfway. The parsed table is kept in the
-    user's cache and found there again while the file is unchanged.
+    user's cache and found there again while the file's content is the same, whatever its name and times.
 
     Args:
         value: a path, or `"pkg:DISTRIBUTION/path"` for a file inside an installed package.
@@ -158,20 +159,34 @@ def _load(path: Path, field: str, value: str, loader: str, options: dict[str, An
         # pyarrow's reader does not survive it.
         if number := _null_line(path):
             raise LitPeftError(f"{field} {value!r}: line {number} is not a JSON object ('null').")
+    content = content_digest(path)
     try:
         with _quiet():
             table = datasets.load_dataset(
                 loader,
                 data_files={"train": str(path.resolve())},
                 split="train",
-                cache_dir=str(cache_root() / "datasets"),
+                # datasets itself goes by the file's path and time, which a changed file may keep.
+                cache_dir=str(cache_root() / "datasets" / content),
                 **options,
             )
     except Exception as exc:  # pandas, pyarrow, datasets and json errors, some of them bare ValueErrors
         raise explain(path, field, value, loader, exc) from exc
     if len(table) == 0:
         raise LitPeftError(f"{field} {value!r} has no rows; give a file with at least one row.")
+    # What is made of the table is cached under this name.
+    settings = sorted((name, str(option)) for name, option in options.items())
+    table._fingerprint = hashlib.sha256(repr((content, loader, settings)).encode()).hexdigest()[:32]
     return table
+
+
+def content_digest(path: Path) -> str:
+    """Return a hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:24]
 
 
 def _csv_options(path: Path, field: str, value: str) -> dict[str, Any]:
