@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_peft.methods.attachment import trainable_parameters
 
@@ -15,8 +14,10 @@ class RunBanner(Callback):
     Works with any LightningModule; a `describe()` on it adds base, task and method.
     """
 
-    @rank_zero_only
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        results = trainer.log_dir or trainer.default_root_dir  # asks all processes
+        if not trainer.is_global_zero:
+            return
         describe = getattr(pl_module, "describe", None)
         facts = describe() if callable(describe) else {}
         trainable = trainable_parameters(pl_module)
@@ -28,6 +29,6 @@ class RunBanner(Callback):
             "method": facts.get("method", type(pl_module).__name__),
             "trainable": f"{trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.3f} %)",
             "precision": f"{trainer.precision} on {trainer.world_size} × {device}",
-            "results": trainer.log_dir or trainer.default_root_dir,
+            "results": results,
         }
         print("\n".join(f"{name + ':':<11}{value}" for name, value in lines.items() if value), flush=True)

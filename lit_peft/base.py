@@ -21,7 +21,7 @@ from lit_peft.methods.attachment import MethodSettings
 from lit_peft.optim import SCHEDULES, make_optimizer, make_schedule
 from lit_peft.quantization import check_quantization, loading_arguments, quantize
 from lit_peft.randomness import run_seed, seed_all
-from lit_peft.sharding import shard
+from lit_peft.sharding import across_processes, shard
 from lit_peft.sources import BaseSource, hub_error, resolve_base
 from lit_peft.tasks import find_task
 from lit_peft.tasks.base import Batch
@@ -326,12 +326,17 @@ class BaseLM(pl.LightningModule):
         seed_all(self._run_seed, process, self.current_epoch, batch_idx)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean loss of a batch. Works without a Trainer, too."""
+        """Return the mean loss of a batch. Works without a Trainer, too.
+
+        Of several processes each has a part of the batch, and what the strategy averages over them is the mean over all
+        tokens (or examples) of the whole batch, as one process has it.
+        """
         with self._loss_alone():
             loss = self.task.loss(self(**batch), batch)
         if self._trainer is not None:
             size = len(next(iter(batch.values())))
-            self.log("train_loss", loss, prog_bar=True, batch_size=size)
+            loss, mean = across_processes(loss, self.task.weight(batch), self.device_mesh)
+            self.log("train_loss", mean, prog_bar=True, batch_size=size)
         return loss
 
     def _loss_alone(self) -> AbstractContextManager[None]:

@@ -19,6 +19,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 import lit_peft.data
@@ -31,6 +32,7 @@ from lit_peft.disk import replace_folder, temporary_folder, write_failure
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.formats.folder import write_adapter
 from lit_peft.run_folder import CONFIG, RunLogger, earlier_run, newest_last
+from lit_peft.sharding import sharded_like, whole_parameters
 
 RUNS = "lit_peft_runs"
 
@@ -148,38 +150,66 @@ class CLI(LightningCLI):
         monitor, mode = self.model.task.monitor if validates else (None, "min")
         return ModelCheckpoint(monitor=monitor, mode=mode, filename="best-{step}", save_last=True)
 
-    @rank_zero_only
     def after_fit(self) -> None:
-        """Say how it went, where the adapter is, and what to do next."""
-        checkpoint = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
-        best = checkpoint.best_model_path if checkpoint else ""
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        print()
-        if self.trainer.interrupted:
-            print("Training was interrupted; the last checkpoint is kept.")
-        for name, value in sorted(self.trainer.callback_metrics.items()):
-            print(f"{name:<18}{value.item():.4f}")
+        """Say how it went, write the best adapter, and say what to do next. Every process takes part."""
+        trainer = self.trainer
+        say = print if trainer.is_global_zero else (lambda *_: None)
+        checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+        best = trainer.strategy.broadcast(checkpoint.best_model_path if checkpoint else "")
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        say()
+        if trainer.interrupted:
+            say("Training was interrupted; the last checkpoint is kept.")
+        for name, value in sorted(trainer.callback_metrics.items()):
+            say(f"{name:<18}{value.item():.4f}")
         if best and checkpoint and checkpoint.monitor and checkpoint.best_model_score is not None:
-            print(f"{'best ' + checkpoint.monitor:<18}{checkpoint.best_model_score.item():.4f}  ({best})")
+            say(f"{'best ' + checkpoint.monitor:<18}{checkpoint.best_model_score.item():.4f}  ({best})")
         if not best:
             return
         # The adapter people share is the best one, not the last.
-        weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-        self.model.load_state_dict(weights)
         adapter = folder / "adapter"
-        temporary = temporary_folder(adapter)
         try:
-            write_adapter(self.model.model, temporary)
-            # A run that was killed here, and resumed, has one already.
-            replace_folder(temporary, adapter)
+            self._write_best(best, adapter)
         except LitPeftError as problem:
-            shutil.rmtree(temporary, ignore_errors=True)
-            print(f"{'weights':<18}in the checkpoint only ({problem})")
+            say(f"{'weights':<18}in the checkpoint only ({problem})")
         else:
-            size = sum(file.stat().st_size for file in adapter.iterdir())
-            print(f"{'adapter':<18}{adapter}  ({size / 2**20:.2f} MB)")
+            size = sum(file.stat().st_size for file in adapter.iterdir()) if adapter.is_dir() else 0
+            say(f"{'adapter':<18}{adapter}  ({size / 2**20:.2f} MB)")
         config = shlex.quote(str(folder / "config.yaml"))
-        print(f"\nnext:  lit-peft test --config {config} --ckpt_path {shlex.quote(best)}")
+        say(f"\nnext:  lit-peft test --config {config} --ckpt_path {shlex.quote(best)}")
+
+    def _write_best(self, best: str, adapter: Path) -> None:
+        """Write the adapter of a checkpoint of this run; one that is there is replaced.
+
+        Raises:
+            LitPeftError: no format has the method, or the strategy has the model in pieces of its own.
+        """
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
+            raise LitPeftError(
+                f"{type(strategy).__name__} holds the model in pieces: `lit-peft export --ckpt_path {best} --output "
+                f"{adapter}` writes the adapter"
+            )
+        weights: dict[str, torch.Tensor] = {}
+        if self.trainer.is_global_zero:
+            weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+        weights = strategy.broadcast(weights)
+        places = dict(self.model.named_parameters())
+        self.model.load_state_dict({name: sharded_like(places.get(name), value) for name, value in weights.items()})
+        problem = None
+        with whole_parameters(self.model):
+            if self.trainer.is_global_zero:
+                temporary = temporary_folder(adapter)
+                try:
+                    write_adapter(self.model.model, temporary)
+                    # A run that was killed here, and resumed, has one already.
+                    replace_folder(temporary, adapter)
+                except LitPeftError as error:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    problem = str(error)
+        problem = strategy.broadcast(problem)
+        if problem:
+            raise LitPeftError(problem)
 
 
 def run(arguments: list[str]) -> None:

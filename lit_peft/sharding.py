@@ -10,45 +10,84 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError
+from lit_peft.tensor_parallel import split_matrices
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, policy: Any = None) -> None:
-    """Give each process its shard of every parameter (FSDP2), a group for each layer and one for the rest.
+    """Give each process its part of the model: of the matrices (tensor parallelism), and its shard of all (FSDP2).
 
     A model whose weights are mapped from their files, as transformers loads safetensors, is never held whole: each
     layer's shard is copied, and the map let go.
 
     Args:
         model: the model, its method attached.
-        mesh: the strategy's mesh, with a dimension `data_parallel`.
+        mesh: the strategy's mesh, with dimensions `data_parallel` and `tensor_parallel`.
         policy: `torch.distributed.fsdp.MixedPrecisionPolicy`; parameters' own types when None.
 
     Raises:
-        LitPeftError: the mesh asks for tensor parallelism.
+        LitPeftError: the mesh asks for tensor parallelism, and the model or the method cannot be split that way.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if mesh["tensor_parallel"].size() > 1:
-        raise LitPeftError(
-            f"tensor_parallel_size={mesh['tensor_parallel'].size()}: adapted layers are not split over processes. Use "
-            "ModelParallelStrategy(data_parallel_size=DEVICES, tensor_parallel_size=1), which is FSDP2."
-        )
+        split_matrices(model, mesh["tensor_parallel"])
     settings: dict[str, Any] = {"mesh": mesh["data_parallel"], "mp_policy": policy or MixedPrecisionPolicy()}
-    layers = set(getattr(model, "_no_split_modules", None) or ())
+    kinds = tuple(layer_kinds(model))
     for module in list(model.modules()):
-        if type(module).__name__ in layers:
+        if isinstance(module, kinds):
             fully_shard(module, **settings)
     fully_shard(model, **settings)
+
+
+def layer_kinds(model: nn.Module) -> set[type[nn.Module]]:
+    """The classes of a model's layers, as transformers names them (`_no_split_modules`)."""
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return {type(module) for module in model.modules() if type(module).__name__ in names}
+
+
+def across_processes(loss: Tensor, weight: Tensor, mesh: DeviceMesh | None) -> tuple[Tensor, Tensor]:
+    """Weigh a process' mean loss so that the average over processes is the mean over all their terms.
+
+    Strategies average gradients over processes, each of which may have another number of tokens: the average of means
+    is not the mean.
+
+    Args:
+        loss: the mean over this process' terms, a scalar.
+        weight: how many terms there are, a scalar.
+        mesh: the strategy's mesh; None: all processes have parts of one batch.
+
+    Returns:
+        The weighed loss, to go backward from, and the mean over all terms, alike on every process.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return loss, loss
+    group = None if mesh is None else mesh["data_parallel"].get_group()
+    processes = torch.distributed.get_world_size(group)
+    if processes == 1:
+        return loss, loss
+    count = weight.to(loss.device, torch.float32)
+    sums = torch.stack([count, count * loss.detach().float()])
+    torch.distributed.all_reduce(sums, group=group)
+    return loss * (count * processes / sums[0]).to(loss.dtype), sums[1] / sums[0]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor (`DTensor`) whole, and any other as it is. Every process must call it."""
     full = getattr(tensor, "full_tensor", None)
     return full() if callable(full) else tensor
+
+
+def sharded_like(place: Tensor | None, value: Tensor) -> Tensor:
+    """Return a whole tensor in shards like those of a parameter, where they have one shape; else as it is."""
+    if place is None or not hasattr(place, "full_tensor") or place.shape != value.shape:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(place, DTensor)
+    return distribute_tensor(value.to(place.device), place.device_mesh, place.placements)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Trains methods under a strategy, in as many processes as torchrun starts: `distributed_run.py STRATEGY OUT BASE DATA
-SINGLE METHODS…`. Writes OUT/METHOD.pt (losses, trained tensors), OUT/METHOD.ckpt and an adapter's folder; the same in
-OUT/half for LoRA's first epoch, and in OUT/resumed for LoRA from SINGLE/half/LoRA.ckpt."""
+SINGLE TASK METHODS…` (`ddp/2`: with the gradients of two batches). Writes OUT/METHOD.pt (losses, trained tensors),
+OUT/METHOD.ckpt and an adapter's folder; the same in OUT/half for LoRA's first epoch, and in OUT/resumed for LoRA from
+SINGLE/half/LoRA.ckpt."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lit_peft.callbacks import AdapterCheckpoint
 
 import lit_peft
-from lit_peft.data import TextClassificationData
+from lit_peft.data import CausalLMData, TextClassificationData
 from lit_peft.sharding import whole, whole_parameters
+from lit_peft.strategies import ShardedStrategy
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA": {"r": 4},
@@ -41,20 +42,32 @@ class Losses(pl.Callback):
         self.values.append(float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")))
 
 
-def train(strategy: str, method: str, base: str, data: str, out: Path, steps: int, resume: Path | None) -> None:
+def train(
+    strategy: str,
+    method: str,
+    base: str,
+    data: str,
+    out: Path,
+    steps: int,
+    resume: Path | None,
+    task: str = "sequence_classification",
+) -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))
+    strategy, _, accumulate = strategy.partition("/")
+    parts = world if strategy == "tensor_parallel" else 1
+    causal = task == "causal_lm"
+    settings = {**SETTINGS[method], **({"target_modules": "all-linear"} if causal else {})}
     pl.seed_everything(0)
     module = getattr(lit_peft, method)(
-        base=base, task="sequence_classification", learning_rate=1e-3, lr_scheduler="constant", **SETTINGS[method]
+        base=base, task=task, learning_rate=1e-2 if causal else 1e-3, lr_scheduler="constant", **settings
     )
     losses = Losses()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=world,
-        strategy=ModelParallelStrategy(world, 1, save_distributed_checkpoint=False)
-        if strategy == "fsdp2"
-        else strategy,
+        strategy=ShardedStrategy(tensor_parallel_size=parts) if strategy in ("fsdp2", "tensor_parallel") else strategy,
         max_epochs=steps // 2,
+        accumulate_grad_batches=int(accumulate or 1),
         callbacks=[losses, AdapterCheckpoint(str(out / method), every_n_train_steps=steps, save_top_k=0)],
         enable_checkpointing=False,
         logger=False,
@@ -62,7 +75,9 @@ def train(strategy: str, method: str, base: str, data: str, out: Path, steps: in
         enable_model_summary=False,
         default_root_dir=out,
     )
-    rows = TextClassificationData(base=base, train=data, batch_size=16 // world, limit_train=32, validation_fraction=0)
+    kind: Any = CausalLMData if causal else TextClassificationData
+    share = 16 * parts // world
+    rows = kind(base=base, train=data, batch_size=share, limit_train=32, validation_fraction=0)
     # Two steps are an epoch.
     trainer.fit(module, rows, ckpt_path=resume)
     trainer.save_checkpoint(out / f"{method}.ckpt")
@@ -77,9 +92,8 @@ def train(strategy: str, method: str, base: str, data: str, out: Path, steps: in
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    strategy, out, base, data, single, *methods = sys.argv[1:]
+    strategy, out, base, data, single, task, *methods = sys.argv[1:]
     for method in methods:
-        train(strategy, method, base, data, Path(out), 4, None)
-    if strategy == "ddp":
-        train(strategy, "LoRA", base, data, Path(out) / "half", 2, None)
-        train(strategy, "LoRA", base, data, Path(out) / "resumed", 4, Path(single) / "half" / "LoRA.ckpt")
+        train(strategy, method, base, data, Path(out), 4, None, task)
+    train(strategy, "LoRA", base, data, Path(out) / "half", 2, None, task)
+    train(strategy, "LoRA", base, data, Path(out) / "resumed", 4, Path(single) / "half" / "LoRA.ckpt", task)

@@ -12,16 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from conftest import WORDS
 from distributed_run import SETTINGS, train
 from safetensors.torch import load_file
+
+from lit_peft.cli import main
 
 METHODS = list(SETTINGS)
 
 
-def two(strategy: str, out: Path, base: Path, data: Path, single: Path) -> None:
+def two(strategy: str, out: Path, base: Path, data: Path, single: Path, task: str, *methods: str) -> None:
     script = Path(__file__).with_name("distributed_run.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    command += [strategy, str(out), str(base), str(data), str(single), *METHODS]
+    command += [strategy, str(out), str(base), str(data), str(single), task, *methods]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-6000:]
 
@@ -62,7 +66,7 @@ def single(base: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_two_processes_train_what_one_trains(
     strategy: str, single: Path, base: Path, reviews: Path, tmp_path: Path
 ) -> None:
-    two(strategy, tmp_path, base, reviews, single)
+    two(strategy, tmp_path, base, reviews, single, "sequence_classification", *METHODS)
     for method in METHODS:
         one, both = results(single, method), results(tmp_path, method)
         assert len(set(one["losses"])) == 4
@@ -77,10 +81,94 @@ def test_two_processes_train_what_one_trains(
                 torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-5)
         files = [torch.load(run / f"{method}.ckpt", weights_only=True) for run in (single, tmp_path)]
         assert set(files[0]["state_dict"]) == set(files[1]["state_dict"]) and set(files[0]) == set(files[1])
-    if strategy == "fsdp2":
-        # Lightning numbers FSDP2's optimizer states by all parameters, frozen ones too: they are not read back yet.
-        return
     # A checkpoint of one process goes on in two, and one of two in one.
     alike(results(tmp_path / "resumed", "LoRA"), results(single, "LoRA"), last=2)
     train("auto", "LoRA", str(base), str(reviews), tmp_path / "one", 4, tmp_path / "half" / "LoRA.ckpt")
     alike(results(tmp_path / "one", "LoRA"), results(single, "LoRA"), last=2)
+
+
+def test_matrices_split_over_two_processes_train_what_one_trains(decoder: Path, reviews: Path, tmp_path: Path) -> None:
+    single, both = tmp_path / "single", tmp_path / "both"
+    for out, steps in ((single, 4), (single / "half", 2)):
+        train("auto", "LoRA", str(decoder), str(reviews), out, steps, None, "causal_lm")
+    two("tensor_parallel", both, decoder, reviews, single, "causal_lm", "LoRA")
+    one, other = results(single, "LoRA"), results(both, "LoRA")
+    assert len(set(one["losses"])) == 4 and len(one["trained"]) == 28
+    alike(other, one, last=4)
+    # Half of every matrix of the layers; embeddings and head are whole.
+    assert other["held"] < 0.7
+    alike(results(both / "resumed", "LoRA"), one, last=2)
+    train("auto", "LoRA", str(decoder), str(reviews), both / "one", 4, both / "half" / "LoRA.ckpt", "causal_lm")
+    alike(results(both / "one", "LoRA"), one, last=2)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of very different lengths, so that each process has another number of supervised tokens."""
+    file = tmp_path_factory.mktemp("uneven") / "texts.jsonl"
+    words = [*WORDS, *reversed(WORDS)]
+    rows = [json.dumps({"text": " ".join(words[at % 7 : at % 7 + 2 + at * 5 % 29])}) for at in range(32)]
+    file.write_text("\n".join(dict.fromkeys(rows)))
+    return file
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_loss_is_the_mean_over_all_tokens_of_all_processes(
+    accumulate: int, decoder: Path, uneven: Path, tmp_path: Path
+) -> None:
+    single, both, strategy = tmp_path / "single", tmp_path / "both", f"ddp/{accumulate}"
+    for out, steps in ((single, 4), (single / "half", 2)):
+        train(f"auto/{accumulate}", "LoRA", str(decoder), str(uneven), out, steps, None, "causal_lm")
+    two(strategy, both, decoder, uneven, single, "causal_lm", "LoRA")
+    alike(results(both, "LoRA"), results(single, "LoRA"), last=4)
+    alike(results(both / "resumed", "LoRA"), results(single, "LoRA"), last=2)
+
+
+STRATEGIES = Path(__file__).parents[1] / "configs" / "strategies"
+ON_CPU = ["ddp", "fsdp2", "tensor_parallel"]
+
+
+@pytest.mark.parametrize("file", sorted(STRATEGIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_strategy_is_read(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", str(STRATEGIES.parent / "causal_lora.yaml"), "--config", str(file), "--print_config"])
+    assert done.value.code in (0, None)
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["trainer"]["strategy"] == yaml.safe_load(file.read_text())["trainer"]["strategy"] | {
+        "init_args": shown["trainer"]["strategy"]["init_args"]
+    }
+    assert shown["model"]["class_path"].endswith("LoRA") and shown["trainer"]["max_steps"] == 60
+
+
+def test_the_command_runs_every_strategy_in_two_processes(decoder: Path, reviews: Path, tmp_path: Path) -> None:
+    config = {
+        "model": {"class_path": "LoRA", "init_args": {"base": str(decoder), "learning_rate": 1e-2}},
+        "data": {"class_path": "CausalLMData", "init_args": {"train": str(reviews), "limit_train": 32}},
+        "trainer": {"max_epochs": 2, "enable_progress_bar": False, "logger": None},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    code = (
+        "import sys\n"
+        "from lit_peft.cli import main\n"
+        "config, strategies, out, *names = sys.argv[1:]\n"
+        "for name in names:\n"
+        "    size = '16' if name == 'tensor_parallel' else '8'\n"
+        "    configs = ['--config', config, '--config', f'{strategies}/{name}.yaml', '--data.batch_size', size]\n"
+        "    cpus = ['--trainer.accelerator', 'cpu', '--trainer.devices', '2']\n"
+        "    folder = ['--trainer.default_root_dir', f'{out}/{name}']\n"
+        "    assert main(['fit', *configs, *cpus, *folder]) == 0\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "run.py"), str(tmp_path / "config.yaml"), str(STRATEGIES), str(tmp_path), *ON_CPU]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout.count("next:  lit-peft test") == 3
+    adapters = [load_file(tmp_path / name / "version_0/adapter/adapter_model.safetensors") for name in ON_CPU]
+    for adapter in adapters[1:]:
+        assert set(adapter) == set(adapters[0])
+        for name, value in adapter.items():
+            torch.testing.assert_close(value, adapters[0][name], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,98 @@
+"""Tensor parallelism: each process holds a part of every matrix of a layer, and its part of the adapter on it.
+
+    colwise (q, k, v, gate, up):  W [d_out, d_in] by rows, A whole, B by rows;   output in parts
+    rowwise (o, down):            W [d_out, d_in] by columns, A by columns, B whole;   outputs are summed
+
+Which layer is which is what transformers says of the model (`base_model_tp_plan`). Embeddings, norms and heads are
+whole on every process.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lit_peft.errors import LitPeftError
+from lit_peft.methods.attachment import attached_model, attachment_of
+from lit_peft.nn.lora import LoRALayer, LoRALinear
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def split_matrices(model: Any, mesh: DeviceMesh) -> None:
+    """Split the matrices of every layer over the processes of `mesh`.
+
+    Args:
+        model: a transformers model, a LoRA attached or nothing.
+        mesh: the processes, in one dimension.
+
+    Raises:
+        LitPeftError: transformers has no plan for the model, the heads cannot be shared out evenly, or the method is
+            another than LoRA.
+    """
+    plan, parts = _plan(model), mesh.size()
+    config = model.config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        count = getattr(config, name, None)
+        if count is not None and count % parts:
+            raise LitPeftError(
+                f"tensor_parallel_size={parts}: the model's {name}={count} cannot be shared out evenly. Give a divisor "
+                "of it."
+            )
+    if attached_model(model) is not None:
+        other = [layer for layer in attachment_of(model).adapted.values() if not isinstance(layer, LoRALayer)]
+        if other:
+            raise LitPeftError(
+                f"tensor_parallel_size={parts}: {type(other[0]).__name__} is not split over processes; LoRA is. Use "
+                "tensor_parallel_size=1, which is FSDP2."
+            )
+    for path, module in list(model.named_modules()):
+        style = next((style for pattern, style in plan.items() if pattern.fullmatch(path)), None)
+        if style is not None:
+            _split(path, module, mesh, style)
+
+
+def _plan(model: Any) -> dict[re.Pattern[str], str]:
+    backbone = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    named = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}
+    styles = set(named.values())
+    if not named or not styles <= {"colwise", "rowwise"}:
+        raise LitPeftError(
+            f"Tensor parallelism: transformers splits {type(model).__name__} in no way that is known here "
+            f"({', '.join(sorted(styles)) or 'none'}). Use tensor_parallel_size=1, which is FSDP2."
+        )
+    prefix = f"{model.base_model_prefix}." if isinstance(backbone, nn.Module) else ""
+    return {re.compile(re.escape(prefix + name).replace(r"\*", r"\d+")): style for name, style in named.items()}
+
+
+def _split(path: str, module: nn.Module, mesh: DeviceMesh, style: str) -> None:
+    """Distribute the parameters of one linear layer, and make it take and give what is around it."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    layer = module.base_layer if isinstance(module, LoRALinear) else module
+    if type(layer) is not nn.Linear or (isinstance(module, LoRALinear) and module.lora_magnitude is not None):
+        kind = "DoRA" if type(layer) is nn.Linear else type(layer).__name__
+        raise LitPeftError(f"Tensor parallelism does not split {path} ({kind}). Use tensor_parallel_size=1.")
+    whole, rows, columns = Replicate(), Shard(0), Shard(1)
+    weight, a, b, bias = (rows, whole, rows, rows) if style == "colwise" else (columns, columns, whole, whole)
+    places: list[tuple[nn.Module, str, Any]] = [(layer, "weight", weight), (layer, "bias", bias)]
+    places += [(module, "lora_A", a), (module, "lora_B", b)]
+    for owner, name, placement in places:
+        parameter = getattr(owner, name, None)
+        if isinstance(parameter, nn.Parameter):
+            part = distribute_tensor(parameter.detach(), mesh, [placement])
+            setattr(owner, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
+    inside, outside = (whole, Shard(-1)) if style == "colwise" else (Shard(-1), whole)
+
+    def enter(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (DTensor.from_local(args[0], mesh, [inside], run_check=False), *args[1:])
+
+    def leave(module: nn.Module, args: Any, out: Any) -> Tensor:
+        local: Tensor = out.redistribute(placements=[outside]).to_local()
+        return local
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave)
