@@ -143,6 +143,7 @@ class BaseLM(pl.LightningModule):
             )
         except Exception as problem:  # OSError, ValueError, ImportError, KeyError, by what is wrong
             raise hub_error(self.hparams.base, problem) from problem
+        model._lit_peft_base = self.hparams.base
         missing = self._with_backbone(model, source, dtype, report["missing_keys"])
         if not self.task.new_head and missing:
             raise LitPeftError(

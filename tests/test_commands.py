@@ -102,6 +102,44 @@ def test_generate_with_adapters_by_name(decoder: Path, tmp_path: Path, capsys: p
     assert main(["generate", *given, "--use", "b"]) == 2
 
 
+def test_generate_is_interactive_on_a_terminal(decoder: Path, tmp_path: Path) -> None:
+    import os
+    import pty
+    import select
+    import subprocess
+    import sys
+    import time
+
+    adapter(decoder, tmp_path / "adapter")
+    terminal, side = pty.openpty()
+    command = [sys.executable, "-c", "from lit_peft.cli import main; raise SystemExit(main())", "generate"]
+    given = ["--base", str(decoder), "--adapter", f"mine={tmp_path / 'adapter'}", "--max_new_tokens", "4"]
+    process = subprocess.Popen([*command, *given], stdin=side, stdout=side, stderr=side)
+    os.close(side)
+    said = ""
+
+    def read(until: str) -> str:
+        nonlocal said
+        end = time.monotonic() + 120
+        while until not in said and time.monotonic() < end:
+            if select.select([terminal], [], [], 1)[0]:
+                said += os.read(terminal, 4096).decode()
+        before, _, said = said.partition(until)
+        return before
+
+    assert "mine" in read("\n> ")
+    answers = []
+    for line in ("the film was", "/base", "the film was", "/use yours", "/use mine", "the film was"):
+        os.write(terminal, f"{line}\n".encode())
+        # Below the line as the terminal shows it, and what transformers may have to warn of.
+        answers.append(read("\n> ").replace("\r", "").strip().partition("\n")[2].rpartition("\n")[2])
+    os.write(terminal, b"\n")
+    assert process.wait(60) == 0
+    with_adapter, switched, of_base, unknown, back, again = answers
+    assert with_adapter == again != of_base and of_base and switched == back == "" and "'yours'" in unknown
+    os.close(terminal)
+
+
 def test_push_and_pull(
     decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

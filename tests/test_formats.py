@@ -17,7 +17,7 @@ from models import GOLDEN, batch, close, make, scramble
 from safetensors.torch import load_file, save_file
 
 import lit_peft
-from lit_peft import LitPeftError, LoRASettings
+from lit_peft import LitPeftError, LoRA, LoRASettings
 
 QV = ["q_proj", "v_proj"]
 READ: list[tuple[str, dict[str, Any]]] = [
@@ -265,6 +265,23 @@ def test_an_adapter_knows_its_base(tmp_path: Path) -> None:
             lit_peft.load_adapter(stranger, folder)
     lit_peft.load_adapter(other, folder, check_base=False)
     assert "OPT" in str(refusal.value)
+
+
+def test_a_packaged_base_is_named_by_its_package(
+    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    package = tmp_path / "site" / "some_model"
+    shutil.copytree(decoder, package / "model")
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    module = LoRA(base="pkg:some_model", r=4)
+    module.configure_model()
+    folder = module.save_adapter(tmp_path / "adapter")
+    assert "Trained on `pkg:some_model`" in (folder / "README.md").read_text()
+    for file in folder.glob("*.json"):
+        assert "pkg:some_model" in file.read_text() and str(tmp_path) not in file.read_text()
 
 
 @pytest.mark.parametrize("start", ["pissa", "kaiming"])

@@ -49,7 +49,9 @@ def load_base(options: argparse.Namespace) -> Any:
         else:
             config = transformers.AutoConfig.from_pretrained(source.path)
             kind = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0])
-        return kind.from_pretrained(source.path, dtype=dtype, **settings).eval()
+        model = kind.from_pretrained(source.path, dtype=dtype, **settings).eval()
+        model._lit_peft_base = options.base
+        return model
     except LitPeftError:
         raise
     except Exception as problem:  # OSError, ValueError, ImportError, KeyError, by what is wrong

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_peft.architectures import layer_stacks
 from lit_peft.errors import LitPeftError
 from lit_peft.formats import adapterhub_lora, adapterhub_prefix, peft_prefix
+from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import fill, write_json
 from lit_peft.formats.untrusted import check_sizes, read_tensors
 from lit_peft.kinds import shown
@@ -203,7 +204,7 @@ def write(model: nn.Module, folder: Path, name: str = "default", own: bool = Tru
         "config": {"architecture": "lit_peft"} if beyond else written,
         "hidden_size": width,
         "model_class": type(model).__name__,
-        "model_name": getattr(model, "name_or_path", ""),
+        "model_name": base_name_or_path(model),
         "model_type": getattr(base, "model_type", None),
         "name": name,
     }

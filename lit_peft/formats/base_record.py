@@ -23,6 +23,8 @@ from lit_peft.nn.lora import LoRALayer
 from lit_peft.nn.quantized import is_quantized
 
 KEY = "base"
+# Where a model was loaded from, where that is not what transformers knows: `pkg:NAME`, a .gguf file.
+NAME = "_lit_peft_base"
 _TENSORS, _VALUES = 16, 4
 
 
@@ -34,6 +36,11 @@ def base_record(model: nn.Module) -> dict[str, Any]:
     attachment = attachment_of(model)
     trained = sorted(base_name(name) for name in attachment.saved)
     return {**_record(_weights(model, attachment.adapted, trained), model), "trained": trained}
+
+
+def base_name_or_path(model: nn.Module) -> str:
+    """What the base was called when it was loaded; empty if it was made on the spot."""
+    return str(getattr(model, NAME, None) or getattr(model, "name_or_path", None) or "")
 
 
 def check_base(model: nn.Module, folder: Path) -> None:
@@ -74,7 +81,7 @@ def _record(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
     # The largest say most: norms and biases are alike in many models.
     largest = sorted(weights, key=lambda name: (-weights[name].numel(), name))[:_TENSORS]
     return {
-        "name": str(getattr(model, "name_or_path", "") or "") or type(model).__name__,
+        "name": base_name_or_path(model) or type(model).__name__,
         "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
         "shapes": hashlib.sha256(shapes.encode()).hexdigest(),
         "sample": {name: _values(weights[name]) for name in largest if _can_sample(weights[name])},

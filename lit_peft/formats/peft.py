@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.formats import peft_lora, peft_prefix, peft_prompt
+from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import read_extra, write_extra, write_json
 from lit_peft.formats.untrusted import read_tensors
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
@@ -110,7 +111,7 @@ def write(model: nn.Module, folder: Path) -> None:
     if kind is None:
         raise LitPeftError(f"{attachment.settings.method!r} cannot be written in peft's format: leave format out.")
     config = {
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": base_name_or_path(model) or None,
         "inference_mode": True,
         **kind.config(model, attachment),
     }

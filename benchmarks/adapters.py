@@ -1,0 +1,177 @@
+"""What adapters cost after training: merged decoding, switching, merging, files.
+
+    python benchmarks/adapters.py --out benchmarks/results     # JSON and a Markdown table
+
+Decoding is timed in pairs, base and merged in turn, and judged by the median of the pairs' ratios. Memory is that of a
+process of its own, less what the same process takes to merge a model of next to no size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import lit_peft
+
+SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
+TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+TARGETS = ["q_proj", "v_proj"]
+# Runs `lit-peft merge` and watches this process's own memory: all of it, and without the mapped files' clean pages.
+WATCHED = """
+import sys, threading, time
+from lit_peft.cli import main
+peak = {"VmRSS": 0, "RssAnon": 0}
+def watch():
+    while True:
+        for line in open("/proc/self/status"):
+            name, _, value = line.partition(":")
+            if name in peak:
+                peak[name] = max(peak[name], int(value.split()[0]) * 1024)
+        time.sleep(0.005)
+threading.Thread(target=watch, daemon=True).start()
+assert main(sys.argv[1:]) == 0
+print(peak["VmRSS"], peak["RssAnon"])
+"""
+
+
+def base(folder: Path, shape: dict[str, int], vocabulary: int) -> Path:
+    """Write a random Llama."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=vocabulary, **shape, eos_token_id=None)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> Any:
+    """The model in a folder, ready to answer."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def adapted(folder: Path) -> Any:
+    """The base with a LoRA that changes what it says."""
+    model = lit_peft.attach(load(folder), lit_peft.LoRASettings(r=16, target_modules=TARGETS))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.02)
+    return model
+
+
+@torch.inference_mode()
+def decoding(folder: Path, rounds: int, tokens: int) -> dict[str, Any]:
+    """Tokens a second of the base, the merged model and the model with its LoRA beside it; ratios to the base."""
+    models = {"base": load(folder), "merged": lit_peft.merge(adapted(folder)), "unmerged": adapted(folder)}
+    ids = torch.randint(0, 1000, (1, 16))
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(rounds + 1):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "tokens_per_second": tokens / statistics.median(taken),
+            "of_base": statistics.median(b / t for b, t in zip(seconds["base"], taken, strict=True)),
+        }
+        for name, taken in seconds.items()
+    }
+
+
+def switching(folder: Path, rounds: int) -> dict[str, float]:
+    """Seconds to load the base and to switch among eight adapters; the medians of pairs."""
+    model = load(folder)
+    for number in range(8):
+        settings = lit_peft.LoRASettings(r=2 ** (1 + number % 4), target_modules=TARGETS)
+        lit_peft.add_adapter(model, f"a{number}", settings)
+    loading, switches = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        load(folder)
+        loading.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for step in range(80):
+            lit_peft.set_adapter(model, f"a{step % 8}")
+        switches.append((time.perf_counter() - start) / 80)
+    return {
+        "loading_s": statistics.median(loading),
+        "switch_s": statistics.median(switches),
+        "of_loading": statistics.median(s / a for s, a in zip(switches, loading, strict=True)),
+    }
+
+
+def merging(folder: Path, tiny: Path, scratch: Path, dtype: str, shard: str) -> dict[str, float]:
+    """The peak memory of `lit-peft merge` by the bytes of the merged model."""
+    peaks = []
+    for model in (folder, tiny):
+        adapter, out = scratch / f"{model.name}-adapter", scratch / f"{model.name}-{dtype}"
+        if not adapter.exists():
+            lit_peft.save_adapter(adapted(model), adapter)
+        given = ["merge", "--base", str(model), "--adapter", str(adapter), "--output", str(out)]
+        more = ["--dtype", dtype, "--max_shard_size", shard]
+        done = subprocess.run(
+            [sys.executable, "-c", WATCHED, *given, *more], capture_output=True, text=True, check=True
+        )
+        peaks.append([int(part) for part in done.stdout.split()[-2:]])
+    size = sum(file.stat().st_size for file in (scratch / f"{folder.name}-{dtype}").glob("*.safetensors"))
+    resident, own = (full - less for full, less in zip(*peaks, strict=True))
+    return {"model_mb": size / 1e6, "copies_resident": resident / size, "copies_own": own / size}
+
+
+def file_size(folder: Path, scratch: Path) -> dict[str, float]:
+    """The adapter's file by the bytes of its parameters."""
+    model = adapted(folder)
+    count = lit_peft.trainable_parameters(model)
+    file = lit_peft.save_adapter(model, scratch / "adapter") / "adapter_model.safetensors"
+    return {"parameters": count, "of_parameters": file.stat().st_size / (4 * count)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=32)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        folder, tiny = base(scratch / "base", SHAPE, 32_000), base(scratch / "tiny", TINY, 64)
+        result = {
+            "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
+            "shape": SHAPE,
+            "decoding": decoding(folder, options.rounds, options.tokens),
+            "switching": switching(folder, options.rounds),
+            "merging": {dtype: merging(folder, tiny, scratch, dtype, "200MB") for dtype in ("float32", "bfloat16")},
+            "file": file_size(folder, scratch),
+        }
+    rows = [
+        ("merged decoding, of the base's tokens/s", result["decoding"]["merged"]["of_base"], ">= 0.97"),
+        ("decoding with the LoRA beside the base", result["decoding"]["unmerged"]["of_base"], ""),
+        ("a switch among 8 adapters, of loading the base", result["switching"]["of_loading"], "< 0.01"),
+        ("merging in float32, own memory in copies of the model", result["merging"]["float32"]["copies_own"], "~ 1"),
+        ("the same, mapped files' pages counted", result["merging"]["float32"]["copies_resident"], ""),
+        ("merging in bfloat16, own memory in copies of the result", result["merging"]["bfloat16"]["copies_own"], "~ 1"),
+        ("an adapter's file, of its parameters' bytes", result["file"]["of_parameters"], "<= 1.01"),
+    ]
+    table = "| | | wanted |\n|---|---|---|\n" + "".join(
+        f"| {text} | {value:.4g} | {goal} |\n" for text, value, goal in rows
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "adapters.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (options.out / "adapters.md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
