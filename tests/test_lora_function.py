@@ -45,6 +45,31 @@ def test_equals_the_plain_formula(kind: str, trained_bias: bool, monkeypatch: py
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("kind", ["linear", "no bias", "Conv1D"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_gradients_it_is_the_same_in_four_operations(kind: str, autocast: bool) -> None:
+    module, x = layer(kind, lora_dropout=0.5).eval(), torch.randn(2, 5, 12)
+    operations = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            operations.append(function._schema.name.removeprefix("aten::"))
+            return function(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = module(x).detach()
+        with torch.no_grad():
+            torch.testing.assert_close(
+                module(x), expected, rtol=1e-5, atol=0.02 * float(expected.abs().max()) if autocast else 1e-5
+            )
+    with torch.no_grad(), Watch():
+        module(x)
+    assert len([name for name in operations if name in ("mm", "addmm", "add_", "linear", "bmm")]) <= 4
+    module.train()
+    with torch.no_grad():
+        assert not torch.equal(module(x), expected)
+
+
 def test_gradcheck() -> None:
     torch.manual_seed(0)
     x, w, bias, a, b = (torch.randn(*s, dtype=torch.float64) for s in [(3, 5), (4, 5), (4,), (2, 5), (4, 2)])
