@@ -137,40 +137,63 @@ def file_size(folder: Path, scratch: Path) -> dict[str, float]:
     return {"parameters": count, "of_parameters": file.stat().st_size / (4 * count)}
 
 
+PARTS = ("decoding", "switching", "merging", "file")
+
+
+def measured(part: str, folder: Path, tiny: Path, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One part's figures."""
+    if part == "decoding":
+        return decoding(folder, options.rounds, options.tokens)
+    if part == "switching":
+        return switching(folder, options.rounds)
+    if part == "merging":
+        return {dtype: merging(folder, tiny, scratch, dtype, "100MB") for dtype in ("float32", "bfloat16")}
+    return file_size(folder, scratch)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures that were measured, with what is wanted of them."""
+    rows = [
+        ("merged decoding, of the base's tokens/s", ("decoding", "merged", "of_base"), ">= 0.97"),
+        ("decoding with the LoRA beside the base", ("decoding", "unmerged", "of_base"), ""),
+        ("a switch among 8 adapters, of loading the base", ("switching", "of_loading"), "< 0.01"),
+        ("merging in float32, own memory in copies of the model", ("merging", "float32", "copies_own"), "about 1"),
+        ("the same, mapped files' pages counted", ("merging", "float32", "copies_resident"), ""),
+        ("merging to bfloat16, own memory in copies of the result", ("merging", "bfloat16", "copies_own"), "about 1"),
+        ("an adapter's file, of its parameters' bytes", ("file", "of_parameters"), "<= 1.01"),
+    ]
+    lines = ["| | | wanted |", "|---|---|---|"]
+    for text, keys, goal in rows:
+        value: Any = result
+        for key in keys:
+            value = value.get(key, {})
+        if value:
+            lines.append(f"| {text} | {value:.4g} | {goal} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; the rest stays")
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="of the base, 1024 wide")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        folder, tiny = base(scratch / "base", SHAPE, 32_000), base(scratch / "tiny", TINY, 64)
-        result = {
-            "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
-            "shape": SHAPE,
-            "decoding": decoding(folder, options.rounds, options.tokens),
-            "switching": switching(folder, options.rounds),
-            "merging": {dtype: merging(folder, tiny, scratch, dtype, "200MB") for dtype in ("float32", "bfloat16")},
-            "file": file_size(folder, scratch),
-        }
-    rows = [
-        ("merged decoding, of the base's tokens/s", result["decoding"]["merged"]["of_base"], ">= 0.97"),
-        ("decoding with the LoRA beside the base", result["decoding"]["unmerged"]["of_base"], ""),
-        ("a switch among 8 adapters, of loading the base", result["switching"]["of_loading"], "< 0.01"),
-        ("merging in float32, own memory in copies of the model", result["merging"]["float32"]["copies_own"], "~ 1"),
-        ("the same, mapped files' pages counted", result["merging"]["float32"]["copies_resident"], ""),
-        ("merging in bfloat16, own memory in copies of the result", result["merging"]["bfloat16"]["copies_own"], "~ 1"),
-        ("an adapter's file, of its parameters' bytes", result["file"]["of_parameters"], "<= 1.01"),
-    ]
-    table = "| | | wanted |\n|---|---|---|\n" + "".join(
-        f"| {text} | {value:.4g} | {goal} |\n" for text, value, goal in rows
-    )
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "adapters.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (options.out / "adapters.md").write_text(table, encoding="utf-8")
-    print(table)
+    file = options.out / "adapters.json"
+    result: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    with tempfile.TemporaryDirectory() as name:
+        scratch, shape = Path(name), {**SHAPE, "num_hidden_layers": options.layers}
+        folder, tiny = base(scratch / "base", shape, 32_000), base(scratch / "tiny", TINY, 64)
+        for part in options.parts:
+            result[part] = {**measured(part, folder, tiny, scratch, options), "layers": options.layers}
+    result["machine"] = {"machine": platform.machine(), "torch": torch.__version__}
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (options.out / "adapters.md").write_text(table(result), encoding="utf-8")
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -64,10 +64,12 @@ class Attachment:
     undo: list[Callable[[], object]] = field(default_factory=list)
     redo: list[Callable[[], object]] = field(default_factory=list)
     adapted: dict[str, nn.Module] = field(default_factory=dict)
+    owners: dict[str, nn.Module] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
     hooks: list[tuple[Callable[[], object], Callable[[], object]]] = field(default_factory=list)
     # The trained copies while the method is off its model.
     kept: dict[str, nn.Parameter] = field(default_factory=dict)
+    _found: list[Suspendable] | None = None
 
     @property
     def saved(self) -> dict[str, nn.Parameter]:
@@ -81,8 +83,10 @@ class Attachment:
         owner = self.model.get_submodule(parent)
         module.train(getattr(owner, "training", True))
         setattr(owner, name, module)
-        self.adapted[path] = module
-        self.did(lambda: setattr(owner, name, module), lambda: setattr(owner, name, restore()))
+        self.adapted[path], self.owners[path] = module, owner
+        # Straight into the dict from here on: what `setattr` checks holds, and takes most of a switch's time.
+        inner = owner._modules
+        self.did(lambda: inner.update({name: module}), lambda: inner.update({name: restore()}))
 
     def add(self, path: str, module: nn.Module) -> None:
         """Register a new `module` at `path`, where the model had none."""
@@ -90,7 +94,7 @@ class Attachment:
         owner = self.model.get_submodule(parent)
         module.train(owner.training)
         owner.add_module(name, module)
-        self.adapted[path] = module
+        self.adapted[path], self.owners[path] = module, owner
         self.did(lambda: owner.add_module(name, module), lambda: delattr(owner, name))
 
     def set(self, owner: nn.Module, name: str, value: Any) -> None:
@@ -144,9 +148,8 @@ class Attachment:
 
     def suspend(self) -> None:
         """Undo everything, to `resume` later: the model is the bare base meanwhile."""
-        for module in self.adapted.values():
-            if isinstance(module, Suspendable):
-                module.suspend()
+        for module in self._suspendable():
+            module.suspend()
         self.kept = self.saved
         self.revert()
 
@@ -155,11 +158,17 @@ class Attachment:
         for step in self.redo:
             step()
         for path, module in self.adapted.items():
-            owner = self.model.get_submodule(path.rpartition(".")[0])
-            if module.training != owner.training:
-                module.train(owner.training)
-            if isinstance(module, Suspendable):
-                module.resume()
+            training = self.owners[path].training
+            if module.training != training:
+                module.train(training)
+        for kept in self._suspendable():
+            kept.resume()
+
+    def _suspendable(self) -> list[Suspendable]:
+        # Asking a protocol is slow, and the answer stays.
+        if self._found is None:
+            self._found = [module for module in self.adapted.values() if isinstance(module, Suspendable)]
+        return self._found
 
 
 def base_name(path: str) -> str:

@@ -208,10 +208,10 @@ class LoRALayer(nn.Module):
         """Make a merge final: the base layer keeps the merged weight, and the kept copies of W are let go."""
         self._unmerged_weight = self._moved_weight = None
 
-    @torch.no_grad()
     def restore_base(self) -> nn.Module:
         """Return the base layer as it was before it was adapted, bit for bit."""
-        self.unmerge()
+        if self.merged:
+            self.unmerge()
         if self._moved_weight is not None:
             self.weight.data.copy_(self._moved_weight)
         return self.base_layer
@@ -224,7 +224,9 @@ class LoRALayer(nn.Module):
 
     def resume(self) -> None:
         """Follow the base layer's device, and take out of W again what the update carries."""
-        self.base_layer.requires_grad_(False)
+        base = self.base_layer._parameters.values()
+        if any(parameter is not None and parameter.requires_grad for parameter in base):
+            self.base_layer.requires_grad_(False)
         if self.lora_A.device != self.weight.device:
             for parameter in self.parameters(recurse=False):
                 parameter.data = parameter.data.to(self.weight.device)
