@@ -135,10 +135,41 @@ def targets(results: Results) -> str:
     return "\n".join(lines)
 
 
+# Each figure of overheads.py: what it is, and what was aimed at (a number below which, or after "≥" above which).
+FIGURES = {
+    "injection_ms": ("`attach`, LoRA on the 56 linear layers of the shape above, ms", "≤ 20"),
+    "injection_7b_meta_ms": ("`attach`, LoRA on all linear layers of a 7B on meta, ms", "≤ 1000"),
+    "import_ms": ("`import lit_peft` after `import torch`, ms", "≤ 50"),
+    "trainer_adds_ms": ("what Trainer and LightningModule add to a step, ms", ""),
+    "trainer_ratio": ("that step, batch 4 × 256, by a bare loop's", "≤ 1.03"),
+    "graph_breaks": ("graph breaks of `torch.compile` with LoRA", "≤ 0"),
+    "graph_breaks_of_base": ("those of the base", ""),
+    "compiled_ratio": ("compiled training step by the eager one (2 layers)", ""),
+    "decode_qv_ratio": ("decoding speed by the base's, LoRA r=8 on query and value, not merged", "≥ 0.93"),
+    "decode_all_ratio": ("the same, r=16 on all linear layers", "≥ 0.93"),
+}
+
+
+def overheads_table(figures: dict[str, float]) -> str:
+    """The results of overheads.py as a Markdown table."""
+    lines = ["| | measured | aimed at |", "|---|---:|---:|"]
+    for key, (what, aim) in FIGURES.items():
+        if key in figures:
+            value, limit = figures[key], float(aim[2:] or "inf")
+            missed = value < limit if aim.startswith("≥") else value > limit
+            lines.append(f"| {what} | {value:.3g}{' (missed)' if missed else ''} | {aim} |")
+    return "\n".join(lines)
+
+
 def sections() -> dict[str, str]:
     """What belongs between the markers of docs/speed.md, by name."""
     results = json.loads((RESULTS / "step.json").read_text())["results"]
-    return {"targets": targets(results), "step": step_table(results)}
+    return {
+        "targets": targets(results),
+        "step": step_table(results),
+        "overheads": overheads_table(json.loads((RESULTS / "overheads.json").read_text())),
+        "scaling": (RESULTS / "scaling.md").read_text(encoding="utf-8").strip(),
+    }
 
 
 def filled(text: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,28 +85,40 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--out", type=Path, help="write the Markdown there, too")
     options = parser.parse_args()
-    print("| method |", " | ".join(options.models), "|\n|---|" + "---:|" * len(options.models))
+    text = tables(options.models)
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+
+
+def tables(models: list[str]) -> str:
+    """Both tables as Markdown."""
+    lines = [f"| method | {' | '.join(models)} |", "|---|" + "---:|" * len(models)]
     fits: dict[int, list[str]] = {gpu: [] for gpu in GPUS}
     for method in METHODS:
         cells = []
-        for name in options.models:
+        for name in models:
             base, parameters = trained(name, method)
             held = memory(base, parameters)
             cells.append(
                 f"{parameters / 1e6:,.2f} M ({100 * parameters / base:.3g} %), {held:,.1f} GB, {size(parameters)}"
             )
-        print(f"| {method} | {' | '.join(cells)} |")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
         for gpu in GPUS:
             # A fifth of the card is left to activations and the rest.
-            able = [name for name in options.models if memory(*trained(name, method)) <= 0.8 * gpu]
+            able = [name for name in models if memory(*trained(name, method)) <= 0.8 * gpu]
             fits[gpu].append(able[-1] if able else "none")
-    print(
-        "\nEach cell: trained parameters (share of the base), memory of training without activations, adapter file.\n"
-    )
-    print("| largest that trains on one GPU |", " | ".join(f"{gpu} GB" for gpu in GPUS), "|\n|---|---|---|")
-    for at, method in enumerate(METHODS):
-        print(f"| {method} | {' | '.join(fits[gpu][at] for gpu in GPUS)} |")
+    lines += [
+        "",
+        "Each cell: trained parameters (share of the base), memory of training without activations, adapter file.",
+        "",
+        f"| largest that trains on one GPU | {' | '.join(f'{gpu} GB' for gpu in GPUS)} |",
+        "|---|" + "---|" * len(GPUS),
+    ]
+    lines += [f"| {method} | {' | '.join(fits[gpu][at] for gpu in GPUS)} |" for at, method in enumerate(METHODS)]
+    return "\n".join(lines)
 
 
 def size(parameters: int) -> str:

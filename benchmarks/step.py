@@ -34,7 +34,8 @@ SHAPES = {
     "V=32k, bf16": Shape(dtype="bfloat16"),
     "V=32k, dropout 0.05": Shape(dropout=0.05),
     "V=32k, top quarter": Shape(top=2),
-    **dict.fromkeys(METHODS, Shape()),
+    # Half the width and the vocabulary: the head keeps its share.
+    **dict.fromkeys(METHODS, Shape(hidden=256, vocabulary=16_000)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,38 @@ def test_importing_takes_nothing_along() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     new = done.stdout.split()
     assert all(name.startswith("lit_peft") for name in new) and len(new) < 10
+
+
+def test_compiling_breaks_no_graph_of_ours() -> None:
+    shape = cases.Shape(hidden=32, layers=2, vocabulary=50, rows=2, length=8, r=2)
+    made = cases.runs(shape, full=False)
+    model = made["lit_peft"][0]
+    found = torch._dynamo.explain(model)(**shape.batch())
+    torch._dynamo.reset()
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+    plain = measure.gradients(*made["lit_peft"])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    ours = measure.gradients(model, lambda: compiled(**shape.batch()).loss)
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_the_benchmark_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = pytest.importorskip("step")
+    chosen = ["V=32k", "Prompt Tuning v=20", "AdapterH, reduction 16"]
+    command = ["step.py", "--small", "--rounds", "1", "--no-memory", "--out", str(tmp_path), "--cases"]
+    monkeypatch.setattr(sys, "argv", [*command, *chosen])
+    threads = torch.get_num_threads()
+    step.main()
+    torch.set_num_threads(threads)
+    results = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert [result["case"] for result in results] == chosen
+    assert results[0]["gradient_difference"] <= 1e-5 and results[0]["ways"]["peft"]["ratio"] == 1
+    assert len((tmp_path / "step.md").read_text().splitlines()) == 2 + 4 + 3 + 3
+    assert (tmp_path / "step.svg").stat().st_size > 0
+
+
+def test_the_page_holds_the_results() -> None:
+    page = pytest.importorskip("page")
+    text = (page.DOCS / "speed.md").read_text(encoding="utf-8")
+    assert page.filled(text) == text, "run python benchmarks/page.py"
