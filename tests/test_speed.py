@@ -99,7 +99,7 @@ def test_compiling_breaks_no_graph_of_ours() -> None:
 
 def test_the_benchmark_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = pytest.importorskip("step")
-    chosen = ["V=32k", "Prompt Tuning v=20", "AdapterH, reduction 16"]
+    chosen = ["V=32k", "AdapterH, reduction 16"]
     command = ["step.py", "--small", "--rounds", "1", "--no-memory", "--out", str(tmp_path), "--cases"]
     monkeypatch.setattr(sys, "argv", [*command, *chosen])
     threads = torch.get_num_threads()
@@ -108,7 +108,7 @@ def test_the_benchmark_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Monke
     results = json.loads((tmp_path / "step.json").read_text())["results"]
     assert [result["case"] for result in results] == chosen
     assert results[0]["gradient_difference"] <= 1e-5 and results[0]["ways"]["peft"]["ratio"] == 1
-    assert len((tmp_path / "step.md").read_text().splitlines()) == 2 + 4 + 3 + 3
+    assert len((tmp_path / "step.md").read_text().splitlines()) == 2 + 4 + 3
     assert (tmp_path / "step.svg").stat().st_size > 0
 
 
