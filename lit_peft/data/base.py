@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.evened import Evened, RealOnly
-from lit_peft.data.files import column_values, is_file, read_file, read_hub, require_columns
+from lit_peft.data.files import column_values, is_file, read_file, read_hub, require_columns, stream_file
 from lit_peft.data.sampling import ByBatch, SeededBatches, StatefulLoader
 from lit_peft.data.splits import carve, first_of_each, limited, matching, normalized
+from lit_peft.data.streaming import Stream, StreamLoader, blocks
 from lit_peft.data.tokenization import load_tokenizer, tokenizer_digest, with_padding
 from lit_peft.errors import LitPeftError, closest
 
@@ -93,6 +95,10 @@ class LitDataModule(pl.LightningDataModule):
         num_workers: processes that prepare batches; 0: the main process.
         num_proc: processes that tokenize; unset: the main process. What they made is kept on disk for the next run.
         group_by_length: make training batches of examples of similar lengths, so that little of them is padding.
+        streaming: read the training rows while training goes on, for what is too large to be read first. Needs
+            `trainer.max_steps`, and `labels` where the task has some; no rows are held out or left out, and of a hub
+            dataset the first `limit_validation` (`limit_test`) rows are evaluated.
+        shuffle_buffer: rows to draw the next one from when streaming; 1: the order of the file.
         seed: of the split, the limits and the order of training; the same seed gives the same of each.
         limit_train: use at most this many training rows, drawn at random.
         limit_validation: the same, for validation.
@@ -127,6 +133,8 @@ class LitDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         num_proc: int | None = None,
         group_by_length: bool = False,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
         seed: int = 0,
         limit_train: int | None = None,
         limit_validation: int | None = None,
@@ -153,6 +161,8 @@ class LitDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.num_proc = num_proc
         self.group_by_length = group_by_length
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
         self.seed = seed
         self.limits: dict[Split, int | None] = {
             "train": limit_train,
@@ -166,7 +176,7 @@ class LitDataModule(pl.LightningDataModule):
         self._tokenizer: Any = None
         self._encoded: dict[Split, Any] = {}
         self._said: set[str] = set()
-        self._train_loader: StatefulLoader | None = None
+        self._train_loader: StatefulLoader | StreamLoader | None = None
         self._place: dict[str, Any] = {}
         # Row numbers that need no prediction any more.
         self.finished: set[int] = set()
@@ -178,6 +188,7 @@ class LitDataModule(pl.LightningDataModule):
             "max_length": (self.max_length, 2),
             "num_workers": (self.num_workers, 0),
             "num_proc": (self.num_proc, 1),
+            "shuffle_buffer": (self.shuffle_buffer, 1),
             "pad_to_multiple_of": (self.pad_to_multiple_of, 1),
             **{f"limit_{split}": (limit, 1) for split, limit in self.limits.items()},
         }
@@ -191,6 +202,19 @@ class LitDataModule(pl.LightningDataModule):
             raise LitPeftError(
                 f"data.validation_fraction + data.test_fraction is {sum(self.fractions.values())}; "
                 "less than 1 is needed, or nothing is left to train on."
+            )
+        together = {
+            "group_by_length": self.group_by_length,
+            "num_proc": self.num_proc,
+            "limit_train": self.limits["train"],
+            "test_fraction": self.fractions["test"],
+            "where": self.where,
+        }
+        clash = next((name for name, value in together.items() if value), None)
+        if self.streaming and clash:
+            raise LitPeftError(
+                f"data.streaming and data.{clash} are both set, and rows that are read while training goes on are not "
+                f"known before: leave {clash} out, or streaming."
             )
         if self.padding_side not in (None, "left", "right"):
             raise LitPeftError(f"data.padding_side is {self.padding_side!r}; use 'left' or 'right'.")
@@ -327,16 +351,18 @@ class LitDataModule(pl.LightningDataModule):
 
     def say(self, message: str) -> None:
         """Print a line once, on the first process only."""
-        if message not in self._said:
-            self._said.add(message)
+        # Of the blocks of a stream, the first that has something to say speaks for all.
+        kind = re.sub(r"[\d.,]+", "#", message) if self.streaming else message
+        if kind not in self._said:
+            self._said.add(kind)
             rank_zero_info(message)
 
     @cached_property
-    def _hub_splits(self) -> dict[str, Dataset]:
-        return read_hub(self.dataset, self.dataset_config) if self.dataset else {}
+    def _hub_splits(self) -> dict[str, Any]:
+        return read_hub(self.dataset, self.dataset_config, streaming=self.streaming) if self.dataset else {}
 
-    def _read(self, split: Split) -> Rows | None:
-        """Read the rows a setting names, filtered by `where`; None if nothing is named."""
+    def _named(self, split: Split) -> str | None:
+        """The file or hub split that is to be read; None if there is none."""
         field, value = f"data.{split}", self.sources[split]
         if value is None and self.dataset is not None and split != "predict":
             names = _VALIDATION_NAMES if split == "validation" else (split,)
@@ -346,16 +372,23 @@ class LitDataModule(pl.LightningDataModule):
                     f"data.dataset {self.dataset!r} has no split 'train'; name one by data.train: "
                     f"{', '.join(map(repr, self._hub_splits))}."
                 )
+        if value is not None and self.dataset is not None and not is_file(value) and value not in self._hub_splits:
+            raise LitPeftError(
+                f"{field} {value!r} is neither a file nor a split of {self.dataset!r}; nearest: "
+                f"{closest(value, self._hub_splits)}."
+            )
+        return value
+
+    def _read(self, split: Split) -> Rows | None:
+        """Read the rows a setting names, filtered by `where`; None if nothing is named."""
+        field, value = f"data.{split}", self._named(split)
         if value is None:
             return None
         needed = self.columns(split)
         if self.dataset is not None and not is_file(value):
-            if value not in self._hub_splits:
-                raise LitPeftError(
-                    f"{field} {value!r} is neither a file nor a split of {self.dataset!r}; nearest: "
-                    f"{closest(value, self._hub_splits)}."
-                )
             table, source = self._hub_splits[value], f"{self.dataset}:{value}"
+            if self.streaming:
+                table = self._first(table, split)
         else:
             table, source = self.read(value, field, split), value
         table = self.prepared(table, split, field, source)
@@ -367,6 +400,15 @@ class LitDataModule(pl.LightningDataModule):
                 numbers = matching(numbers, column_values(table, column), wanted, column, field)
         return Rows(table, numbers, field, source)
 
+    def _first(self, stream: Any, split: Split) -> Dataset:
+        """The first rows of a stream, as many as the split's limit says."""
+        import datasets
+
+        limit = self.limits.get(split)
+        if limit is None:
+            raise LitPeftError(f"data.streaming is set, and data.limit_{split} says not how many rows to read; set it.")
+        return datasets.Dataset.from_list(list(stream.take(limit)), features=stream.features)
+
     def _unit(self, split: Split) -> str:
         # Prompts to continue stand one to a line whatever the training text looks like.
         return "line" if split == "predict" else self.text_unit
@@ -376,7 +418,7 @@ class LitDataModule(pl.LightningDataModule):
         """The rows of every split there is, before their values are checked."""
         found: dict[Split, Rows] = {}
         for split in self.sources:
-            rows = self._read(split)
+            rows = None if split == "train" and self.streaming else self._read(split)
             if rows is not None:
                 found[split] = rows
         if "train" in found:
@@ -448,6 +490,10 @@ class LitDataModule(pl.LightningDataModule):
         for split in wanted:
             if split in self._encoded:
                 continue
+            if split == "train" and self.streaming:
+                # Wrong settings show in the first rows.
+                self._stream_block(next(blocks(self._stream, 8), {}))
+                continue
             if split not in self.rows:
                 # Training goes on without validation; nothing else does without its data.
                 if stage is None or (stage == "fit" and split == "validation"):
@@ -467,6 +513,8 @@ class LitDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of training examples, in an order given by the seed and the epoch."""
+        if self.streaming:
+            return self._stream_loader()
         if getattr(self.trainer, "overfit_batches", 0):
             return self._loader("train")
         examples = self.examples("train")
@@ -498,6 +546,74 @@ class LitDataModule(pl.LightningDataModule):
         self._place = state_dict
         if self._train_loader is not None:
             self._train_loader.load_state_dict(state_dict)
+
+    # ------------------------------------------------------------------------------------- streaming
+
+    @cached_property
+    def _stream(self) -> Any:
+        """The training rows, a `datasets.IterableDataset`.
+
+        Raises:
+            LitPeftError: no training data is named, or the file is missing or of an unknown kind.
+        """
+        value = self._named("train")
+        if value is None:
+            raise LitPeftError(self._missing("train"))
+        if self.dataset is not None and not is_file(value):
+            return self._hub_splits[value]
+        text = next((column for column in self.columns("train").values() if column), "text")
+        return stream_file(value, "data.train", text, self._unit("train"))
+
+    def _stream_block(self, block: dict[str, list[Any]]) -> list[dict[str, Any]]:
+        """Check and tokenize a few rows, as a file that holds nothing else."""
+        import datasets
+
+        source, field = self.sources["train"] or str(self.dataset), "a streamed block of data.train"
+        shown = not datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
+        try:
+            table = datasets.Dataset.from_dict(block, features=self._stream.features)
+            table = self.prepared(table, "train", field, source)
+            require_columns(table, self.columns("train"), field, source)
+            rows = Rows(table, list(range(len(table))), field, source)
+            return list(self.encode(self.check_rows(rows, "train"), "train"))
+        finally:
+            if shown:
+                datasets.enable_progress_bars()
+
+    def _stream_loader(self) -> StreamLoader:
+        if self.trainer is not None and (self.trainer.max_steps == -1 or self.trainer.max_epochs not in (None, -1)):
+            raise LitPeftError(
+                "data.streaming is set, and how many rows an epoch has is not known: set trainer.max_steps, and leave "
+                "max_epochs out."
+            )
+        processes = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
+        stream = Stream(
+            self._stream,
+            self._stream_block,
+            self.collator("train"),
+            self.batch_size,
+            self.seed,
+            self.shuffle_buffer,
+            **processes,
+        )
+        # Workers are told the epoch when they start.
+        loading = {**self._loading(), "persistent_workers": False}
+        generator = torch.Generator().manual_seed(self.seed)
+        loader = StreamLoader(stream, batch_size=None, generator=generator, **loading)
+        loader.epoch = lambda: 0 if self.trainer is None else self.trainer.current_epoch
+        loader.trained = self._trained
+        self._train_loader = loader
+        if self._place:
+            loader.load_state_dict(self._place)
+        return loader
+
+    def _trained(self) -> int | None:
+        """How many batches of the epoch the trainer is done with: it has fetched one more."""
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return None
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(progress.processed)
 
     def _grouping(self) -> dict[str, Any]:
         """What `SeededBatches` is told of how training examples go into batches."""

@@ -70,29 +70,45 @@ def read_file(value: str, field: str, text_column: str = "text", text_unit: str 
     Raises:
         LitPeftError: missing, empty, of an unknown kind, not UTF-8, or broken (with its line).
     """
-    path = resolve_file(value, field, LOADERS)
-    suffix = path.suffix.lower()
-    options: dict[str, Any] = {}
-    if LOADERS[suffix] == "csv":
-        options = _csv_options(path, field, value)
-    elif LOADERS[suffix] == "text":
-        options = {"sample_by": text_unit}
-    table = _load(path, field, value, LOADERS[suffix], options)
-    if suffix == ".txt" and text_column != "text":
+    path, loader, options = _how(value, field, text_unit)
+    table = _load(path, field, value, loader, options)
+    if loader == "text" and text_column != "text":
         table = table.rename_column("text", text_column)
     return table
 
 
-def read_hub(name: str, config: str | None, field: str = "data.dataset") -> dict[str, Dataset]:
+def stream_file(value: str, field: str, text_column: str = "text", text_unit: str = "line") -> Any:
+    """Open a file that `read_file` would read whole; the rows are read as they are asked for.
+
+    Returns:
+        A `datasets.IterableDataset`, which raises the library's own errors.
+    """
+    import datasets
+
+    path, loader, options = _how(value, field, text_unit)
+    rows = datasets.load_dataset(loader, data_files=str(path.resolve()), split="train", streaming=True, **options)
+    return rows.rename_column("text", text_column) if loader == "text" and text_column != "text" else rows
+
+
+def _how(value: str, field: str, text_unit: str) -> tuple[Path, str, dict[str, Any]]:
+    path = resolve_file(value, field, LOADERS)
+    loader = LOADERS[path.suffix.lower()]
+    if loader == "csv":
+        return path, loader, _csv_options(path, field, value)
+    return path, loader, {"sample_by": text_unit} if loader == "text" else {}
+
+
+def read_hub(name: str, config: str | None, field: str = "data.dataset", streaming: bool = False) -> dict[str, Any]:
     """Read all splits of a hub dataset (or of a local dataset folder).
 
     Args:
         name: the dataset's hub id, or a folder `datasets.load_dataset` understands.
         config: its configuration, such as "sst2" of "glue".
         field: the setting's name, for error messages.
+        streaming: only open it.
 
     Returns:
-        The splits by name.
+        The splits by name: `datasets.Dataset`s, or `IterableDataset`s to stream.
 
     Raises:
         LitPeftError: it cannot be had, and why.
@@ -101,7 +117,7 @@ def read_hub(name: str, config: str | None, field: str = "data.dataset") -> dict
 
     try:
         with _quiet():
-            found = datasets.load_dataset(name, config)
+            found = datasets.load_dataset(name, config, streaming=streaming)
     except Exception as exc:  # datasets raises a dozen kinds, from ConnectionError to its own
         raise hub_error(name, exc, field=field, dataset=True) from exc
     return {str(split): table for split, table in found.items()}

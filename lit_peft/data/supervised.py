@@ -32,6 +32,11 @@ class SupervisedData(LitDataModule):
                 "data.packing and data.group_by_length are both set: packed rows are full, whatever the lengths of "
                 "their examples; leave group_by_length out."
             )
+        if packing and self.streaming:
+            raise LitPeftError(
+                "data.packing and data.streaming are both set, and rows are packed by the lengths of all examples, "
+                "which are not known before they are read: leave one of them out."
+            )
 
     def _grouping(self) -> dict[str, Any]:
         if not self.packing:

@@ -1,0 +1,150 @@
+"""Training rows read while training goes on: each once, in an order of the seed, whoever reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from datasets import Dataset
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_resume_data import Seen, same
+
+import lit_peft
+from lit_peft import CausalLMData, LitPeftError, TextClassificationData
+from lit_peft.data import streaming
+
+WORDS = "a bad film good great is it of poor the this was well weak wonderful awful".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    texts = [f"{a} {b} film {c}" for a in WORDS[:5] for b in WORDS[5:10] for c in WORDS[10:15]]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "_BLOCK", 3)
+
+
+def data(decoder: Path, file: Path, **settings: Any) -> CausalLMData:
+    return CausalLMData(
+        base=str(decoder), train=str(file), max_length=8, **{"batch_size": 4, "streaming": True, **settings}
+    )
+
+
+def rows(loader: Any) -> list[list[int]]:
+    return [row.tolist() for batch in loader for row in batch["input_ids"]]
+
+
+def run(decoder: Path, file: Path, folder: Path, steps: int, resume: Any = None, **settings: Any) -> Any:
+    pl.seed_everything(0)
+    module = lit_peft.LoRA(base=str(decoder), learning_rate=1e-2, lr_scheduler="constant", warmup_steps=0)
+    seen = Seen()
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=[seen, ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data(decoder, file, **settings), ckpt_path=resume)
+    return seen, {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def test_each_row_once_in_an_order_of_the_seed(decoder: Path, file: Path) -> None:
+    whole = rows(data(decoder, file, streaming=False, validation_fraction=0).train_dataloader())
+    loader = data(decoder, file).train_dataloader()
+    loader.epoch = lambda: epoch
+    epoch = 0
+    first = rows(loader)
+    assert sorted(first) == sorted(whole) and len({*map(tuple, first)}) == 125
+    assert rows(loader) == first
+    epoch = 1
+    assert rows(loader) != first and sorted(rows(loader)) == sorted(first)
+    assert rows(data(decoder, file, seed=1).train_dataloader()) != first
+    assert rows(data(decoder, file, num_workers=2).train_dataloader()) == first
+    ordered = data(decoder, file, shuffle_buffer=1)
+    ends = ordered.tokenizer([json.loads(line)["text"] for line in file.read_text().splitlines()])["input_ids"]
+    assert [row[:4] for row in rows(ordered.train_dataloader())] == ends
+
+
+def test_processes_share_the_rows(decoder: Path, file: Path) -> None:
+    made = data(decoder, file)
+    shares = []
+    for rank in range(2):
+        loader = made.train_dataloader()
+        loader.dataset.num_replicas, loader.dataset.rank, loader.dataset.batch_size = 2, rank, 2
+        shares.append(rows(loader))
+    assert len(shares[0]) == len(shares[1]) == 63  # one of 125 is repeated
+    assert {*map(tuple, shares[0] + shares[1])} == {*map(tuple, rows(made.train_dataloader()))}
+
+
+def test_training_goes_on_in_the_middle_of_the_stream(decoder: Path, file: Path, tmp_path: Path) -> None:
+    # 125 rows in blocks of 12 are 32 batches: the run ends in the second epoch.
+    whole = run(decoder, file, tmp_path / "whole", 44)
+    first = [ids for batch in whole[0].batches[:32] for ids in batch]
+    assert len(first) == len({*first}) == 125
+    same(run(decoder, file, tmp_path / "workers", 44, num_workers=2), whole)
+    for step in (5, 12, 32, 37):
+        stored = tmp_path / "whole" / f"step={step}.ckpt"
+        same(run(decoder, file, tmp_path / str(step), 44, stored), whole, since=step)
+    with pytest.raises(LitPeftError, match=r"data.shuffle_buffer 10000, and now it is 7"):
+        run(decoder, file, tmp_path / "b", 44, tmp_path / "whole" / "step=5.ckpt", shuffle_buffer=7)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "txt"])
+def test_other_files_and_datasets_stream(kind: str, decoder: Path, file: Path, tmp_path: Path) -> None:
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    table, other = Dataset.from_dict({"more": [[1]] * 125, "text": texts}), tmp_path / f"a.{kind}"
+    if kind == "csv":
+        table.remove_columns("more").to_csv(other)
+    elif kind == "parquet":
+        table.to_parquet(other)
+    else:
+        other.write_text("\n".join(texts))
+    wanted = sorted(rows(data(decoder, file).train_dataloader()))
+    assert sorted(rows(data(decoder, other).train_dataloader())) == wanted
+    hub = CausalLMData(
+        base=str(decoder), dataset=str(tmp_path), streaming=True, max_length=8, validation="train", limit_validation=9
+    )
+    assert sorted(rows(hub.train_dataloader())) == wanted
+    assert len(rows(hub.val_dataloader())) == 9
+
+
+def test_what_does_not_go_with_it_is_told(decoder: Path, file: Path, encoder: Path, tmp_path: Path) -> None:
+    for name, value in {
+        "packing": True,
+        "group_by_length": True,
+        "limit_train": 5,
+        "test_fraction": 0.1,
+        "where": {"a": 1},
+        "num_proc": 2,
+    }.items():
+        with pytest.raises(LitPeftError, match=name):
+            data(decoder, file, **{name: value})
+    with pytest.raises(LitPeftError, match=r"set trainer.max_steps"):
+        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(
+            lit_peft.LoRA(base=str(decoder)), data(decoder, file)
+        )
+    with pytest.raises(LitPeftError, match=r"no column 'txt'.*'text'"):
+        data(decoder, file, text_column="txt").setup("fit")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "good film"}\n{"text": \n')
+    with pytest.raises(LitPeftError, match="could not be read"):
+        rows(data(decoder, broken).train_dataloader())
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text('{"text": "good film", "label": "pos"}\n{"text": "bad film", "label": "neg"}\n')
+    settings: dict[str, Any] = {"base": str(encoder), "train": str(labelled), "streaming": True}
+    with pytest.raises(LitPeftError, match=r"data.labels"):
+        TextClassificationData(**settings).setup("fit")
+    batch = next(iter(TextClassificationData(**settings, labels=["neg", "pos"]).train_dataloader()))
+    assert torch.equal(batch["labels"].sort().values, torch.tensor([0, 1]))
