@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import pytest
 from lit_peft.cli import main
 from lit_peft.commands import compare as module
 from lit_peft.commands.compare import METHODS, Cell, Plan, Results, cell_of, search
+from lit_peft.commands.recorder import Recorder
 from lit_peft.commands.report import Difference, difference, summarize, verdict, write_report
 
 COMMAND = str(Path(sysconfig.get_path("scripts")) / "lit-peft")
@@ -147,6 +149,29 @@ def test_the_report_has_the_results_numbers(killed: tuple[Path, bytes, str]) -> 
         assert line.split("|")[2].strip() in (folder / "report.html").read_text()
 
 
+def test_a_report_of_what_is_finished_runs_nothing(
+    killed: tuple[Path, bytes, str], encoder: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, *_ = killed
+    lines = (folder / "results.jsonl").read_bytes()
+    arguments = ["compare", "--config", str(folder.parent / "compare.yaml"), "--report_only"]
+    before = (folder / "report.md").read_text()
+    assert main(arguments) == 0
+    assert (folder / "report.md").read_text() == before and (folder / "results.jsonl").read_bytes() == lines
+    # In the middle of one: the lines of one method, and half a line.
+    half = tmp_path / "half"
+    half.mkdir()
+    own = b"".join(line for line in lines.splitlines(keepends=True) if b'"LoRA"' in line) + b'{"cell": "1'
+    (half / "results.jsonl").write_bytes(own)
+    assert main([*arguments, "--output", str(half)]) == 0
+    assert "| LoRA |" in (half / "report.md").read_text() and "Prompt" not in (half / "report.md").read_text()
+    assert (half / "results.jsonl").read_bytes() == own
+    capsys.readouterr()
+    assert main([*arguments, "--output", str(half), "--steps", "5"]) == 2
+    assert "no finished run of this configuration" in capsys.readouterr().err
+    assert main([*arguments, "--output", str(tmp_path / "none")]) == 2
+
+
 def test_the_page_needs_nothing_else(killed: tuple[Path, bytes, str]) -> None:
     pytest.importorskip("matplotlib")
     folder, *_ = killed
@@ -268,9 +293,7 @@ def test_a_budget_of_time_and_several_devices(
         (method, seed) for method in ("LoRA", "PromptTuning") for seed in (0, 1)
     ]
     for one in done:
-        assert one["curve"][-1][0] == one["steps"] > 4
-        # As many steps as fit: what they took is about what was given, on a machine that does other things, too.
-        assert 0.1 < one["curve"][-1][1] < 2.5
+        assert one["curve"][-1][0] == one["steps"] >= 1
     assert "fit in 0.5 s of training" in (tmp_path / "out" / "report.md").read_text()
     capsys.readouterr()
     assert main([*arguments, "--seconds", "0.5", "--devices", "2"]) == 0
@@ -293,3 +316,20 @@ def test_devices_are_each_given_to_one_run_at_a_time(tmp_path: Path, monkeypatch
     wanted = plan(trials=2, devices=3)
     done = module.compare(wanted, Results(tmp_path / "results.jsonl"))
     assert set(used) == {0, 1, 2} and len(done) == 2 * 3 + 2 * 2
+
+
+def test_a_budget_of_time_is_as_many_steps_as_fit(
+    encoder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def fake(self: Recorder) -> float:
+        taken.append(len(self._times))
+        return 0.02
+
+    monkeypatch.setattr(Recorder, "seconds_per_step", property(fake))
+    wanted, _ = module._plan(["--config", str(config(tmp_path, encoder, reviews)), "--seconds", "1.01"])
+    assert module._steps_in(cell_of(wanted, "LoRA", 1e-3, 0), None) == 50
+    accumulated = dataclasses.replace(wanted, trainer={"accelerator": "cpu", "accumulate_grad_batches": 2})
+    assert module._steps_in(cell_of(accumulated, "LoRA", 1e-3, 0), None) == 25
+    assert taken == [16, 32]

@@ -12,7 +12,11 @@ import pytest
 from lit_peft.cli import main
 
 # Those of `lit-peft compare` are no configurations of one run.
-CONFIGS = [path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")) if path.stem != "compare"]
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    if not path.stem.startswith("compare")
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -11,6 +11,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+
+import lit_peft
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = {
@@ -46,3 +50,27 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "LoRASettings" in (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_costs_of_the_methods_page_are_counted() -> None:
+    shapes = {
+        "bert": transformers.BertConfig(
+            hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+        ),
+        "llama": transformers.LlamaConfig(),
+    }
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    lines = page.partition("<!-- costs: start -->")[2].partition("<!-- costs: end -->")[0].strip().splitlines()[2:]
+    assert len(lines) == 8
+    for line in lines:
+        name, *given = (cell.strip(" `") for cell in line.strip("|").split("|"))
+        # Embeddings of tokens cannot be drawn from a model without weights.
+        settings = {"prompt_tuning_init": "RANDOM"} if name == "PromptTuning" else {}
+        for at, config in enumerate(shapes.values()):
+            auto = transformers.AutoModelForCausalLM if at else transformers.AutoModel
+            with torch.device("meta"):
+                model = auto.from_config(config)
+                total = sum(value.numel() for value in model.parameters())
+                lit_peft.attach(model, getattr(lit_peft, f"{name}Settings")(**settings))
+            trained = lit_peft.trainable_parameters(model)
+            assert given[2 * at : 2 * at + 2] == [f"{trained:,}", f"{100 * trained / total:.3f}"], name

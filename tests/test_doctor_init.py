@@ -171,3 +171,11 @@ def test_init_asks_for_what_no_flag_gives(
     assert "class_path: AdapterP" in written and "task: sequence_classification" in written
     assert [question.split()[0].rstrip(":") for question in asked] == ["task", "base", "method", "data"]
     assert main(["init"]) == 2
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_doctor_knows_every_task(task: str, encoder: Path, decoder: Path, t5: Path) -> None:
+    base = {"causal_lm": decoder, "seq2seq": t5}.get(task, encoder)
+    need = doctor.memory(str(base), "AdapterP", task, 2, 16)
+    assert need["parameters"] > need["gradients"] > 0 and need["Adam's moments"] == 2 * need["gradients"]
+    assert need["activations, about"] > 0

@@ -142,22 +142,33 @@ class Cell:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def read_results(file: Path) -> dict[str, dict[str, Any]]:
+    """The finished runs of a file by their cell's key; a last line that is not whole is left out.
+
+    Raises:
+        LitPeftError: a line is no result.
+    """
+    text = file.read_bytes() if file.is_file() else b""
+    rows: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(text[: text.rfind(b"\n") + 1].decode().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows[row["cell"]] = row
+        except (ValueError, KeyError, TypeError) as problem:
+            raise LitPeftError(f"{file}, line {number} is no result of compare: remove it.") from problem
+    return rows
+
+
 class Results:
     """Finished runs as JSON lines, each appended whole; a line that a kill cut off is dropped."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.rows = read_results(file)
         text = file.read_bytes() if file.is_file() else b""
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:
-            os.truncate(file, len(whole))
-        for number, line in enumerate(whole.decode().splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                self.rows[row["cell"]] = row
-            except (ValueError, KeyError, TypeError) as problem:
-                raise LitPeftError(f"{file}, line {number} is no result of compare: remove it.") from problem
+        whole = text.rfind(b"\n") + 1
+        if whole != len(text):
+            os.truncate(file, whole)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a run and bring it to the disk."""
@@ -174,7 +185,10 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         LitPeftError: bad input; nothing is run then.
     """
-    plan = _plan(arguments)
+    plan, report_only = _plan(arguments)
+    if report_only:
+        _report(plan)
+        return
     _check(plan)
     from filelock import FileLock, Timeout
 
@@ -190,9 +204,38 @@ def run(arguments: Sequence[str]) -> None:
         results = Results(folder / RESULTS)
         rows = compare(plan, results)
         files = write_report(folder, plan, rows)
+    _show(folder, files)
+
+
+def _report(plan: Plan) -> None:
+    """Write the report of the runs that are finished, which may be in the middle of a comparison."""
+    from lit_peft.commands.report import write_report
+
+    folder = Path(plan.output)
+    if not (folder / RESULTS).is_file():
+        raise LitPeftError(f"output={plan.output!r} has no {RESULTS}: give the folder of a comparison.")
+    rows = finished(plan, read_results(folder / RESULTS))
+    if not rows:
+        raise LitPeftError(f"{folder / RESULTS} has no finished run of this configuration: give the one it is of.")
+    _show(folder, write_report(folder, plan, rows))
+
+
+def _show(folder: Path, files: Sequence[str]) -> None:
     print()
     print((folder / "report.md").read_text(encoding="utf-8"))
     print("results:  " + "  ".join(str(folder / name) for name in (RESULTS, *files)))
+
+
+def finished(plan: Plan, known: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of this plan among those known by their cell's key, failed ones left out."""
+    rows = []
+    for method in plan.methods:
+        cells = search(plan, method)
+        chosen = best([known[cell.key] for cell in cells if cell.key in known])
+        if chosen is not None:
+            cells += [cell_of(plan, method, chosen["learning_rate"], seed) for seed in range(1, plan.seeds)]
+        rows += [known[cell.key] for cell in cells if "error" not in known.get(cell.key, {"error": ""})]
+    return rows
 
 
 def compare(plan: Plan, results: Results) -> list[dict[str, Any]]:
@@ -282,13 +325,15 @@ def _usual_rate(plan: Plan, method: str) -> float:
     return float(given or getattr(lit_peft, method).settings_class.learning_rate)
 
 
-def _plan(arguments: Sequence[str]) -> Plan:
+def _plan(arguments: Sequence[str]) -> tuple[Plan, bool]:
+    """The plan of a command line, and whether only a report is wanted."""
     parser = Options(prog="lit-peft compare", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file: base, task, data, methods, budget")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help=f"only these: {', '.join(METHODS)}")
     for name, kind in _FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help=f"in place of the file's {name}")
     parser.add_argument("--limit_train", type=int, help="at most this many training rows")
+    parser.add_argument("--report_only", action="store_true", help="run nothing: report what is finished")
     given = parser.parse_args(list(arguments))
     values = _read_yaml(Path(given.config), [item.name for item in fields(Plan)])
     missing = [name for name in ("base", "task", "data") if name not in values]
@@ -304,7 +349,7 @@ def _plan(arguments: Sequence[str]) -> Plan:
             values[name] = getattr(given, name)
     if given.limit_train is not None:
         values["data"].setdefault("init_args", {})["limit_train"] = given.limit_train
-    return Plan(**values)
+    return Plan(**values), given.report_only
 
 
 def _read_yaml(file: Path, keys: Sequence[str]) -> dict[str, Any]:
