@@ -2,8 +2,8 @@
 
     python benchmarks/adapters.py --out benchmarks/results     # JSON and a Markdown table
 
-Decoding is timed in pairs, base and merged in turn, and judged by the median of the pairs' ratios. Memory is that of a
-process of its own, less what the same process takes to merge a model of next to no size.
+Decoding is timed in pairs, base and merged in turn, and judged by the median of the pairs' ratios. Memory is what a
+merge adds to a process that has merged a model of next to no size before.
 """
 
 from __future__ import annotations
@@ -27,21 +27,27 @@ import lit_peft
 SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 TARGETS = ["q_proj", "v_proj"]
-# Runs `lit-peft merge` and watches this process's own memory: all of it, and without the mapped files' clean pages.
+# Merges one after the other, the first for the imports; prints by how much each raised this process's memory at most,
+# all of it, and without the mapped files' clean pages.
 WATCHED = """
-import sys, threading, time
+import gc, json, sys, threading, time
 from lit_peft.cli import main
-peak = {"VmRSS": 0, "RssAnon": 0}
+def memory():
+    lines = (line.partition(":") for line in open("/proc/self/status"))
+    return {name: int(value.split()[0]) * 1024 for name, _, value in lines if name in ("VmRSS", "RssAnon")}
+peak = {}
 def watch():
     while True:
-        for line in open("/proc/self/status"):
-            name, _, value = line.partition(":")
-            if name in peak:
-                peak[name] = max(peak[name], int(value.split()[0]) * 1024)
+        for name, value in memory().items():
+            peak[name] = max(peak.get(name, 0), value)
         time.sleep(0.005)
 threading.Thread(target=watch, daemon=True).start()
-assert main(sys.argv[1:]) == 0
-print(peak["VmRSS"], peak["RssAnon"])
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    gc.collect()
+    before = memory()
+    peak.clear()
+    assert main(arguments) == 0
+    print("peak", peak["VmRSS"] - before["VmRSS"], peak["RssAnon"] - before["RssAnon"])
 """
 
 
@@ -111,22 +117,23 @@ def switching(folder: Path, rounds: int) -> dict[str, float]:
     }
 
 
-def merging(folder: Path, tiny: Path, scratch: Path, dtype: str, shard: str) -> dict[str, float]:
+def merging(folder: Path, tiny: Path, scratch: Path, shard: str) -> dict[str, Any]:
     """The peak memory of `lit-peft merge` by the bytes of the merged model."""
-    peaks = []
-    for model in (folder, tiny):
+    runs = []
+    for model, dtype in ((tiny, "float32"), (folder, "float32"), (folder, "bfloat16")):
         adapter, out = scratch / f"{model.name}-adapter", scratch / f"{model.name}-{dtype}"
         if not adapter.exists():
             lit_peft.save_adapter(adapted(model), adapter)
         given = ["merge", "--base", str(model), "--adapter", str(adapter), "--output", str(out)]
-        more = ["--dtype", dtype, "--max_shard_size", shard]
-        done = subprocess.run(
-            [sys.executable, "-c", WATCHED, *given, *more], capture_output=True, text=True, check=True
-        )
-        peaks.append([int(part) for part in done.stdout.split()[-2:]])
-    size = sum(file.stat().st_size for file in (scratch / f"{folder.name}-{dtype}").glob("*.safetensors"))
-    resident, own = (full - less for full, less in zip(*peaks, strict=True))
-    return {"model_mb": size / 1e6, "copies_resident": resident / size, "copies_own": own / size}
+        runs.append([*given, "--dtype", dtype, "--max_shard_size", shard])
+    command = [sys.executable, "-c", WATCHED, json.dumps(runs)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    peaks = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("peak ")]
+    result: dict[str, Any] = {}
+    for dtype, (resident, own) in zip(("float32", "bfloat16"), peaks[1:], strict=True):
+        size = sum(file.stat().st_size for file in (scratch / f"{folder.name}-{dtype}").glob("*.safetensors"))
+        result[dtype] = {"mb": size / 1e6, "copies_resident": int(resident) / size, "copies_own": int(own) / size}
+    return result
 
 
 def file_size(folder: Path, scratch: Path) -> dict[str, float]:
@@ -147,7 +154,7 @@ def measured(part: str, folder: Path, tiny: Path, scratch: Path, options: argpar
     if part == "switching":
         return switching(folder, options.rounds)
     if part == "merging":
-        return {dtype: merging(folder, tiny, scratch, dtype, "100MB") for dtype in ("float32", "bfloat16")}
+        return merging(folder, tiny, scratch, "100MB")
     return file_size(folder, scratch)
 
 

@@ -140,6 +140,31 @@ def test_generate_is_interactive_on_a_terminal(decoder: Path, tmp_path: Path) ->
     os.close(terminal)
 
 
+def test_code_that_a_base_brings_does_not_run(
+    decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(decoder, base)
+    config = json.loads((base / "config.json").read_text())
+    places = {name: f"evil.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")}
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": places}))
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text())
+    more = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (base / "tokenizer_config.json").write_text(json.dumps({**tokenizer, **more}))
+    with pytest.raises(lit_peft.LitPeftError, match=r"evil|custom code"):
+        LoRA(base=str(base)).configure_model()
+    assert main(["generate", "--base", str(base), "--prompt", "the"]) == 2
+    # Its tokenizer's neither.
+    shutil.copy(decoder / "config.json", base / "config.json")
+    assert main(["generate", "--base", str(base), "--prompt", "the", "--max_new_tokens", "1"]) in (0, 2)
+    capsys.readouterr()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_push_and_pull(
     decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

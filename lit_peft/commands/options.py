@@ -40,14 +40,17 @@ def load_base(options: argparse.Namespace) -> Any:
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise LitPeftError(f"--dtype {options.dtype} is not known: use float32, bfloat16, float16 or auto.")
     source = resolve_base(options.base)
-    settings = {} if options.revision is None else {"revision": options.revision}
+    # False, not unset: transformers would ask on a terminal.
+    settings: dict[str, Any] = {"trust_remote_code": False}
+    if options.revision is not None:
+        settings["revision"] = options.revision
     if options.num_labels is not None:
         settings["num_labels"] = options.num_labels
     try:
         if options.task is not None:
             kind: Any = getattr(transformers, find_task(options.task).auto_class)
         else:
-            config = transformers.AutoConfig.from_pretrained(source.path)
+            config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False)
             kind = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0])
         model = kind.from_pretrained(source.path, dtype=dtype, **settings).eval()
         model._lit_peft_base = options.base

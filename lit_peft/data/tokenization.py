@@ -30,7 +30,7 @@ def load_tokenizer(base: str, field: str = "data.tokenizer") -> Any:
     alone = (Path(base) / "tokenizer_config.json").is_file()
     source = BaseSource(base, base, True) if alone else resolve_base(base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
     except Exception as exc:  # OSError, ValueError, ImportError and KeyError, by what is missing
         raise hub_error(base, exc, field=field) from exc
     return with_padding(tokenizer, base, field)

@@ -87,7 +87,7 @@ class PromptTuningSettings(SoftPromptSettings):
         try:
             if not where:
                 raise OSError("the model was not loaded from a folder or hub id")
-            tokenizer = AutoTokenizer.from_pretrained(where)
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         except (OSError, ValueError) as problem:
             raise LitPeftError(
                 f"prompt_tuning_init={self.prompt_tuning_init!r} needs a tokenizer, and there is none at {where!r} "
