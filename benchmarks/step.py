@@ -110,12 +110,13 @@ def main() -> None:
     machine = {"torch": torch.__version__, "threads": options.threads, "machine": platform.machine()}
     for case in options.cases:
         result = measured(case, options.rounds, options.small)
-        if case not in METHODS and not options.no_memory and sys.platform == "linux":
-            for way, values in result["ways"].items():
-                values["peak_mb"] = peak(case, way, options.small)
         done = {**{each["case"]: each for each in results}, case: result}
         results = [done[name] for name in SHAPES if name in done]
         file.write_text(json.dumps({**machine, "results": results}, indent=1) + "\n")
+        if case not in METHODS and not options.no_memory and sys.platform == "linux":
+            for way, values in result["ways"].items():
+                values["peak_mb"] = peak(case, way, options.small)
+            file.write_text(json.dumps({**machine, "results": results}, indent=1) + "\n")
         print(page.step_table([result]), flush=True)
     (options.out / "step.md").write_text(page.step_table(results) + "\n")
     page.step_plot(results, options.out / "step.svg")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_peft.nn import LoRALinear, factors, lora
+from lit_peft.nn.lora import LoRAEmbedding
 from lit_peft.nn.lora_function import lora_linear, pack_bits, unpack_bits
 
 
@@ -201,3 +202,28 @@ def test_what_is_not_a_product_of_two_of_its_shape_is_kept_itself() -> None:
         product = x * other
         assert factors.factors_or_self(product) == (product,)
     assert len(factors.factors_or_self(x + x)) == 1
+
+
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "embedding"])
+def test_doras_norm_makes_no_matrix_as_large_as_the_weight(kind: str) -> None:
+    module = (
+        layer(kind, use_dora=True) if kind != "embedding" else LoRAEmbedding(nn.Embedding(50, 12), r=4, use_dora=True)
+    )
+    nn.init.normal_(module.lora_A)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and not any(
+                out.untyped_storage().data_ptr() == p.data_ptr() for p in module.parameters()
+            ):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        norm = module._weight_norm()
+    whole = module.dense_weight() + module.scaling * module.lora_B @ module.lora_A
+    torch.testing.assert_close(norm, torch.linalg.vector_norm(whole, dim=1), rtol=1e-6, atol=0)
+    assert largest < module.weight.numel()

@@ -169,10 +169,20 @@ class LoRALayer(nn.Module):
         """Return s · B A, shape (out_features, in_features)."""
         return (self.lora_B @ self.lora_A) * self.scaling
 
+    @torch.no_grad()
     def _weight_norm(self) -> Tensor:
-        """Norm of each row of W + s·BA; a constant for the gradient (DoRA, section 4.3). Shape (out_features,)."""
-        dense = self.dense_weight()
-        return torch.linalg.vector_norm(dense + self.delta_weight().detach().to(dense.dtype), dim=1)
+        """Norm of each row of W + s·BA; a constant for the gradient (DoRA, section 4.3). Shape (out_features,).
+
+        No matrix of W's size is made: with w, b rows of W and B,
+        `||w + s·bA||² = ||w||² + 2s·(w Aᵀ)·b + s²·(b A Aᵀ)·b`.
+        """
+        dense, precise = self.dense_weight(), torch.promote_types(self.lora_A.dtype, torch.float32)
+        a, b = self.lora_A.to(precise), self.lora_B.to(precise)
+        own = torch.linalg.vector_norm(dense, dim=1, dtype=precise).square()
+        cross = ((dense @ self.lora_A.to(dense.dtype).T).to(precise) * b).sum(1)
+        update = ((b @ (a @ a.T)) * b).sum(1)
+        square = own + 2 * self.scaling * cross + self.scaling**2 * update
+        return square.clamp_(min=0).sqrt_().to(dense.dtype)
 
     @torch.no_grad()
     def merge(self) -> None:
