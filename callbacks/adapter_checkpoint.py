@@ -17,6 +17,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lit_peft.callbacks.adapter_ema import averaged
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -253,7 +254,7 @@ class _Keeper(ModelCheckpoint):
             "mode": self.mode,
         }
         problem = ""
-        with whole_parameters(trainer.strategy.model or self._module):
+        with averaged(trainer, self._module), whole_parameters(trainer.strategy.model or self._module):
             if trainer.is_global_zero:
                 try:
                     self._write(Path(filepath), note)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lit_peft
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.kinds import check_kinds
+from lit_peft.methods.adapter_dtype import set_adapter_dtype
 from lit_peft.methods.attachment import MethodSettings
 from lit_peft.optim import SCHEDULES, make_optimizer, make_schedule
 from lit_peft.quantization import check_quantization, loading_arguments, quantize
@@ -161,6 +162,18 @@ class BaseLM(pl.LightningModule):
         self._takes_positions = _is_decoder(config) and "position_ids" in inspect.signature(model.forward).parameters
         self.val_metrics, self.test_metrics = (nn.ModuleDict(self.task.metrics(config)) for _ in range(2))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Casting the module, as Lightning's `bf16-true` does, casts the frozen part alone where `adapter_dtype` is set.
+        own = self.hparams.adapter_dtype is not None and self.model is not None
+        trained = [p for p in self.parameters() if p.requires_grad] if own else []
+        kept = [(p, p.data, None if p.grad is None else p.grad.data) for p in trained]
+        super()._apply(fn, recurse)
+        for parameter, data, grad in kept:
+            parameter.grad = None
+            parameter.data = data.to(parameter.device)
+            parameter.grad = None if grad is None else grad.to(parameter.device)
+        return self
+
     def check(self) -> None:
         """Find what is wrong with the settings before anything is loaded or written: attach to a model without data.
 
@@ -242,6 +255,8 @@ class BaseLM(pl.LightningModule):
         head = {name for name, _ in model.named_children() if name in self.task.heads}
         head |= {str(key).rpartition(".")[0] for key in new_tensors}
         self.attach_method(model, sorted(head))
+        if self.hparams.adapter_dtype is not None:
+            set_adapter_dtype(model, getattr(torch, self.hparams.adapter_dtype))
 
     def attach_method(self, model: nn.Module, head: list[str]) -> None:
         """Make part of the frozen model trainable: a method's mixin does it."""

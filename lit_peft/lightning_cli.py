@@ -161,7 +161,7 @@ class CLI(LightningCLI):
         if trainer.interrupted:
             say("Training was interrupted; the last checkpoint is kept.")
         for name, value in sorted(trainer.callback_metrics.items()):
-            say(f"{name:<18}{value.item():.4f}")
+            say(f"{name:<17} {value.item():.4f}")
         if best and checkpoint and checkpoint.monitor and checkpoint.best_model_score is not None:
             say(f"{'best ' + checkpoint.monitor:<18}{checkpoint.best_model_score.item():.4f}  ({best})")
         if not best:

@@ -36,6 +36,8 @@ def test_config_runs(
             distribution(name)
         except PackageNotFoundError:
             pytest.skip(f"{name} is not installed")
+    if "quantization: nf4" in text:
+        pytest.importorskip("bitsandbytes")
     limits = ["--data.limit_train", "64", "--data.limit_validation", "32"]
     quick = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1.0", "--trainer.default_root_dir", "runs"]
     assert main(["fit", "--config", str(config), *limits, *quick, "--trainer.enable_progress_bar", "false"]) == 0

@@ -1,0 +1,115 @@
+"""What the model writes while it is being trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lit_peft.errors import LitPeftError
+
+
+class SampleGenerations(Callback):
+    """Generates from the same prompts at every validation, and writes what came out.
+
+    Each text is a line of `samples.jsonl` in the run's folder (`step`, `prompt`, `output`), and goes to every logger
+    that takes text (TensorBoard, Weights & Biases). Sampling changes nothing of the training's random numbers.
+
+    Args:
+        prompts: what to go on from.
+        generation: arguments for `generate`, e.g. `{max_new_tokens: 64, do_sample: true}`.
+        tokenizer: model folder or hub id of the tokenizer; the module's, or the data module's, when unset.
+        every_n_validations: validations between samples.
+        filename: name of the file.
+
+    Raises:
+        LitPeftError: there are no prompts, or, when fitting starts, no tokenizer or nothing that generates.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        generation: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        every_n_validations: int = 1,
+        filename: str = "samples.jsonl",
+    ) -> None:
+        if isinstance(prompts, str) or not prompts:
+            raise LitPeftError(f"prompts={prompts!r}: give a list of texts, at least one.")
+        if every_n_validations < 1:
+            raise LitPeftError(f"every_n_validations={every_n_validations}: give a positive number, e.g. 1.")
+        self.prompts, self.generation = list(prompts), {"max_new_tokens": 32, **(generation or {})}
+        self.tokenizer, self.every_n_validations, self.filename = tokenizer, every_n_validations, filename
+        self._loaded: Any = None
+        self._validations = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _generator(pl_module)
+        if self.tokenizer is not None:
+            from transformers import AutoTokenizer
+
+            try:
+                self._loaded = AutoTokenizer.from_pretrained(self.tokenizer)
+            except (OSError, ValueError) as problem:
+                raise LitPeftError(f"tokenizer={self.tokenizer!r} could not be loaded: {problem}") from problem
+        else:
+            found = (getattr(of, "tokenizer", None) for of in (pl_module, getattr(trainer, "datamodule", None)))
+            self._loaded = next((tokenizer for tokenizer in found if callable(tokenizer)), None)
+        if self._loaded is None:
+            raise LitPeftError(
+                "SampleGenerations finds no tokenizer on the module or the data module: name one, e.g. "
+                "SampleGenerations(prompts, tokenizer='path/to/model')."
+            )
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._validations += 1
+        if (self._validations - 1) % self.every_n_validations:
+            return
+        device = pl_module.device
+        rows = []
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            # One by one: no padding, whose side not every model gets right. Sharded models need every process here.
+            for prompt in self.prompts:
+                ids = self._loaded(prompt, return_tensors="pt")["input_ids"].to(device)
+                out = _generator(pl_module)(input_ids=ids, attention_mask=torch.ones_like(ids), **self.generation)
+                # An encoder-decoder gives back its answer alone.
+                new = out[0][ids.shape[1] :] if torch.equal(out[0][: ids.shape[1]], ids[0]) else out[0]
+                text = self._loaded.decode(new, skip_special_tokens=True)
+                rows.append({"step": trainer.global_step, "prompt": prompt, "output": text})
+        if trainer.is_global_zero:
+            self._write(trainer, rows)
+
+    def _write(self, trainer: pl.Trainer, rows: list[dict[str, Any]]) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / self.filename).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_text"):
+                values = [[row["step"], row["prompt"], row["output"]] for row in rows]
+                logger.log_text("samples", ["step", "prompt", "output"], values)
+            elif hasattr(logger.experiment, "add_text"):
+                for row in rows:
+                    logger.experiment.add_text(f"samples/{row['prompt']}", row["output"], row["step"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations = state_dict["validations"]
+
+
+def _generator(module: pl.LightningModule) -> Any:
+    """The first `generate` of the module, or of a module inside it."""
+    found = next((inner.generate for inner in module.modules() if callable(getattr(inner, "generate", None))), None)
+    if found is None:
+        raise LitPeftError(f"SampleGenerations: neither {type(module).__name__} nor a module in it has a `generate`.")
+    return found
