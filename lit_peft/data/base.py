@@ -23,6 +23,7 @@ from lit_peft.data.splits import carve, first_of_each, limited, matching, normal
 from lit_peft.data.streaming import Stream, StreamLoader, blocks
 from lit_peft.data.tokenization import load_tokenizer, tokenizer_digest, with_padding
 from lit_peft.errors import LitPeftError, closest
+from lit_peft.kinds import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -237,6 +238,10 @@ class LitDataModule(pl.LightningDataModule):
             for row in rows.numbers:
                 if texts[row] is None or not str(texts[row]).strip():
                     raise LitPeftError(f"{rows.where(row)} has no text in column {column!r}; remove the row.")
+                if isinstance(texts[row], (dict, list)):
+                    raise LitPeftError(
+                        f"{rows.where(row)}: column {column!r} holds {shown(texts[row])}, not a text; correct it."
+                    )
 
     # ----------------------------------------------------------------------- what a task must provide
 

@@ -131,6 +131,13 @@ class QuestionAnsweringData(LitDataModule):
         if split == "predict":
             return rows
         contexts = column_values(rows.table, self.context_column)
+        given = column_values(rows.table, self.answers_column)
+        for row in rows.numbers:
+            if isinstance(given[row], dict) and "text" not in given[row]:
+                raise LitPeftError(
+                    f"{rows.where(row)}: column {self.answers_column!r} holds {shown(given[row])}; answers are "
+                    '{"text": [...], "answer_start": [...]}, or a text.'
+                )
         for row, answers in zip(rows.numbers, self._answers(rows), strict=True):
             for text, start in answers:
                 context = str(contexts[row])

@@ -14,6 +14,7 @@ from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.benchmarks import find_benchmark
 from lit_peft.data.files import column_values, require_columns
 from lit_peft.errors import LitPeftError, closest
+from lit_peft.kinds import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,7 +88,7 @@ class TextClassificationData(LitDataModule):
         declared = getattr(rows.table.features[self.label_column], "names", None)
         if declared:
             return {name: at for at, name in enumerate(declared)}
-        values = self._labels_of(rows.table)
+        values = self._labels_of(rows)
         seen = {self._label(rows, values, row) for row in rows.numbers}
         if len(seen) < 2:
             raise LitPeftError(
@@ -108,8 +109,9 @@ class TextClassificationData(LitDataModule):
         """Number of classes; 1 in regression."""
         return 1 if self.regression else len(self._label_ids)
 
-    def _labels_of(self, table: Dataset) -> list[Any]:
-        """Return a table's labels in one form; None where there is none."""
+    def _labels_of(self, rows: Rows) -> list[Any]:
+        """Return the labels of the rows' table in one form; None where there is none."""
+        table = rows.table
         if self.regression:
             return [number(value) for value in column_values(table, self.label_column)]
         names = getattr(table.features[self.label_column], "names", None)
@@ -117,7 +119,13 @@ class TextClassificationData(LitDataModule):
         if names:
             # Hub datasets hide the labels of their test split as -1.
             return [None if value is None or value < 0 else names[value] for value in values]
-        return [canonical_label(value) for value in values]
+        labels = []
+        for row, value in enumerate(values):
+            try:
+                labels.append(canonical_label(value))
+            except LitPeftError as exc:
+                raise LitPeftError(f"{rows.where(row)}: {exc}") from exc
+        return labels
 
     def _label(self, rows: Rows, values: list[Any], row: int) -> Any:
         value = values[row]
@@ -165,7 +173,7 @@ class TextClassificationData(LitDataModule):
         """Every row needs a text, and a label that training has seen."""
         self.require_text(rows, (self.text_column, self.text_pair_column))
         if split != "predict":
-            values = self._labels_of(rows.table)
+            values = self._labels_of(rows)
             for row in rows.numbers:
                 self._label(rows, values, row)
         return rows
@@ -174,7 +182,7 @@ class TextClassificationData(LitDataModule):
         """Tokens, cut to `max_length`, and the label's number."""
         label_column = None if split == "predict" else self.label_column
         if label_column is not None:
-            values = self._labels_of(rows.table)
+            values = self._labels_of(rows)
             for row in rows.numbers:
                 label = self._label(rows, values, row)
                 if not self.regression and label not in self._label_ids:
@@ -224,12 +232,12 @@ def canonical_label(value: Any) -> Label | None:
     if isinstance(value, float):
         if value.is_integer():
             return int(value)
-        raise LitPeftError(f"data.label_column: {value} is not a class; labels are whole numbers or names.")
+        raise LitPeftError(f"{value} in data.label_column is not a class; labels are whole numbers or names.")
     if isinstance(value, str):
         text = value.strip()
         number = re.fullmatch(r"(0|-?[1-9]\d*)(\.0+)?", text)
         return int(number.group(1)) if number else text or None
-    raise LitPeftError(f"data.label_column: {value!r} is not a class; labels are whole numbers or names.")
+    raise LitPeftError(f"{shown(value)} in data.label_column is not a class; labels are whole numbers or names.")
 
 
 def number(value: Any) -> float | None:
