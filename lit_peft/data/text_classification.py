@@ -186,9 +186,13 @@ class TextClassificationData(LitDataModule):
             for row in rows.numbers:
                 label = self._label(rows, values, row)
                 if not self.regression and label not in self._label_ids:
+                    known = [str(name) for name in self._label_ids]
+                    listed = (
+                        ", ".join(map(repr, known)) if len(known) <= 10 else f"{closest(str(label), known)} and more"
+                    )
                     raise LitPeftError(
-                        f"{rows.where(row)}: label {label!r} does not occur in training, which has "
-                        f"{closest(str(label), map(str, self._label_ids))}; correct it, or list all in data.labels."
+                        f"{rows.where(row)}: label {label!r} does not occur in training, which has {listed}; "
+                        "correct it, or list all in data.labels."
                     )
         names = getattr(rows.table.features[label_column], "names", None) if label_column else None
         table = self.tokenized(
