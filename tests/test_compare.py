@@ -164,6 +164,7 @@ def test_a_report_of_what_is_finished_runs_nothing(
     own = b"".join(line for line in lines.splitlines(keepends=True) if b'"LoRA"' in line) + b'{"cell": "1'
     (half / "results.jsonl").write_bytes(own)
     assert main([*arguments, "--output", str(half)]) == 0
+    assert "Not finished: 3 of 6 runs." in (half / "report.md").read_text() and "Not finished" not in before
     assert "| LoRA |" in (half / "report.md").read_text() and "Prompt" not in (half / "report.md").read_text()
     assert (half / "results.jsonl").read_bytes() == own
     capsys.readouterr()

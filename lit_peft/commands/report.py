@@ -26,7 +26,7 @@ class Summary:
 
     Attributes:
         values: the reported metric of each seed, by seed.
-        edge: whether the chosen learning rate is the lowest or highest of those tried.
+        edge: whether the chosen learning rate is the lowest or highest of three or more that were tried.
         curve: step, seconds of training and validation metric, the mean over the seeds.
         reached: seconds of training to the wanted share of full fine-tuning; None: not reached, or unknown.
     """
@@ -92,7 +92,7 @@ def summarize(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[Summary]:
                 metric=("test_" if chosen["test"] is not None else "val_") + chosen["metric"],
                 mode=chosen["mode"],
                 learning_rate=rate,
-                edge=len(tried) > 1 and rate in (min(tried), max(tried)),
+                edge=len(tried) > 2 and rate in (min(tried), max(tried)),
                 values={row["seed"]: row["validation" if row["test"] is None else "test"] for row in runs},
                 rows=chosen["rows"],
                 trainable=chosen["trainable"],
@@ -222,7 +222,9 @@ def setting(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[str]:
     if plan.seconds is not None:
         taken = [row["steps"] for row in rows if "error" not in row]
         steps = f"the steps that fit in {plan.seconds:g} s of training ({min(taken):,} to {max(taken):,})"
+    ran = sum("error" not in row for row in rows)
     return [
+        *([f"Not finished: {ran} of {plan.cells} runs."] if ran < plan.cells else []),
         f"Base {plan.base}, task {plan.task}; {steps} for every run, the metric is that of the last step; "
         f"{plan.trials} learning rate(s) each, chosen on validation with seed 0; {plan.seeds} seed(s), which set the "
         f"start and the order of training; evaluated on {done.get('rows', 0):,} rows, on {done.get('device', '?')}.",
