@@ -30,6 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = {
     "V=32k": Shape(),
     "V=128k": Shape(vocabulary=128_000),
+    "V=64k, half the width": Shape(hidden=256, vocabulary=64_000),  # the head's share of V=128k, a quarter of its cost
     "V=32k, all tokens supervised": Shape(supervised=1.0),
     "V=32k, bf16": Shape(dtype="bfloat16"),
     "V=32k, dropout 0.05": Shape(dropout=0.05),
