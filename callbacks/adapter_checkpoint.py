@@ -325,11 +325,13 @@ class _Keeper(ModelCheckpoint):
         # What a training checkpoint refers to is on the disk before it.
         self._wait()
         self._removable.update(self._doomed)
-        return {**super().state_dict(), "run": self._run}
+        return {**super().state_dict(), "run": self._run, "step": self._last_global_step_saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._run = state_dict["run"]
+        # Where gradients are added up, the next batch ends at the same step, which is saved already.
+        self._last_global_step_saved = state_dict.get("step", 0)
         if self._lock is None:
             return
         self.best_k_models = {path: value for path, value in self.best_k_models.items() if Path(path).is_dir()}

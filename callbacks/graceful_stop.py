@@ -101,10 +101,13 @@ class GracefulStop(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._give_back()
-        if self._signal is None or not isinstance(exception, SIGTERMException):
+        if not isinstance(exception, SIGTERMException):
+            return
+        exception.code = 128 + (self._signal or signal.SIGTERM)
+        if self._signal is None:
+            # Training had not begun.
             return
         path = self._save(trainer)
-        exception.code = 128 + self._signal
         if trainer.is_global_zero:
             kept = (
                 f"{path} is written. To go on, start the same command again with --ckpt_path last (from Python: "

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lit_peft
@@ -327,6 +328,17 @@ class BaseLM(pl.LightningModule):
         return lit_peft.merge_and_unload(self.model)
 
     # --------------------------------------------------------------------------------------------- steps
+
+    def on_train_start(self) -> None:
+        """Tell the callback that wrote the checkpoint which is resumed that it has saved this step.
+
+        Lightning does not. Where gradients are added up over batches it would save again after the next batch, whose
+        gradient is in no checkpoint.
+        """
+        for keeper in self.trainer.checkpoint_callbacks:
+            paths = (getattr(keeper, "best_model_path", None), getattr(keeper, "last_model_path", None))
+            if isinstance(keeper, ModelCheckpoint) and self.trainer.ckpt_path and self.trainer.ckpt_path in paths:
+                keeper._last_global_step_saved = self.trainer.global_step
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Begin the randomness of each batch (dropout) anew, from run, process, epoch and batch.

@@ -73,8 +73,9 @@ def _split(path: str, module: nn.Module, mesh: DeviceMesh, style: str) -> None:
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     layer = module.base_layer if isinstance(module, LoRALinear) else module
-    if type(layer) is not nn.Linear or (isinstance(module, LoRALinear) and module.lora_magnitude is not None):
-        kind = "DoRA" if type(layer) is nn.Linear else type(layer).__name__
+    plain = type(layer) is nn.Linear and type(layer.weight.data) is Tensor
+    if not plain or (isinstance(module, LoRALinear) and module.lora_magnitude is not None):
+        kind = "DoRA" if plain else f"{type(layer).__name__}, {type(layer.weight.data).__name__}"
         raise LitPeftError(f"Tensor parallelism does not split {path} ({kind}). Use tensor_parallel_size=1.")
     whole, rows, columns = Replicate(), Shard(0), Shard(1)
     weight, a, b, bias = (rows, whole, rows, rows) if style == "colwise" else (columns, columns, whole, whole)

@@ -64,7 +64,7 @@ def done(child: int) -> bool:
 
 def saved_steps(folder: Path) -> int:
     """Read everything that can be seen; return the step of the newest training checkpoint."""
-    for adapter in folder.glob("runs/version_*/adapters/[!.]*"):
+    for adapter in (*folder.glob("runs/version_*/adapters/[!.]*"), *folder.glob("steps/[!.]*")):
         try:
             tensors = load_file(adapter / "adapter_model.safetensors")
             note = json.loads((adapter / "adapter_checkpoint.json").read_text())

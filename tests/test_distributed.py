@@ -172,3 +172,39 @@ def test_the_command_runs_every_strategy_in_two_processes(decoder: Path, reviews
         assert set(adapter) == set(adapters[0])
         for name, value in adapter.items():
             torch.testing.assert_close(value, adapters[0][name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_no_process_holds_the_whole_base(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=500, **shape)).save_pretrained(tmp_path)
+    script = Path(__file__).with_name("sharded_build.py")
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    own, base = map(int, done.stdout.split())
+    # A quarter, and a layer (an eighth) at a time.
+    assert own < 0.5 * base
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed_zero2", "deepspeed_zero3"])
+def test_strategies_of_gpus_train_and_resume(name: str, decoder: Path, reviews: Path, tmp_path: Path) -> None:
+    if name.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    settings = ["--model", "LoRA", "--model.base", str(decoder), "--data", "CausalLMData", "--data.train", str(reviews)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [
+        str(Path(sys.executable).with_name("lit-peft")),
+        "fit",
+        *settings,
+        "--config",
+        str(STRATEGIES / f"{name}.yaml"),
+    ]
+    command += ["--trainer.devices", "2", "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", "last"]
+    for epochs in ("1", "2"):
+        done = subprocess.run([*command, "--trainer.max_epochs", epochs], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-6000:]
+        assert "train_loss" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["version_0"]

@@ -38,10 +38,11 @@ def write_config(folder: Path, decoder: Path, reviews: Path, epochs: int, **trai
         },
         "data": {
             "class_path": "CausalLMData",
-            "init_args": {"train": str(reviews), "batch_size": 8, "limit_train": 32},
+            "init_args": {"train": str(reviews), "batch_size": 4, "limit_train": 44},
         },
         "trainer": {
             "max_epochs": epochs,
+            "accumulate_grad_batches": 2,
             "accelerator": "cpu",
             "log_every_n_steps": 1,
             "default_root_dir": "runs",
@@ -50,7 +51,13 @@ def write_config(folder: Path, decoder: Path, reviews: Path, epochs: int, **trai
                 {
                     "class_path": "lit_peft.callbacks.AdapterCheckpoint",
                     "init_args": {"monitor": "val_loss", "save_top_k": 3},
-                }
+                },
+                # In the middle of an epoch, too.
+                {
+                    "class_path": "lit_peft.callbacks.AdapterCheckpoint",
+                    "init_args": {"monitor": "train_loss", "every_n_train_steps": 2, "dirpath": "steps"},
+                },
+                {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 3, "save_last": True}},
             ],
             **trainer,
         },
@@ -85,7 +92,7 @@ def same_run(one: Path, other: Path) -> None:
 
 def test_a_killed_run_is_the_uninterrupted_one(decoder: Path, reviews: Path, tmp_path: Path) -> None:
     """`kill -9`, LIT_PEFT_KILLS times (3; the full check: 30), at random moments of one run."""
-    config = write_config(tmp_path, decoder, reviews, epochs=6 + 2 * KILLS)
+    config = write_config(tmp_path, decoder, reviews, epochs=3 + KILLS)
     command = [sys.executable, str(HERE / "kill_run.py"), str(tmp_path), str(KILLS), str(KILLS), str(config)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = tmp_path / "killed" / "log.txt"
@@ -94,6 +101,9 @@ def test_a_killed_run_is_the_uninterrupted_one(decoder: Path, reviews: Path, tmp
     # One run, in one folder, however often it was started.
     assert len(list((tmp_path / "killed" / "runs").iterdir())) == 1
     same_run(tmp_path / "whole/runs/version_0", tmp_path / "killed/runs/version_0")
+    kept = [sorted((tmp_path / run / "steps").glob("*/*.safetensors")) for run in ("whole", "killed")]
+    assert [f"{path.parent.name}" for path in kept[0]] == [f"{path.parent.name}" for path in kept[1]]
+    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*kept, strict=True))
     assert load_file(tmp_path / "killed/runs/version_0/adapter/adapter_model.safetensors")
 
 
