@@ -345,3 +345,13 @@ def _fits(architecture: Architecture, layer: nn.Module) -> bool:
         for sublayer in (architecture.attention, architecture.ffn)
         for place in (sublayer.output, sublayer.residual, sublayer.norm, sublayer.more_residual)
     )
+
+
+def learned_positions(host: nn.Module) -> int | None:
+    """How many positions a table of position embeddings has; None without one."""
+    for name, module in host.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and last in ("position_embeddings", "embed_positions", "wpe"):
+            offset = getattr(module, "offset", 0) or (module.padding_idx or -1) + 1
+            return int(module.num_embeddings) - int(offset)
+    return None

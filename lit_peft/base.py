@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lit_peft
+from lit_peft.architectures import learned_positions
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.kinds import check_kinds
 from lit_peft.methods.adapter_dtype import set_adapter_dtype
@@ -110,6 +111,7 @@ class BaseLM(pl.LightningModule):
         self.strict_loading = False
         self._tokenizer: Any = None
         self._takes_positions = False
+        self._positions: int | None = None
         self._run_seed: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -160,6 +162,7 @@ class BaseLM(pl.LightningModule):
         if self.device_mesh is not None:  # of ModelParallelStrategy
             shard(model, self.device_mesh)
         self.model = model
+        self._positions = learned_positions(model)
         self._takes_positions = _is_decoder(config) and "position_ids" in inspect.signature(model.forward).parameters
         self.val_metrics, self.test_metrics = (nn.ModuleDict(self.task.metrics(config)) for _ in range(2))
 
@@ -282,9 +285,54 @@ class BaseLM(pl.LightningModule):
         """
         batch = {name: value for name, value in batch.items() if name not in self.task.extras}
         mask = batch.get("attention_mask")
+        if self._positions is not None:
+            self._check_length(batch["input_ids"].shape[-1], "A batch")
         if self._takes_positions and mask is not None and mask.dim() == 2:
             batch.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
         return self.task.run(self.model, batch)
+
+    def _check_length(self, length: int, where: str) -> None:
+        if self._positions is not None and length > self._positions:
+            raise LitPeftError(
+                f"{where} has rows of {length} tokens, and base={self.hparams.base!r} has {self._positions} positions: "
+                f"set data.max_length to {self._positions} at the most."
+            )
+
+    def _check_data(self, *stages: str) -> None:
+        """Find out before the first step whether the base can take the data's tokens.
+
+        Raises:
+            LitPeftError: a row is longer than the base's positions, or a token is not in its vocabulary.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "extent"):
+            return
+        if self.task.new_head:
+            # Decoders find the last token of each row by it, and it is the data that pads.
+            self.model.config.pad_token_id = data.tokenizer.pad_token_id
+        embeddings = self.model.get_input_embeddings()
+        known = getattr(embeddings, "num_embeddings", None)
+        for stage in stages:
+            length, token = data.extent(stage)
+            self._check_length(length, f"data.{stage}")
+            if known is not None and token >= known:
+                raise LitPeftError(
+                    f"data.{stage} holds the token {token}, and base={self.hparams.base!r} has embeddings for {known}: "
+                    "data.tokenizer is not this model's, or tokens were added to it; give the model's own tokenizer, "
+                    "or a base whose embeddings were resized (resize_token_embeddings) and saved with it."
+                )
+
+    def on_fit_start(self) -> None:
+        self._check_data("train", "validation")
+
+    def on_validation_start(self) -> None:
+        self._check_data("validation")
+
+    def on_test_start(self) -> None:
+        self._check_data("test")
+
+    def on_predict_start(self) -> None:
+        self._check_data("predict")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the adapted model; arguments as transformers' `generate`."""
@@ -365,7 +413,22 @@ class BaseLM(pl.LightningModule):
             size = len(next(iter(batch.values())))
             loss, mean = across_processes(loss, self.task.weight(batch), self.device_mesh)
             self.log("train_loss", mean, prog_bar=True, batch_size=size)
+            if self.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
+                self._check_finite(mean)
         return loss
+
+    def _check_finite(self, loss: Tensor) -> None:
+        """Stop a run whose weights are spoilt for good.
+
+        Raises:
+            LitPeftError: a trained weight is NaN or infinite.
+        """
+        if not loss.isfinite() and not all(p.isfinite().all() for p in self.parameters() if p.requires_grad):
+            raise LitPeftError(
+                f"At step {self.global_step} the loss is {float(loss.detach())} and trained weights are NaN or "
+                f"infinite: lower learning_rate (now {self.learning_rate:g}), set trainer.gradient_clip_val=1.0, or "
+                "use trainer.precision=bf16-mixed in place of 16-mixed. Checkpoints from before are whole."
+            )
 
     def _loss_alone(self) -> AbstractContextManager[None]:
         return self.task.loss_alone(self.model) if self.hparams.supervised_loss else nullcontext()
@@ -516,6 +579,8 @@ def _flat_init(cls: type[Any]) -> Any:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         unknown = [name for name in kwargs if name not in names]
+        if not args and "base" not in kwargs:
+            raise LitPeftError(f"{type(self).__name__} needs a base: a hub id, a model's folder, or pkg:DISTRIBUTION.")
         if unknown:
             raise LitPeftError(
                 f"{type(self).__name__} has no setting {unknown[0]!r}: the closest are {closest(unknown[0], names)}."

@@ -9,8 +9,14 @@ from collections.abc import Iterable, Iterator
 class LitPeftError(ValueError):
     """Bad input from the user: one paragraph naming the field, the value and the fix.
 
-    The command line prints the message alone (no traceback) and exits with status 2.
+    The command line prints the message alone (no traceback) and exits with status 2. Values may come from files that
+    somebody else wrote: what is longer than `MOST` characters is cut.
     """
+
+    MOST = 2000
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= self.MOST else f"{message[: self.MOST]}…")
 
 
 def closest(name: str, choices: Iterable[str], n: int = 3) -> str:

@@ -330,7 +330,7 @@ class LitDataModule(pl.LightningDataModule):
             tokenizer_digest(self.tokenizer),
             _ENCODING_VERSION,
         )
-        return table.map(
+        encoded = table.map(
             function,
             batched=True,
             fn_kwargs={"tokenizer": self.tokenizer, **settings},
@@ -339,6 +339,16 @@ class LitDataModule(pl.LightningDataModule):
             num_proc=self.num_proc,
             desc=description,
         )
+        if len(encoded) == len(rows) and "input_ids" in encoded.column_names:
+            import pyarrow.compute as pc
+
+            empty = pc.index(pc.list_value_length(encoded.data.column("input_ids")), 0).as_py()
+            if empty >= 0:
+                raise LitPeftError(
+                    f"{rows.where(rows.numbers[empty])} has no tokens: the tokenizer knows none in its text; remove "
+                    "the row."
+                )
+        return encoded
 
     def collator(self, split: Split) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what joins the examples of a split into batches."""
@@ -515,6 +525,22 @@ class LitDataModule(pl.LightningDataModule):
         if split not in self._encoded:
             self.setup({"train": "fit", "validation": "validate"}.get(split, split))
         return self._encoded[split]
+
+    def extent(self, split: Split) -> tuple[int, int]:
+        """Return the length of a split's longest row, and its largest token; zeros where they are not known."""
+        table = getattr(self._encoded.get(split), "data", None)
+        if table is None or "input_ids" not in table.column_names:
+            return 0, 0
+        import pyarrow.compute as pc
+
+        longest, largest = 0, 0
+        for rows in table.column("input_ids").chunks:
+            # The rows of a question are its choices or windows.
+            while str(rows.type.value_type).startswith(("list", "large_list")):
+                rows = rows.flatten()
+            longest = max(longest, pc.max(pc.list_value_length(rows)).as_py() or 0)
+            largest = max(largest, pc.max(rows.flatten()).as_py() or 0)
+        return longest, largest
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of training examples, in an order given by the seed and the epoch."""

@@ -138,8 +138,12 @@ def end_of_text(tokenizer: Any) -> list[int]:
 
 
 def open_ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """Drop the closing tokens that some tokenizers add by themselves: the text goes on."""
-    ids = list(ids)
+    """Drop the closing tokens that some tokenizers add by themselves: the text goes on.
+
+    A text without tokens goes on from the one that opens texts, or else closes them.
+    """
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids = list(ids) or ([] if first is None else [first])
     while len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         ids.pop()
     return ids

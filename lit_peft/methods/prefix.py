@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.architectures import Layer, has_module, kv_shape, layer_stacks
+from lit_peft.architectures import Layer, has_module, kv_shape, layer_stacks, learned_positions
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings
@@ -411,6 +411,12 @@ class _Positions:
 
     def attach(self, model: nn.Module, attachment: Attachment, owner: str, attention: str) -> None:
         module = model.get_submodule(owner)
+        self.limit = learned_positions(module)
+        if self.limit is not None and self.length >= self.limit:
+            raise LitPeftError(
+                f"num_virtual_tokens={self.length} leaves no room in the {self.limit} positions that "
+                f"{type(model).__name__} has: give fewer."
+            )
         embeddings = getattr(module, "embeddings", None)
         names = _parameters(embeddings) if isinstance(embeddings, nn.Module) else ()
         positions = getattr(module, "embed_positions", None)
@@ -421,12 +427,24 @@ class _Positions:
         elif getattr(model.get_submodule(attention), "is_causal", False) and "position_ids" in _parameters(module):
             attachment.hook(module.register_forward_pre_hook(self.of_model, with_kwargs=True))
 
+    def check(self, ids: Tensor | None, tokens: Tensor) -> None:
+        """Refuse what is longer than the table of positions, where no device has to be waited for."""
+        count = tokens.shape[1]
+        if ids is not None and ids.device.type == "cpu" and ids.numel():
+            count = int(ids.max()) + 1
+        if self.limit is not None and count + self.length > self.limit:
+            raise LitPeftError(
+                f"{count} tokens behind a prefix of {self.length} are more than the {self.limit} positions the model "
+                f"has: shorten the texts to {self.limit - self.length} tokens (data.max_length)."
+            )
+
     def of_table(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A module called with the positions it embeds."""
         values = _named(module, args, kwargs)
         ids = values["position_ids"]
+        self.check(ids, ids)
         values["position_ids"] = torch.where(ids < 0, ids, ids + self.length)
         return (), values
 
@@ -435,6 +453,8 @@ class _Positions:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A module that counts positions itself, from a given length on."""
         values = _named(module, args, kwargs)
+        tokens = values["input_ids"] if values.get("input_ids") is not None else values["inputs_embeds"]
+        self.check(values.get("position_ids"), tokens)
         if values.get("position_ids") is not None:
             values["position_ids"] = values["position_ids"] + self.length
         else:
@@ -458,5 +478,6 @@ class _Positions:
                 cache = next((values[name] for name in _CACHES if values.get(name) is not None), None)
                 past = 0 if cache is None else cache.get_seq_length()
                 ids = torch.arange(count, device=tokens.device)[None] + past
+        self.check(ids, ids)
         values["position_ids"] = ids + self.length
         return (), values

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_peft.architectures import learned_positions
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings
@@ -119,7 +120,7 @@ class _Placement:
         self.embeddings: Any = embeddings
         avoid = {getattr(config, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
         self.placeholder = next(number for number in range(4) if number not in avoid)
-        self.limit = _learned_positions(self.host)
+        self.limit = learned_positions(self.host)
         if self.limit is not None and self.front >= self.limit:
             raise LitPeftError(
                 f"num_virtual_tokens={self.front} leaves no room in the {self.limit} positions that "
@@ -303,13 +304,3 @@ def _is_causal(config: Any) -> bool:
     # Of those that are encoders as well, the config says which.
     encodes = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     return config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encodes
-
-
-def _learned_positions(host: nn.Module) -> int | None:
-    """How many positions a table of position embeddings has; None without one."""
-    for name, module in host.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and last in ("position_embeddings", "embed_positions", "wpe"):
-            offset = getattr(module, "offset", 0) or (module.padding_idx or -1) + 1
-            return int(module.num_embeddings) - int(offset)
-    return None

@@ -15,6 +15,12 @@ Metrics = Mapping[str, Any]
 Batch = dict[str, Any]
 
 
+def mean() -> MeanMetric:
+    """A mean that says so when a value is NaN, rather than to leave it out."""
+    # Put in its own place: the strategy "disable" would leave the weights out as well.
+    return MeanMetric(nan_strategy=float("nan"))
+
+
 class Task:
     """The head, loss and metrics of one kind of problem.
 
@@ -58,8 +64,11 @@ class Task:
         return model(**batch)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        """Return the mean loss of a batch, a scalar."""
+        """Return the mean loss of a batch, a scalar: zero, with a gradient of zero, where nothing is supervised."""
         loss: Tensor = output.loss
+        if output.logits is not None and self.weight(batch) == 0:
+            # The models' own is 0/0, whose gradient would spoil every weight.
+            return output.logits.float().sum() * 0.0
         return loss
 
     def loss_alone(self, model: Any) -> AbstractContextManager[None]:
@@ -74,7 +83,7 @@ class Task:
 
     def metrics(self, config: Any) -> dict[str, Metric]:
         """Return fresh metrics by name, of a model with this config; every task has at least `loss`."""
-        return {"loss": MeanMetric()}
+        return {"loss": mean()}
 
     def evaluate(self, module: Any, metrics: Metrics, batch: Batch) -> list[dict[str, Any]] | None:
         """Run the module on a batch and add it to the metrics.

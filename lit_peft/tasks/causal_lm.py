@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from lit_peft.tasks.answers import extract_answer, same_answer
-from lit_peft.tasks.base import Batch, Metrics, Task
+from lit_peft.tasks.base import Batch, Metrics, Task, mean
 from lit_peft.tasks.packed import is_packed, packed_inputs
 from lit_peft.tasks.supervised_loss import supervised_loss
 
@@ -49,12 +49,11 @@ class CausalLM(Task):
         return (batch["labels"][:, 1:] != -100).sum()
 
     def metrics(self, config: Any) -> dict[str, Metric]:
-        return {"loss": MeanMetric(), "perplexity": Perplexity(), "answer_accuracy": MeanMetric()}
+        return {"loss": mean(), "perplexity": Perplexity(nan_strategy=float("nan")), "answer_accuracy": mean()}
 
     def update(self, metrics: Metrics, output: Any, batch: dict[str, Tensor]) -> None:
         weight = self.weight(batch)
-        # A batch without a supervised token has no loss; its 0/0 must not spoil the mean.
-        loss = self.loss(output, batch).detach().nan_to_num()
+        loss = self.loss(output, batch).detach()
         metrics["loss"].update(loss, weight)
         metrics["perplexity"].update(loss, weight)
 

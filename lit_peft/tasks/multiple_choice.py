@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
-from lit_peft.tasks.base import Batch, Metrics, Task
+from lit_peft.tasks.base import Batch, Metrics, Task, mean
 
 
 class MultipleChoice(Task):
@@ -65,7 +65,7 @@ class MultipleChoice(Task):
         return torch.tensor(len(batch["labels"]))
 
     def metrics(self, config: Any) -> dict[str, Metric]:
-        return {"loss": MeanMetric(), "accuracy": MeanMetric()}
+        return {"loss": mean(), "accuracy": mean()}
 
     def update(self, metrics: Metrics, output: Any, batch: Batch) -> None:
         super().update(metrics, output, batch)

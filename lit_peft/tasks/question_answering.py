@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
-from lit_peft.tasks.base import Batch, Metrics, Task
+from lit_peft.tasks.base import Batch, Metrics, Task, mean
 from lit_peft.tasks.squad import best_over, exact_match, find_answer, token_f1
 
 
@@ -29,7 +29,7 @@ class QuestionAnswering(Task):
     monitor = ("val_f1", "max")
 
     def metrics(self, config: Any) -> dict[str, Metric]:
-        return {name: MeanMetric() for name in ("loss", "exact_match", "f1")}
+        return {name: mean() for name in ("loss", "exact_match", "f1")}
 
     def evaluate(self, module: Any, metrics: Metrics, batch: Batch) -> None:
         if "windows" not in batch:

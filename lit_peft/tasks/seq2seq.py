@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import BLEUScore, SacreBLEUScore
 
-from lit_peft.tasks.base import Batch, Metrics, Task
+from lit_peft.tasks.base import Batch, Metrics, Task, mean
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -31,8 +31,8 @@ class Seq2Seq(Task):
         return (batch["labels"] != -100).sum()
 
     def metrics(self, config: Any) -> dict[str, Metric]:
-        rouge = {name: MeanMetric() for name in _ROUGE}
-        return {"loss": MeanMetric(), **rouge, "bleu": BLEUScore(), "sacrebleu": SacreBLEUScore()}
+        rouge = {name: mean() for name in _ROUGE}
+        return {"loss": mean(), **rouge, "bleu": BLEUScore(), "sacrebleu": SacreBLEUScore()}
 
     def evaluate(self, module: Any, metrics: Metrics, batch: Batch) -> None:
         self.update(metrics, module(**batch), batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import (
     BinaryF1Score,
     MulticlassAccuracy,
@@ -14,7 +14,7 @@ from torchmetrics.classification import (
 )
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
-from lit_peft.tasks.base import Metrics, Task
+from lit_peft.tasks.base import Metrics, Task, mean
 
 
 class SequenceClassification(Task):
@@ -34,9 +34,9 @@ class SequenceClassification(Task):
     def metrics(self, config: Any) -> dict[str, Metric]:
         count = config.num_labels
         if count == 1:
-            return {"loss": MeanMetric(), "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
+            return {"loss": mean(), "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
         metrics = {
-            "loss": MeanMetric(),
+            "loss": mean(),
             "accuracy": MulticlassAccuracy(count, average="micro"),
             "f1": MulticlassF1Score(count, average="macro"),
             "mcc": MulticlassMatthewsCorrCoef(count),

@@ -152,8 +152,9 @@ class _Step:
             total = F.cross_entropy(
                 logits[0].to(torch.promote_types(logits.dtype, torch.float32)), self.targets, reduction="sum"
             )
+        # Without a supervised token the loss is zero, not 0/0.
         count = len(self.targets) if num_items_in_batch is None else num_items_in_batch
-        return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+        return total / (count.to(total.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.active and isinstance(output, OrderedDict) and "logits" in output:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lit_peft.tasks.base import Batch, Metrics, Task
+from lit_peft.tasks.base import Batch, Metrics, Task, mean
 from lit_peft.tasks.tag_spans import SpanScore, count_spans
 
 
@@ -38,11 +38,11 @@ class TokenClassification(Task):
         self.names = [str(config.id2label[at]) for at in range(config.num_labels)]
         spans = {kind: SpanScore(kind) for kind in ("precision", "recall", "f1")}
         accuracy = MulticlassAccuracy(config.num_labels, average="micro", ignore_index=-100)
-        return {"loss": MeanMetric(), "accuracy": accuracy, **spans}
+        return {"loss": mean(), "accuracy": accuracy, **spans}
 
     def update(self, metrics: Metrics, output: Any, batch: Batch) -> None:
         weight = self.weight(batch)
-        metrics["loss"].update(self.loss(output, batch).detach().nan_to_num(), weight)
+        metrics["loss"].update(self.loss(output, batch).detach(), weight)
         best, labels = output.logits.argmax(-1), batch["labels"]
         if weight > 0:
             metrics["accuracy"].update(best.flatten(), labels.flatten())
