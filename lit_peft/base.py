@@ -28,7 +28,7 @@ from lit_peft.sharding import across_processes, shard
 from lit_peft.sources import BaseSource, hub_error, resolve_base
 from lit_peft.tasks import find_task
 from lit_peft.tasks.base import Batch
-from lit_peft.tasks.packed import check_method
+from lit_peft.tasks.packed import check_method, is_packed
 
 
 class BaseLM(pl.LightningModule):
@@ -285,7 +285,7 @@ class BaseLM(pl.LightningModule):
         """
         batch = {name: value for name, value in batch.items() if name not in self.task.extras}
         mask = batch.get("attention_mask")
-        if self._positions is not None:
+        if "input_ids" in batch and not is_packed(batch):  # in a packed row positions begin anew
             self._check_length(batch["input_ids"].shape[-1], "A batch")
         if self._takes_positions and mask is not None and mask.dim() == 2:
             batch.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))

@@ -71,7 +71,9 @@ def across_processes(loss: Tensor, weight: Tensor, mesh: DeviceMesh | None) -> t
     count = weight.to(loss.device, torch.float32)
     sums = torch.stack([count, count * loss.detach().float()])
     torch.distributed.all_reduce(sums, group=group)
-    return loss * (count * processes / sums[0]).to(loss.dtype), sums[1] / sums[0]
+    # Nothing supervised on any of them: zero, not 0/0.
+    total = sums[0].clamp(min=1)
+    return loss * (count * processes / total).to(loss.dtype), sums[1] / total
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 import lit_peft
 from lit_peft import LitPeftError
 from lit_peft.data.evened import Evened
-from lit_peft.data.sampling import SeededSampler
+from lit_peft.data.sampling import SeededBatches
 
 
 def trainer(folder: Path, **settings: Any) -> pl.Trainer:
@@ -98,7 +98,7 @@ def test_a_nan_target_is_an_error_of_its_row(encoder: Path, tmp_path: Path) -> N
 
 def test_fewer_rows_than_processes() -> None:
     rows = [{"input_ids": [at]} for at in range(2)]
-    shares = [list(SeededSampler(2, 0, num_replicas=5, rank=rank)) for rank in range(5)]
+    shares = [list(SeededBatches(2, 1, 0, num_replicas=5, rank=rank)) for rank in range(5)]
     assert all(len(share) == 1 for share in shares)
     evened = Evened(rows, 5)
     assert len(evened) == 5 and sum("surplus" not in evened[at] for at in range(5)) == 2

@@ -122,8 +122,13 @@ def test_num_items_shift_labels_and_labels_at_the_ends() -> None:
     assert_equal_to_plain(adapted("llama"), batch(supervised=2.0))
 
 
-def test_nothing_supervised_is_as_without() -> None:
-    assert_equal_to_plain(adapted("llama"), batch(supervised=-1.0))
+def test_nothing_supervised_is_no_loss() -> None:
+    model = adapted("llama")
+    for _ in range(2):
+        with supervised_loss(model):
+            loss = model(**batch(supervised=-1.0)).loss
+        loss.backward()
+        assert float(loss.detach()) == 0 and not any(p.grad.any() for p in model.parameters() if p.requires_grad)
     assert_equal_to_plain(adapted("llama"), {**batch(supervised=-1.0), "num_items_in_batch": 3})
 
 

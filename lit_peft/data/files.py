@@ -27,6 +27,9 @@ LOADERS = {
     ".txt": "text",
 }
 
+# A row that is `null`, behind another on its line.
+_NULL = re.compile(rb"[]}]\s*null")
+
 
 def is_file(value: str) -> bool:
     """Tell whether a setting names a file (by prefix, suffix or existence) rather than a hub split."""
@@ -173,8 +176,8 @@ def _load(path: Path, field: str, value: str, loader: str, options: dict[str, An
         if place := _not_utf8(path):
             raise LitPeftError(f"{field} {value!r} is not UTF-8: {place}; save it as UTF-8.")
         # pyarrow's reader does not survive it.
-        if number := _null_line(path):
-            raise LitPeftError(f"{field} {value!r}: line {number} is not a JSON object ('null').")
+        if _null_row(path) and (problem := _broken_json(path)):
+            raise LitPeftError(f"{field} {value!r}: {problem}.")
     content = content_digest(path)
     try:
         with _quiet():
@@ -287,24 +290,25 @@ def _not_utf8(path: Path) -> str:
     return ""
 
 
-def _null_line(path: Path) -> int:
-    """Return the number of the first line that is `null` in a file of JSON lines, or 0 if there is none."""
-    with path.open(encoding="utf-8-sig") as stream:
-        before = "}"
-        for number, line in enumerate(stream, start=1):
-            text = line.strip()
-            if text == "null" and before.endswith(("}", "null")):
-                return number
-            before = text or before
-    return 0
+def _null_row(path: Path) -> bool:
+    """Whether a json file may hold `null` where a row should be; strings that look alike count, too."""
+    last = b"}"
+    with path.open("rb") as stream:
+        for line in stream:
+            text = line.removeprefix(b"\xef\xbb\xbf").strip()
+            if _NULL.search(text) or (text.startswith(b"null") and last in b"]}"):
+                return True
+            last = text[-1:] or last
+    return False
 
 
 def _broken_json(path: Path) -> str:
     """Return what is wrong with a json or jsonl file and in which line, or "" if each part parses."""
     text = path.read_text(encoding="utf-8-sig")
     try:
-        json.loads(text)
-        return ""
+        return "" if isinstance(json.loads(text), (dict, list)) else f"it holds {text.strip()[:40]!r} and no rows"
+    except RecursionError:
+        return "it is nested too deeply"
     except json.JSONDecodeError as exc:
         whole = f"line {exc.lineno}, column {exc.colno}: {exc.msg}"
     if text.lstrip().startswith("[") or (path.suffix.lower() == ".json" and not _starts_as_lines(text)):

@@ -66,9 +66,10 @@ class Task:
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Return the mean loss of a batch, a scalar: zero, with a gradient of zero, where nothing is supervised."""
         loss: Tensor = output.loss
-        if output.logits is not None and self.weight(batch) == 0:
+        logits = getattr(output, "logits", None)
+        if logits is not None and self.weight(batch) == 0:
             # The models' own is 0/0, whose gradient would spoil every weight.
-            return output.logits.float().sum() * 0.0
+            return logits.float().sum() * 0.0
         return loss
 
     def loss_alone(self, model: Any) -> AbstractContextManager[None]:
