@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import transformers
 from models import batch, close, make, scramble
 
 import lit_peft
-from lit_peft import LoRA, LoRASettings
+from lit_peft import LitPeftError, LoRA, LoRASettings
 from lit_peft.cli import main
+from lit_peft.commands import export
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -211,3 +214,20 @@ def test_the_module_has_adapters_by_name(decoder: Path, tmp_path: Path) -> None:
         close(module(input_ids=IDS).logits, trained)
         module.unmerge()
         close(module.merge_and_unload()(input_ids=IDS).logits, trained)
+
+
+def test_a_checkpoint_does_not_say_whom_to_trust(decoder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(decoder, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "code.Config"}}))
+    (base / "code.py").write_text(
+        f"import pathlib, transformers\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "class Config(transformers.LlamaConfig):\n    pass\n"
+    )
+    file = tmp_path / "x.ckpt"
+    settings = {"base": str(base), "trust_remote_code": True}
+    torch.save({"state_dict": {}, "hyper_parameters": settings}, file)
+    with pytest.raises(LitPeftError, match="lacks"):
+        export.run(["--ckpt_path", str(file), "--output", str(tmp_path / "out"), "--method", "LoRA"])
+    assert not (tmp_path / "ran").exists()

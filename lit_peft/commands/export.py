@@ -21,6 +21,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--format", choices=["peft", "adapterhub"], default=None, help="the method's own when unset")
     parser.add_argument("--method", default=None, help="LoRA, ...; from the run's config.yaml when unset")
     parser.add_argument("--base", default=None, help="the base, if it is not where it was at training")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a hub base brings with it")
     options = parser.parse_args(arguments)
 
     import lit_peft.modules
@@ -37,6 +38,8 @@ def run(arguments: list[str]) -> None:
     if method not in kinds:
         raise LitPeftError(f"--method {method} is not known: the closest are {closest(method, kinds)}.")
     settings: dict[str, Any] = {**checkpoint["hyper_parameters"], **({"base": options.base} if options.base else {})}
+    # That is for who exports to say, not for who wrote the checkpoint.
+    settings["trust_remote_code"] = options.trust_remote_code
     module: Any = kinds[method](**settings)
     module.load_state_dict(checkpoint["state_dict"])
     print(f"exported: {save_adapter(module.model, options.output, options.format)}")
