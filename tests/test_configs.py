@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
@@ -38,9 +39,21 @@ def test_config_runs(
             pytest.skip(f"{name} is not installed")
     if "quantization: nf4" in text:
         pytest.importorskip("bitsandbytes")
+    given: list[str] = []
+    if "ReasoningData" in text and "train:" not in text:
+        # Their files are the user's to give.
+        answer = "true" if "benchmark: boolq" in text else "4"
+        rows = [
+            {"instruction": f"What of {at}?", "output": f"The answer is {answer}.", "answer": answer}
+            for at in range(80)
+        ]
+        (tmp_path / "train.json").write_text(json.dumps(rows))
+        given = ["--data.train", "train.json"]
     limits = ["--data.limit_train", "64", "--data.limit_validation", "32"]
     quick = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1.0", "--trainer.default_root_dir", "runs"]
-    assert main(["fit", "--config", str(config), *limits, *quick, "--trainer.enable_progress_bar", "false"]) == 0
+    assert (
+        main(["fit", "--config", str(config), *given, *limits, *quick, "--trainer.enable_progress_bar", "false"]) == 0
+    )
     assert "train_loss" in capsys.readouterr().out
 
 
