@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +111,6 @@ def test_generate_is_interactive_on_a_terminal(decoder: Path, tmp_path: Path) ->
     import os
     import pty
     import select
-    import subprocess
-    import sys
     import time
 
     adapter(decoder, tmp_path / "adapter")
@@ -231,3 +231,49 @@ def test_a_checkpoint_does_not_say_whom_to_trust(decoder: Path, tmp_path: Path) 
     with pytest.raises(LitPeftError, match="lacks"):
         export.run(["--ckpt_path", str(file), "--output", str(tmp_path / "out"), "--method", "LoRA"])
     assert not (tmp_path / "ran").exists()
+
+
+def test_train_save_load_continue_merge(decoder: Path, tmp_path: Path) -> None:
+    """What was trained goes on where it was, in a plain loop, and merged it is a transformers model with its logits."""
+
+    def steps(model: Any, count: int) -> list[float]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer, losses = torch.optim.SGD(trained, lr=1.0), []
+        for _ in range(count):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    def base() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(decoder).eval()
+
+    whole = lit_peft.attach(base(), LoRASettings(r=4))
+    torch.manual_seed(3)
+    state = {name: p.clone() for name, p in whole.named_parameters() if p.requires_grad}
+    expected = steps(whole, 6)
+    half = lit_peft.attach(base(), LoRASettings(r=4))
+    with torch.no_grad():
+        for name, value in state.items():
+            half.get_parameter(name).copy_(value)
+    losses = steps(half, 3)
+    lit_peft.save_adapter(half, tmp_path / "half")
+    again = lit_peft.load_adapter(base(), tmp_path / "half")
+    assert lit_peft.trainable_parameters(again) == lit_peft.trainable_parameters(whole)
+    assert losses + steps(again, 3) == pytest.approx(expected, rel=1e-6)
+    assert expected[-1] < 0.95 * expected[0]
+    lit_peft.save_adapter(again, tmp_path / "adapter")
+    folders = ["--base", str(decoder), "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]
+    assert main(["merge", *folders]) == 0
+    script = (
+        "import sys, torch, transformers\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'merged')!r}).eval()\n"
+        f"out = model(input_ids=torch.tensor({IDS.tolist()})).logits.detach()\n"
+        f"torch.save(out, {str(tmp_path / 'logits.pt')!r})\n"
+        "assert not [name for name in sys.modules if name.startswith(('lit_peft', 'peft'))]\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    with torch.no_grad():
+        close(torch.load(tmp_path / "logits.pt"), again(input_ids=IDS).logits)
