@@ -250,8 +250,8 @@ def test_train_save_load_continue_merge(decoder: Path, tmp_path: Path) -> None:
     def base() -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(decoder).eval()
 
-    whole = lit_peft.attach(base(), LoRASettings(r=4))
     torch.manual_seed(3)
+    whole = lit_peft.attach(base(), LoRASettings(r=4))
     state = {name: p.clone() for name, p in whole.named_parameters() if p.requires_grad}
     expected = steps(whole, 6)
     half = lit_peft.attach(base(), LoRASettings(r=4))
@@ -263,7 +263,7 @@ def test_train_save_load_continue_merge(decoder: Path, tmp_path: Path) -> None:
     again = lit_peft.load_adapter(base(), tmp_path / "half")
     assert lit_peft.trainable_parameters(again) == lit_peft.trainable_parameters(whole)
     assert losses + steps(again, 3) == pytest.approx(expected, rel=1e-6)
-    assert expected[-1] < 0.95 * expected[0]
+    assert expected[-1] < expected[0] - 0.1
     lit_peft.save_adapter(again, tmp_path / "adapter")
     folders = ["--base", str(decoder), "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]
     assert main(["merge", *folders]) == 0
