@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 
 import lit_peft
@@ -165,6 +165,15 @@ class BaseLM(pl.LightningModule):
         self._positions = learned_positions(model)
         self._takes_positions = _is_decoder(config) and "position_ids" in inspect.signature(model.forward).parameters
         self.val_metrics, self.test_metrics = (nn.ModuleDict(self.task.metrics(config)) for _ in range(2))
+        self._join_averaging()
+
+    def _join_averaging(self) -> None:
+        """Give `StochasticWeightAveraging`, which copied the module before there was a model in it, a copy with one."""
+        for callback in getattr(self._trainer, "callbacks", ()):
+            if isinstance(callback, StochasticWeightAveraging):
+                # The frozen parameters are shared: their mean is themselves.
+                frozen: dict[int, Any] = {id(p): p for p in self.parameters() if not p.requires_grad}
+                callback._average_model = copy.deepcopy(self, frozen)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Casting the module, as Lightning's `bf16-true` does, casts the frozen part alone where `adapter_dtype` is set.
