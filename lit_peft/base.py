@@ -480,7 +480,12 @@ class BaseLM(pl.LightningModule):
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
+        change = value / self.learning_rate
         self.hparams["learning_rate"] = value
+        # Of a run that has begun (LearningRateFinder), the schedule goes on from the new peak.
+        for plan in self._trainer.lr_scheduler_configs if self._trainer is not None else ():
+            if hasattr(plan.scheduler, "base_lrs"):
+                plan.scheduler.base_lrs = [rate * change for rate in plan.scheduler.base_lrs]
 
     def configure_optimizers(self) -> Any:
         """Optimizer over the trainable parameters, and the schedule, stepped every optimizer step."""

@@ -104,7 +104,6 @@ def test_learning_rate_finder(decoder: Path, reviews: Path, tmp_path: Path) -> N
     assert trainer.global_step == 2 and not list(tmp_path.glob(".lr_find*"))
 
 
-@pytest.mark.xfail(strict=True, reason="the schedule, made before, takes the optimizer back to the rate of before")
 def test_the_found_rate_is_trained_with(decoder: Path, reviews: Path, tmp_path: Path) -> None:
     trainer, _ = find_rate(decoder, reviews, tmp_path)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(trainer.lightning_module.learning_rate)
