@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,7 @@ def test_adapterhub_names(case: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("projection", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bart", "bert"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bart", "bert", "distilbert"])
 def test_adapterhub_folders(name: str, projection: bool, tmp_path: Path) -> None:
     size = {"prefix_projection_size": 8, "non_linearity": "relu"} if projection else {}
     settings = PrefixTuningSettings(
@@ -276,17 +277,37 @@ def test_adapterhub_folders(name: str, projection: bool, tmp_path: Path) -> None
         prefix_projection=projection,
         positions="adapterhub",
         leave_out=[1],
-        per_query_head=True,
         **size,
     )
     model = lit_peft.attach(make(name), settings).eval()
     scramble(model)
     lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
+    role = "self" if name == "distilbert" else "self_prefix"
+    assert any(f".{role}." in key for key in load_file(tmp_path / "adapter" / "adapter.safetensors"))
     again = lit_peft.load_adapter(make(name), tmp_path / "adapter").eval()
     inputs = inputs_of(name)
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
     assert lit_peft.trainable_parameters(again) == lit_peft.trainable_parameters(model)
+
+
+def test_adapterhub_folders_of_grouped_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prefix for each key head, as AdapterHub 1.3 has it; earlier versions had one for each query head."""
+    settings = PTuningV2Settings(num_virtual_tokens=5, positions="adapterhub")
+    lit_peft.save_adapter(lit_peft.attach(make("llama"), settings), tmp_path / "new", format="adapterhub")
+    (flat,) = {tensor.numel() for tensor in load_file(tmp_path / "new" / "adapter.safetensors").values()}
+    config = make("llama").config
+    head = config.hidden_size // config.num_attention_heads
+    assert flat == 5 * 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    early = lit_peft.attach(make("llama"), dataclasses.replace(settings, per_query_head=True)).eval()
+    scramble(early)
+    with pytest.raises(LitPeftError, match="per_query_head=True"):
+        lit_peft.save_adapter(early, tmp_path / "early", format="adapterhub")
+    monkeypatch.setattr("lit_peft.formats.adapterhub_prefix.beyond", lambda *_: [])
+    lit_peft.save_adapter(early, tmp_path / "early", format="adapterhub")
+    again = lit_peft.load_adapter(make("llama"), tmp_path / "early").eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs_of("llama")).logits, early(**inputs_of("llama")).logits)
 
 
 def test_the_mlp_is_folded_away_outside_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,9 @@ from lit_peft.methods.prefix import PrefixSettings
 from lit_peft.methods.prefix_tuning import PrefixTuningSettings
 from lit_peft.nn.prefix import Prefix
 
-_KEY = re.compile(r"(?:.*\.)?prefix_tunings\.[^.]+\.(\w+_prefix\..+)")
+_KEY = re.compile(r"(?:.*\.)?prefix_tunings\.[^.]+\.(self|encoder|cross)(?:_prefix)?\.(.+)")
+# Models whose self-attention's prefix is called `self`, not `self_prefix`.
+_SELF = {"distilbert"}
 _READ = {"cross_prefix", "dropout", "encoder_prefix", "leave_out", "non_linearity"}
 _NEUTRAL = {"architecture", "bottleneck_size", "flat", "init_weights_seed", "prefix_length", "shared_gating"}
 _PARTS = {"wte.weight": "embedding", "control_trans.0": "down", "control_trans.2": "up"}
@@ -49,7 +51,6 @@ def settings(values: dict[str, Any], folder: Path) -> PrefixSettings:
         prefix_projection=not flat,
         prefix_projection_size=None if flat else size,
         positions="adapterhub",
-        per_query_head=True,
         **{key: values[key] for key in _READ if values.get(key) is not None},
     )
 
@@ -58,7 +59,13 @@ def beyond(settings: PrefixSettings, attachment: Attachment) -> list[str]:
     """The settings that AdapterHub's configuration cannot say."""
     found = [] if settings.positions == "adapterhub" else [f"positions={settings.positions!r}"]
     shared = any(getattr(module, "num_key_value_groups", 1) > 1 for module in attachment.model.modules())
-    return found + (["per_query_head=False"] if shared and not settings.per_query_head else [])
+    return found + (["per_query_head=True"] if shared and settings.per_query_head else [])
+
+
+def fits(attachment: Attachment, stored: dict[str, Tensor]) -> bool:
+    """Whether a folder's prefixes are as large as the attached ones: those of early versions have one per query head."""
+    sizes = {name: tensor.numel() for name, tensor in plain(stored).items()}
+    return all(sizes.get(name, tensor.numel()) == tensor.numel() for name, tensor in places(attachment).items())
 
 
 def config(settings: PrefixSettings, attachment: Attachment) -> dict[str, Any]:
@@ -100,7 +107,10 @@ def places(attachment: Attachment) -> dict[str, Tensor]:
 
 def plain(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """A folder's tensors by the ends of their names; what the layers store again is there once."""
-    return {match[1] if (match := _KEY.fullmatch(name)) else name: tensor for name, tensor in stored.items()}
+    return {
+        f"{match[1]}_prefix.{match[2]}" if (match := _KEY.fullmatch(name)) else name: tensor
+        for name, tensor in stored.items()
+    }
 
 
 def tensors(model: nn.Module, attachment: Attachment, name: str) -> dict[str, Tensor]:
@@ -112,8 +122,9 @@ def tensors(model: nn.Module, attachment: Attachment, name: str) -> dict[str, Te
             path = f"{layer.path}.{attention}"
             if attention is not None and has_module(model, path):
                 pools.add(f"{path}.prefix_tuning.pool")
+    plainly = getattr(getattr(model, "config", None), "model_type", None) in _SELF
     return {
-        f"{pool}.prefix_tunings.{name}.{end}": place
+        f"{pool}.prefix_tunings.{name}.{end.replace('self_prefix', 'self') if plainly else end}": place
         for pool in sorted(pools)
         for end, place in places(attachment).items()
     }

@@ -54,7 +54,8 @@ class PrefixSettings(MethodSettings):
         positions: where absolute and rotary positions of the real tokens start. `mask`: behind the prefix, padding
             not counted, so that padding changes nothing; `peft`: behind the prefix, padding counted unless the model
             itself does not; `adapterhub`: as without a prefix (T5: its keys alone move behind the prefix).
-        per_query_head: where several query heads share keys, a prefix of its own for each of them, AdapterHub's way.
+        per_query_head: where several query heads share keys, a prefix of its own for each of them, as early
+            versions of AdapterHub did.
     """
 
     num_virtual_tokens: int = 20
