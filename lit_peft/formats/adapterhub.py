@@ -124,8 +124,8 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
             settings = dataclasses.replace(settings, cross_adapter=True)
     _check_sizes(settings, stored, model, folder)
     attach(model, settings)
-    early = isinstance(settings, PrefixSettings) and "lit_peft" not in config
-    if early and not adapterhub_prefix.fits(attachment_of(model), stored):
+    foreign = "lit_peft" not in config
+    if foreign and isinstance(settings, PrefixSettings) and not adapterhub_prefix.fits(attachment_of(model), stored):
         detach(model)
         attach(model, dataclasses.replace(settings, per_query_head=True))
     try:

@@ -63,7 +63,7 @@ def beyond(settings: PrefixSettings, attachment: Attachment) -> list[str]:
 
 
 def fits(attachment: Attachment, stored: dict[str, Tensor]) -> bool:
-    """Whether a folder's prefixes are as large as the attached ones: those of early versions have one per query head."""
+    """Whether a folder's prefixes are as large as the attached ones: early versions have one for each query head."""
     sizes = {name: tensor.numel() for name, tensor in plain(stored).items()}
     return all(sizes.get(name, tensor.numel()) == tensor.numel() for name, tensor in places(attachment).items())
 
