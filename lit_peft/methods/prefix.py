@@ -428,9 +428,8 @@ class _Positions:
         elif getattr(model.get_submodule(attention), "is_causal", False) and "position_ids" in _parameters(module):
             attachment.hook(module.register_forward_pre_hook(self.of_model, with_kwargs=True))
 
-    def check(self, ids: Tensor | None, tokens: Tensor) -> None:
+    def check(self, ids: Tensor | None, count: int) -> None:
         """Refuse what is longer than the table of positions, where no device has to be waited for."""
-        count = tokens.shape[1]
         if ids is not None and ids.device.type == "cpu" and ids.numel():
             count = int(ids.max()) + 1
         if self.limit is not None and count + self.length > self.limit:
@@ -445,7 +444,7 @@ class _Positions:
         """A module called with the positions it embeds."""
         values = _named(module, args, kwargs)
         ids = values["position_ids"]
-        self.check(ids, ids)
+        self.check(ids, ids.shape[-1])
         values["position_ids"] = torch.where(ids < 0, ids, ids + self.length)
         return (), values
 
@@ -455,7 +454,7 @@ class _Positions:
         """A module that counts positions itself, from a given length on."""
         values = _named(module, args, kwargs)
         tokens = values["input_ids"] if values.get("input_ids") is not None else values["inputs_embeds"]
-        self.check(values.get("position_ids"), tokens)
+        self.check(values.get("position_ids"), tokens.shape[1])
         if values.get("position_ids") is not None:
             values["position_ids"] = values["position_ids"] + self.length
         else:
@@ -479,6 +478,6 @@ class _Positions:
                 cache = next((values[name] for name in _CACHES if values.get(name) is not None), None)
                 past = 0 if cache is None else cache.get_seq_length()
                 ids = torch.arange(count, device=tokens.device)[None] + past
-        self.check(ids, ids)
+        self.check(ids, ids.shape[-1])
         values["position_ids"] = ids + self.length
         return (), values
