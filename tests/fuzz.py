@@ -480,7 +480,8 @@ class Configs:
         self.originals = []
         for file in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")):
             values = yaml.safe_load(file.read_text())
-            if "init_args" in values.get("model", {}):
+            # A quantized base wants an engine that may not be here.
+            if "init_args" in values.get("model", {}) and "quantization" not in values["model"]["init_args"]:
                 values["model"]["init_args"]["base"] = base
                 values["trainer"]["default_root_dir"] = str(work / "runs")
                 self.originals.append((file.name, yaml.safe_dump(values).encode()))
