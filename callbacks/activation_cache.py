@@ -16,10 +16,8 @@ from lightning.pytorch.callbacks import Callback
 from lit_peft.callbacks.activation_store import DiskStore, MemoryStore
 from torch import Tensor, nn
 
-from lit_peft.architectures import Layer, layer_stacks
+from lit_peft.architectures import Layer, cache_of, layer_stacks
 from lit_peft.errors import LitPeftError
-
-_CACHES = ("cache", "past_key_values")
 
 
 class ActivationCache(Callback):
@@ -212,7 +210,7 @@ def _fingerprint(below: list[tuple[str, nn.Module]], precision: str) -> str:
 def _rows(given: dict[str, Any]) -> tuple[list[bytes], Tensor] | None:
     """Return a key for each row and the mask of its real tokens, [batch, length] on the CPU; None where that fails."""
     ids, mask = given.get("input_ids"), given.get("attention_mask")
-    if not isinstance(ids, Tensor) or any(given.get(name) is not None for name in _CACHES):
+    if not isinstance(ids, Tensor) or cache_of(given) is not None:
         return None
     if mask is None:
         mask = torch.ones_like(ids)

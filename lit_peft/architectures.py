@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -10,6 +10,9 @@ from torch import nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.nn.linear import linear_features
+
+# What versions of transformers call the argument that holds the cache of keys and values.
+CACHES = ("cache", "past_key_values", "layer_past")
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,11 @@ def layer_stacks(model: nn.Module) -> list[list[Layer]]:
             "name the linear layers to adapt yourself, with placement='llm_adapters' and target_modules=[...]."
         )
     return stacks
+
+
+def cache_of(values: Mapping[str, Any]) -> Any:
+    """The cache of keys and values among a call's arguments by name; None if it has none."""
+    return next((values[name] for name in CACHES if values.get(name) is not None), None)
 
 
 def kv_shape(attention: nn.Module, config: Any) -> tuple[int, int]:

@@ -335,7 +335,8 @@ class BaseLM(pl.LightningModule):
         self._check_data("train", "validation")
 
     def on_validation_start(self) -> None:
-        self._check_data("validation")
+        if self.trainer.state.fn != "fit":  # else it was done when fitting began
+            self._check_data("validation")
 
     def on_test_start(self) -> None:
         self._check_data("test")

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
-import time
-import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from lit_peft.disk import sync, write_failure
+from lit_peft.disk import write_failure, write_file
 from lit_peft.errors import LitPeftError
-
-# What a killed process left half written is removed when it is this old: a running one needs less.
-_STALE_SECONDS = 3600
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -41,26 +35,3 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             write_file(Path(path), content.getbuffer())
         except OSError as error:
             raise LitPeftError(write_failure("The checkpoint", Path(path), error)) from error
-
-
-def write_file(target: Path, content: Any) -> None:
-    """Write bytes as a file that a reader sees whole, the old one or the new one.
-
-    Raises:
-        OSError: it could not be written; what was there still is.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{target.name}.tmp-*"):
-        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-            left.unlink(missing_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(target.parent)

@@ -1,4 +1,4 @@
-"""Folders on disk: walking one, and making sure it is really there."""
+"""Files and folders on disk: walking a folder, and making sure that what is written is really there, and whole."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import errno
 import os
 import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+# What a killed process left half written is removed when it is this old: a running one needs less.
+_STALE_SECONDS = 3600
 
 
 def files_below(root: Path) -> Iterator[Path]:
@@ -67,6 +73,29 @@ def replace_folder(temporary: Path, target: Path) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_file(target: Path, content: Any) -> None:
+    """Write bytes as a file that a reader sees whole, the old one or the new one.
+
+    Raises:
+        OSError: it could not be written; what was there still is.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}.tmp-*"):
+        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+            left.unlink(missing_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(target.parent)
 
 
 def write_failure(what: str, target: Path, error: OSError) -> str:

@@ -26,9 +26,9 @@ import lit_peft.data
 import lit_peft.modules
 from lit_peft.base import BaseLM
 from lit_peft.callbacks import GracefulStop, PredictionWriter, RunBanner, TokenProgressBar
-from lit_peft.checkpoint_io import AtomicCheckpointIO, write_file
+from lit_peft.checkpoint_io import AtomicCheckpointIO
 from lit_peft.data.base import LitDataModule
-from lit_peft.disk import replace_folder, temporary_folder, write_failure
+from lit_peft.disk import replace_folder, temporary_folder, write_failure, write_file
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.formats.folder import write_adapter
 from lit_peft.run_folder import CONFIG, RunLogger, earlier_run, newest_last

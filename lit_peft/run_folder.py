@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lit_peft.checkpoint_io import write_file
+from lit_peft.disk import write_file
 
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +113,25 @@ class ByBatch(Dataset[list[Any]]):
         return [self.examples[number] for number in numbers]
 
 
+def check_plan(state: Mapping[str, int], plan: Mapping[str, int]) -> None:
+    """Check that a loader's batches are those of the loader whose place is restored.
+
+    Args:
+        state: the place, with its `batches` of the epoch that are done.
+        plan: what the order of batches hangs on now, by name.
+
+    Raises:
+        LitPeftError: in the middle of an epoch, and they are not.
+    """
+    for name, now in plan.items():
+        if state["batches"] and state.get(name) != now:
+            raise LitPeftError(
+                f"The checkpoint was written in the middle of an epoch with {name} {state.get(name)}, and now it is "
+                f"{now}, so what is left of it is not known: give the data settings it was trained with, or a "
+                "checkpoint from an epoch's end."
+            )
+
+
 class StatefulLoader(DataLoader[Any]):
     """A loader of `SeededBatches` whose place in the epoch is saved with the trainer's checkpoints, and restored.
 
@@ -138,14 +157,7 @@ class StatefulLoader(DataLoader[Any]):
         Raises:
             LitPeftError: in the middle of an epoch, and the batches are not those of the other loader.
         """
-        if state["batches"]:
-            for name, now in self._plan.items():
-                if state[name] != now:
-                    raise LitPeftError(
-                        f"The checkpoint was written in the middle of an epoch with {name} {state[name]}, and now it "
-                        f"is {now}, so what is left of it is not known: give the data settings it was trained "
-                        "with, or a checkpoint from an epoch's end."
-                    )
+        check_plan(state, self._plan)
         self._batches.set_epoch(state["epoch"])
         self._batches.start = state["batches"]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from lit_peft.data.sampling import check_plan
 from lit_peft.errors import LitPeftError, causes
 
 # Batches that are tokenized, and put in order, together; at the end of each, one may not be full.
@@ -114,12 +115,7 @@ class StreamLoader(DataLoader[Any]):
         Raises:
             LitPeftError: in the middle of an epoch, and the batches are not those of the other loader.
         """
-        for name, now in self._at(0, 0, 0, 0).items():
-            if name.startswith("data.") and state["batches"] and state.get(name) != now:
-                raise LitPeftError(
-                    f"The checkpoint was written in the middle of an epoch with {name} {state.get(name)}, and now it "
-                    f"is {now}, so what is left of it is not known: give the data settings it was trained with."
-                )
+        check_plan(state, self._plan)
         self._place: dict[str, int] | None = state
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -141,12 +137,12 @@ class StreamLoader(DataLoader[Any]):
         self._ended = True
 
     def _at(self, epoch: int, batches: int, block: int, within: int) -> dict[str, int]:
+        return {"epoch": epoch, "batches": batches, "block": block, "within": within, **self._plan}
+
+    @property
+    def _plan(self) -> dict[str, int]:
         stream: Any = self.dataset
         return {
-            "epoch": epoch,
-            "batches": batches,
-            "block": block,
-            "within": within,
             "data.seed": stream.seed,
             "data.shuffle_buffer": stream.buffer,
             "data.batch_size times devices": stream.batch_size * stream.num_replicas,

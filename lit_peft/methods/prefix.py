@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.architectures import Layer, has_module, kv_shape, layer_stacks, learned_positions
+from lit_peft.architectures import CACHES, Layer, cache_of, has_module, kv_shape, layer_stacks, learned_positions
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings
@@ -32,7 +32,6 @@ from lit_peft.nn.linear import adapter_dtype
 from lit_peft.nn.prefix import Prefix
 
 _FUNCTION = "lit_peft_prefix"
-_CACHES = ("cache", "past_key_values", "layer_past")
 _LENGTHS = ("cache_length", "past_key_values_length")
 
 
@@ -265,7 +264,7 @@ class _Through:
     def count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the attention: how many tokens came before, which a cache of fixed size hides."""
         values = _named(module, args, kwargs)
-        held = next((values[name] for name in _CACHES if values.get(name) is not None), None)
+        held = cache_of(values)
         self.past = 0 if held is None else int(held.get_seq_length(module.layer_idx))
 
     def bias(self, bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -348,7 +347,7 @@ class _Cached:
                 # Falcon has ALiBi in the mask as well.
                 added = (columns * module.inv_norm_factor).expand(*mask.shape[:3], -1)
                 values["attention_mask"] = torch.cat([added.to(mask.dtype), mask], dim=-1)
-        name = next(name for name in _CACHES if name in inspect.signature(module.forward).parameters)
+        name = next(name for name in CACHES if name in inspect.signature(module.forward).parameters)
         values[name] = _Answer(self.place, values.get(name))
         return (), values
 
@@ -475,7 +474,7 @@ class _Positions:
             if self.mode == "mask" and isinstance(mask, Tensor) and mask.dim() == 2:
                 ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
             else:
-                cache = next((values[name] for name in _CACHES if values.get(name) is not None), None)
+                cache = cache_of(values)
                 past = 0 if cache is None else cache.get_seq_length()
                 ids = torch.arange(count, device=tokens.device)[None] + past
         self.check(ids, ids.shape[-1])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_peft.architectures import learned_positions
+from lit_peft.architectures import cache_of, learned_positions
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings
@@ -158,7 +158,7 @@ class _Placement:
     def _extend(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.pending = self.inserted = False
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = cache_of(kwargs)
         cached = bool(cache is not None and cache.get_seq_length() > 0)
         if self.front:
             self._extend_front(kwargs, cached)
@@ -172,7 +172,7 @@ class _Placement:
         given = ids if ids is not None else embeds
         if given is None:
             return
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = cache_of(kwargs)
         if getattr(cache, "is_compileable", False):
             raise LitPeftError(
                 "A static cache is made for the tokens of the input, and has no room for virtual tokens in front: use "
@@ -279,7 +279,7 @@ class _Placement:
         kwargs = {**dict(zip(self.top_names, args, strict=False)), **kwargs}
         self.extra = 0
         labels = kwargs.get("labels")
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = cache_of(kwargs)
         cached = cache is not None and cache.get_seq_length() > 0
         whole = isinstance(kwargs.get("logits_to_keep", 0), int) and not kwargs.get("logits_to_keep", 0)
         if self.front and labels is not None and whole and not cached and kwargs.get("shift_labels") is None:
