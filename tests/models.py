@@ -14,6 +14,14 @@ from torch import nn
 
 GOLDEN = Path(os.environ.get("LIT_PEFT_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 
+# Arguments of a Trainer that runs a test and writes nothing of its own accord.
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "num_sanity_val_steps": 0,
+}
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 GPT = {"n_layer": 2, "n_embd": 32, "n_head": 4}
 SEQ2SEQ = {

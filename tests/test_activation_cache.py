@@ -11,21 +11,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lit_peft.callbacks import ActivationCache
-from models import DECODERS, ENCODERS, batch, make
+from models import DECODERS, ENCODERS, QUIET, batch, make
 from torch import Tensor, nn
 
 import lit_peft
 from lit_peft.architectures import layer_stacks
 from lit_peft.errors import LitPeftError
 
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-    "num_sanity_val_steps": 0,
-    "enable_checkpointing": False,
-}
+OPTIONS: dict[str, Any] = {**QUIET, "enable_checkpointing": False}
 TRAINER: Any = SimpleNamespace(global_rank=0, precision="32-true")
 
 
@@ -60,7 +53,7 @@ def fit(decoder: Path, texts: Path, *callbacks: pl.Callback, epochs: int = 3, **
     watch = Watch()
     data = lit_peft.CausalLMData(base=str(decoder), train=str(texts), batch_size=3)
     module = lit_peft.LoRA(base=str(decoder), r=4, learning_rate=0.05, **{"layers_to_transform": [1], **settings})
-    pl.Trainer(max_epochs=epochs, callbacks=[*callbacks, watch], **QUIET).fit(module, data)
+    pl.Trainer(max_epochs=epochs, callbacks=[*callbacks, watch], **OPTIONS).fit(module, data)
     assert all("forward" not in vars(layer.module) for layer in layer_stacks(module)[0])
     return watch
 

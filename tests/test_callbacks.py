@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_peft.callbacks import AdapterCheckpoint
+from models import QUIET
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,13 +25,6 @@ from lit_peft.data import CausalLMData
 from lit_peft.errors import LitPeftError
 
 WEIGHTS = "adapter_model.safetensors"
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-    "num_sanity_val_steps": 0,
-}
 
 
 class Plain(pl.LightningModule):

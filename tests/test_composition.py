@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lit_peft.callbacks import AdapterEMA, FrozenWeightsGuard
-from test_callbacks import QUIET
+from models import QUIET
 
 import lit_peft
 from lit_peft import CausalLMData

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
+from models import QUIET
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import lit_peft
@@ -24,15 +25,7 @@ from lit_peft import (
 )
 from lit_peft.tasks import find_task
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-    "check_val_every_n_epoch": 100,
-}
+OPTIONS: dict[str, Any] = {**QUIET, "enable_checkpointing": False, "check_val_every_n_epoch": 100}
 WORDS = "a b c d e f g h ann bob lives in rome oslo who where ? . is red blue the sky sea what color".split()  # noqa: SIM905
 
 
@@ -97,7 +90,7 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> str:
 def fit(data: Any, base: str, task: str, epochs: int, **settings: Any) -> tuple[dict[str, float], list[Any]]:
     pl.seed_everything(0)
     module = lit_peft.FullFineTuning(base=base, task=task, learning_rate=5e-3, **settings)
-    trainer = pl.Trainer(max_epochs=epochs, **{**QUIET, "check_val_every_n_epoch": epochs})
+    trainer = pl.Trainer(max_epochs=epochs, **{**OPTIONS, "check_val_every_n_epoch": epochs})
     trainer.fit(module, data)
     monitor, _ = module.task.monitor
     assert monitor in trainer.callback_metrics
@@ -161,7 +154,7 @@ def test_words_cut_away_are_reported_and_missed(base: str, tmp_path: Path, caplo
     data.setup("test")
     assert "1 of 1 sentences cut to 8 tokens" in said[0] and "4 words" in said[0]
     module = lit_peft.HeadOnly(base=base, task="token_classification")
-    metrics = pl.Trainer(**QUIET).test(module, data, verbose=False)[0]
+    metrics = pl.Trainer(**OPTIONS).test(module, data, verbose=False)[0]
     assert metrics["test_recall"] == 0
 
 

@@ -23,9 +23,10 @@ from lit_peft.callbacks import (
     SampleGenerations,
     Throughput,
 )
+from models import QUIET
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_callbacks import QUIET, WEIGHTS, Plain
+from test_callbacks import WEIGHTS, Plain
 
 import lit_peft
 from lit_peft import CausalLMData, LitPeftError

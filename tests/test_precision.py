@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from models import QUIET
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -15,14 +16,7 @@ import lit_peft
 from lit_peft import CausalLMData, LitPeftError, TextClassificationData
 
 METHODS = ("LoRA", "AdapterH", "AdapterP", "Parallel", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning")
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "accelerator": "cpu",
-    "limit_val_batches": 0,
-}
+OPTIONS: dict[str, Any] = {**QUIET, "enable_checkpointing": False, "limit_val_batches": 0}
 # precision, adapter_dtype, what the base and the adapter are then kept in
 PRECISIONS = [
     ("32-true", None, torch.float32, torch.float32),
@@ -46,7 +40,7 @@ def fit(method: str, decoder: Path, reviews: Path, precision: Any, steps: int = 
     rate = {"learning_rate": 2e-2, "lr_scheduler": "constant", "warmup_steps": 0}
     module = getattr(lit_peft, method)(base=str(decoder), **rate, **settings)
     losses = Losses()
-    pl.Trainer(max_steps=steps, precision=precision, callbacks=[losses], **QUIET).fit(module, data)
+    pl.Trainer(max_steps=steps, precision=precision, callbacks=[losses], **OPTIONS).fit(module, data)
     return module, losses.values
 
 
@@ -89,7 +83,7 @@ def test_16_mixed_on_a_cpu_is_lightnings_bf16_mixed(decoder: Path, reviews: Path
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="16-mixed needs a GPU")
 @pytest.mark.parametrize("method", METHODS)
 def test_16_mixed(method: str, decoder: Path, reviews: Path) -> None:
-    settings = {**QUIET, "accelerator": "gpu", "devices": 1}
+    settings = {**OPTIONS, "accelerator": "gpu", "devices": 1}
     losses = Losses()
     module = getattr(lit_peft, method)(base=str(decoder), learning_rate=2e-2, lr_scheduler="constant")
     data = CausalLMData(base=str(decoder), train=str(reviews), batch_size=32)
@@ -110,7 +104,7 @@ def test_master_weights_take_steps_that_bfloat16_loses(decoder: Path, reviews: P
             warmup_steps=0,
             init_lora_weights="gaussian",
         )
-        trainer = pl.Trainer(max_steps=0, precision="bf16-true", **QUIET)
+        trainer = pl.Trainer(max_steps=0, precision="bf16-true", **OPTIONS)
         trainer.fit(module, data)
         with torch.no_grad():
             for name, p in module.named_parameters():
@@ -131,7 +125,7 @@ def test_a_trained_head_bias_and_norm_keep_master_weights(encoder: Path, reviews
         module = getattr(lit_peft, method)(
             base=str(encoder), task="sequence_classification", adapter_dtype="float32", learning_rate=1e-2, **settings
         )
-        trainer = pl.Trainer(max_steps=3, precision="bf16-true", **QUIET)
+        trainer = pl.Trainer(max_steps=3, precision="bf16-true", **OPTIONS)
         trainer.fit(module, data)
         trainer.validate(module, data, verbose=False)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 from lit_peft.callbacks import PredictionWriter
+from models import QUIET
 
 import lit_peft
 from lit_peft import InstructionData, LitPeftError, ReasoningData
@@ -23,13 +24,7 @@ assert _spec is not None and _spec.loader is not None
 reference_answers = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(reference_answers)
 
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "accelerator": "cpu",
-}
+OPTIONS: dict[str, Any] = {**QUIET, "enable_checkpointing": False}
 CHAT = (
     "{% for m in messages %}of {{ m.role }} {{ m.content }} it {% endfor %}"
     "{% if add_generation_prompt %}of assistant {% endif %}"
@@ -199,7 +194,7 @@ def test_a_reasoning_set_is_tested_by_generation(
     )
     module = lit_peft.LoRA(base=str(decoder))
     writer = PredictionWriter(str(tmp_path / "out.jsonl"))
-    trainer = pl.Trainer(callbacks=[writer], **QUIET)
+    trainer = pl.Trainer(callbacks=[writer], **OPTIONS)
     decode = data.tokenizer.batch_decode
 
     def answers(ids: Any, **settings: Any) -> list[str]:
@@ -246,7 +241,7 @@ def test_prediction_goes_on_after_a_kill(decoder: Path, reviews: Path, tmp_path:
         pl.seed_everything(0)
         module = Module(base=str(decoder), generation={"max_new_tokens": limit})
         data = lit_peft.CausalLMData(base=str(decoder), predict=str(reviews), batch_size=10)
-        trainer = pl.Trainer(callbacks=[PredictionWriter(str(out))], **QUIET)
+        trainer = pl.Trainer(callbacks=[PredictionWriter(str(out))], **OPTIONS)
         trainer.predict(module, data, return_predictions=False)
         return ran
 

@@ -21,8 +21,9 @@ import yaml
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_peft.callbacks import AdapterCheckpoint, GracefulStop
+from models import QUIET
 from safetensors.torch import load_file
-from test_callbacks import QUIET, Plain
+from test_callbacks import Plain
 
 from lit_peft.checkpoint_io import AtomicCheckpointIO
 from lit_peft.errors import LitPeftError
