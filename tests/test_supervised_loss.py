@@ -214,3 +214,16 @@ def test_lightning_module(decoder: Path) -> None:
         losses[enabled, "val"] = module.val_metrics["perplexity"].compute()
     torch.testing.assert_close(losses[True], losses[False], rtol=1e-5, atol=0)
     torch.testing.assert_close(losses[True, "val"], losses[False, "val"], rtol=1e-5, atol=0)
+
+
+def test_the_first_step_is_computed_as_later_ones() -> None:
+    """To the bit: a resumed run begins with what was a later step of the run that was killed."""
+    model, inputs, seen = adapted("llama"), batch(), []
+    for _ in range(3):
+        model.zero_grad()
+        with supervised_loss(model):
+            loss = model(**inputs).loss
+        loss.backward()
+        seen.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for later in seen[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(seen[0], later, strict=True))

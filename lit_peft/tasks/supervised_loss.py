@@ -79,7 +79,7 @@ def _head(model: nn.Module) -> nn.Module | None:
 class _Step:
     """One call of the model, from hook to hook."""
 
-    def __init__(self, model: Any, head: nn.Module) -> None:
+    def __init__(self, model: Any, head: Any) -> None:
         self.model, self.head = model, head
         self.labels: Tensor | None = None
         self.sum: Tensor | None = None
@@ -146,12 +146,18 @@ class _Step:
         if self.sum is not None:
             total = self.sum
         else:
+            finish = None
             if self.extra:
-                _FINISHES[self.model] = _find_finish(self.model, self.probe, logits[0, -1].detach())
+                finish = _FINISHES[self.model] = _find_finish(self.model, self.probe, logits[0, -1].detach())
                 logits = logits[:, :-1]
-            total = F.cross_entropy(
-                logits[0].to(torch.promote_types(logits.dtype, torch.float32)), self.targets, reduction="sum"
-            )
+            weight = self.head.weight
+            if finish is not None and _frozen_linear(self.head) and weight.untyped_storage().size():
+                # To the bit what later steps compute: the first step of a resumed run is a later one of another's.
+                total = head_cross_entropy(self.hidden, weight, self.targets, self.head.bias, *finish)
+            else:  # or a sharded head has let its weight go
+                total = F.cross_entropy(
+                    logits[0].to(torch.promote_types(logits.dtype, torch.float32)), self.targets, reduction="sum"
+                )
         # Without a supervised token the loss is zero, not 0/0.
         count = len(self.targets) if num_items_in_batch is None else num_items_in_batch
         return total / (count.to(total.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
