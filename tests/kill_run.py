@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 import lit_peft
 import lit_peft.lightning_cli
@@ -66,7 +66,7 @@ def saved_steps(folder: Path) -> int:
     """Read everything that can be seen; return the step of the newest training checkpoint."""
     for adapter in (*folder.glob("runs/version_*/adapters/[!.]*"), *folder.glob("steps/[!.]*")):
         try:
-            tensors = load_file(adapter / "adapter_model.safetensors")
+            tensors = load((adapter / "adapter_model.safetensors").read_bytes())
             note = json.loads((adapter / "adapter_checkpoint.json").read_text())
             config = json.loads((adapter / "adapter_config.json").read_text())
         except FileNotFoundError:
