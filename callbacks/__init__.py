@@ -9,6 +9,7 @@ _NAMES = {
     "AdapterCheckpoint": "lit_peft.callbacks.adapter_checkpoint",
     "AdapterEMA": "lit_peft.callbacks.adapter_ema",
     "AdapterNorms": "lit_peft.callbacks.adapter_norms",
+    "ExactResume": "lit_peft.callbacks.exact_resume",
     "FrozenWeightsGuard": "lit_peft.callbacks.frozen_weights_guard",
     "GracefulStop": "lit_peft.callbacks.graceful_stop",
     "LearningCurve": "lit_peft.callbacks.learning_curve",

@@ -27,6 +27,7 @@ from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import write_json
 from lit_peft.formats.folder import write_adapter
 from lit_peft.methods.attachment import attached_model
+from lit_peft.run_folder import RunLogger
 from lit_peft.sharding import whole_parameters
 
 NOTE = "adapter_checkpoint.json"
@@ -185,6 +186,10 @@ class _Keeper(ModelCheckpoint):
         self._module = pl_module
         if self.dirpath is None:
             root = Path(trainer.log_dir or trainer.default_root_dir)
+            if isinstance(trainer.logger, RunLogger):
+                # Whatever a start of this run left in its own folder is this run's, were it killed before its first
+                # checkpoint.
+                self._run = "the folder's"
             self.dirpath = str(root.expanduser().resolve() / "adapters")
         self.dirpath = trainer.strategy.broadcast(self.dirpath)
         super().setup(trainer, pl_module, "fit")
@@ -219,11 +224,21 @@ class _Keeper(ModelCheckpoint):
                 left.rename(target)
         for left in folder.glob(".*.tmp-*"):
             shutil.rmtree(left, ignore_errors=True)
+        self._find_orphans()
+
+    def _find_orphans(self) -> None:
+        """Note the folders of this run that it does not know of."""
+        self._orphans = {}
+        for folder in Path(str(self.dirpath)).iterdir():
+            note = _note(folder)
+            if self._own(note) and str(folder) not in self._kept() and not folder.is_symlink():
+                self._orphans[str(folder)] = note["step"]
 
     def close(self, finished: bool) -> None:
         """Finish what is being written, and let the folder go."""
         try:
             if finished:
+                self._doomed += self._orphans
                 self._removable.update(self._doomed)
                 self._remove()
             self._wait()
@@ -335,10 +350,7 @@ class _Keeper(ModelCheckpoint):
         if self._lock is None:
             return
         self.best_k_models = {path: value for path, value in self.best_k_models.items() if Path(path).is_dir()}
-        for folder in Path(str(self.dirpath)).iterdir():
-            note = _note(folder)
-            if self._own(note) and str(folder) not in self._kept() and not folder.is_symlink():
-                self._orphans[str(folder)] = note["step"]
+        self._find_orphans()
 
     # ------------------------------------------------------------------------------------------ writing
 

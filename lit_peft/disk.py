@@ -83,8 +83,9 @@ def write_file(target: Path, content: Any) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".{target.name}.tmp-*"):
-        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-            left.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has put its own in place
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                left.unlink()
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         with temporary.open("xb") as file:

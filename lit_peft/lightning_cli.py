@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 import lit_peft.data
 import lit_peft.modules
 from lit_peft.base import BaseLM
-from lit_peft.callbacks import GracefulStop, PredictionWriter, RunBanner, TokenProgressBar
+from lit_peft.callbacks import ExactResume, GracefulStop, PredictionWriter, RunBanner, TokenProgressBar
 from lit_peft.checkpoint_io import AtomicCheckpointIO
 from lit_peft.data.base import LitDataModule
 from lit_peft.disk import replace_folder, temporary_folder, write_failure, write_file
@@ -102,6 +102,8 @@ class CLI(LightningCLI):
             extra.append(PredictionWriter(config.output))
         if self.subcommand == "fit" and not any(isinstance(callback, GracefulStop) for callback in given):
             extra.append(GracefulStop())
+        if self.subcommand == "fit":
+            extra.append(ExactResume())
         saves = config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run
         if saves and not any(isinstance(callback, ModelCheckpoint) for callback in given):
             extra.append(self._checkpoint())

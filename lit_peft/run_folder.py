@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_peft.disk import write_file
@@ -45,48 +46,46 @@ def newest_last(folders: Iterable[Path]) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
-class RunLogger(CSVLogger):
-    """A `CSVLogger` that goes on with the log of the run it resumes, and that is on the disk with every checkpoint."""
+class _Writer(ExperimentWriter):
+    """Lightning's, which does not begin by deleting the log that is there."""
 
-    _resumed = False
+    def _check_log_dir_exists(self) -> None:
+        file = Path(self.metrics_file_path)
+        header = file.read_text(encoding="utf-8").partition("\n")[0].strip() if file.is_file() else ""
+        self.metrics_keys = header.split(",") if header else []
+
+
+class RunLogger(CSVLogger):
+    """A `CSVLogger` that keeps the log of the run it resumes."""
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
-        if self._experiment is None and not getattr(rank_zero_only, "rank", 0):
-            # Lightning's writer begins by deleting what is there.
-            file = Path(self.log_dir) / METRICS
-            earlier = file.read_bytes() if file.is_file() else None
-            file.unlink(missing_ok=True)
-            writer = super().experiment
-            if earlier is not None:
-                write_file(file, earlier)
-                writer.metrics_keys = earlier.decode().partition("\n")[0].strip().split(",")
-            self._resumed = earlier is not None
-            return writer
-        return super().experiment
+        if self._experiment is None:
+            self._experiment = _Writer(self.log_dir)
+        return self._experiment
 
     @rank_zero_only
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self.experiment  # noqa: B018  the log that is there is found
-        if self._resumed and step is not None:
-            self._resumed = False
-            self._forget(step)
-        super().log_metrics(metrics, step)
-
-    def _forget(self, step: int) -> None:
-        """Drop the rows that a killed run wrote after its checkpoint: they come again."""
+    def rows(self) -> int:
+        """Bring the log to the disk; return the number of its rows."""
+        self.save()
         file = Path(self.log_dir) / METRICS
-        with file.open(newline="", encoding="utf-8") as handle:
-            lines = handle.readlines()
-        at = next(csv.reader(lines[:1])).index("step")
-        kept = [lines[0]]
-        for line in lines[1:]:
-            cells = next(csv.reader([line]))
-            # A line that was being written when the run was killed is cut short.
-            if line.endswith("\n") and len(cells) > at and cells[at].isdigit() and int(cells[at]) < step:
-                kept.append(line)
-        write_file(file, "".join(kept).encode())
+        return len(file.read_bytes().splitlines()) - 1 if file.is_file() else 0
 
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        if self._experiment is not None:
+    @rank_zero_only
+    def go_back(self, rows: int, row: dict[str, Any] | None = None) -> None:
+        """Drop what a killed run logged after its checkpoint: it comes again.
+
+        Args:
+            rows: how many rows to keep.
+            row: one to write after them, with its `step`.
+        """
+        file = Path(self.log_dir) / METRICS
+        if not rows:
+            file.unlink(missing_ok=True)
+            self.experiment.metrics_keys = []
+        elif file.is_file():
+            write_file(file, b"".join(file.read_bytes().splitlines(keepends=True)[: rows + 1]))
+        if row is not None:
+            self.log_metrics({name: value for name, value in row.items() if name != "step"}, row["step"])
             self.save()

@@ -1,13 +1,15 @@
-"""Kills a run of `lit-peft fit` again and again and goes on with it: `kill_run.py FOLDER KILLS SEED CONFIG`.
+"""Kills a run of `lit-peft fit` again and again, and goes on: `kill_run.py moves|times FOLDER KILLS SEED CONFIG`.
 
-Trains CONFIG once without disturbance in FOLDER/whole, and in FOLDER/killed with KILLS times `kill -9` at random
-moments of one run, each followed by the same command. While it runs, and after each kill, everything a reader can see
-must be whole, and nothing that was saved may be gone. Prints the number of steps at each kill.
+Trains CONFIG once without disturbance in FOLDER/whole, and in FOLDER/killed with KILLS times `kill -9` of one run, at
+random moments or where it puts what it saved in its place, each followed by the same command. While it runs, and after
+each kill, everything a reader can see must be whole, and nothing that was saved may be gone. Prints the number of steps
+at each kill.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -16,7 +18,9 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load
@@ -33,8 +37,8 @@ with contextlib.suppress(ImportError):
     import transformers.models.llama.modeling_llama  # noqa: F401
 
 
-def start(config: str, folder: Path) -> int:
-    """Start the command in a process of its own, in that folder."""
+def start(config: str, folder: Path, prepare: Callable[[], None] = lambda: None) -> int:
+    """Start the command in a process of its own, in that folder; `prepare` is called in it first."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.txt").touch()
     child = os.fork()
@@ -46,6 +50,7 @@ def start(config: str, folder: Path) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.argv = ["lit-peft"]
+        prepare()
         code = main(["fit", "--config", config, "--ckpt_path", "last"])
         sys.stdout.flush()
     except BaseException:
@@ -95,7 +100,46 @@ def listed_folders(folder: Path) -> None:
                 assert all((Path(path) / "adapter_config.json").is_file() for path in state["best_k_models"]), key
 
 
-def kill_again_and_again(folder: Path, kills: int, seed: int, config: str) -> None:
+def die_at(move: int, before: bool) -> None:
+    """Kill this process at its `move`-th renaming of a file or folder: where everything that is saved appears."""
+    moves = itertools.count(1)
+
+    def deadly(rename: Callable[..., None]) -> Callable[..., None]:
+        def renamed(*paths: Any, **options: Any) -> None:
+            last = next(moves) == move
+            if last and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(*paths, **options)
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return renamed
+
+    os.rename, os.replace = deadly(os.rename), deadly(os.replace)
+
+
+def check_after_a_kill(folder: Path, known: int, number: int) -> int:
+    now = saved_steps(folder)
+    listed_folders(folder)
+    assert now >= known, f"step {known} was saved, and {now} is there"
+    print(f"kill {number}: {now} steps are saved", flush=True)
+    return now
+
+
+def kill_at_moves(folder: Path, kills: int, seed: int, config: str) -> None:
+    """The process kills itself just before or after it puts something in place: the same on every machine."""
+    assert os.waitpid(start(config, folder / "whole"), 0)[1] == 0, "the run failed"
+    draw, known = random.Random(seed), 0
+    for number in range(1, kills + 1):
+        point = draw.randint(1, 16), draw.random() < 0.5
+        _, status = os.waitpid(start(config, folder / "killed", lambda point=point: die_at(*point)), 0)
+        if status != signal.SIGKILL:
+            raise SystemExit(f"the run ended with {status} after {number - 1} kills: give it more steps")
+        known = check_after_a_kill(folder / "killed", known, number)
+    assert os.waitpid(start(config, folder / "killed"), 0)[1] == 0, "the run failed"
+
+
+def kill_at_times(folder: Path, kills: int, seed: int, config: str) -> None:
     began = time.monotonic()
     child, startup = start(config, folder / "whole"), 0.0
     while not done(child):
@@ -123,13 +167,10 @@ def kill_again_and_again(folder: Path, kills: int, seed: int, config: str) -> No
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         killed += 1
-        now = saved_steps(folder / "killed")
-        listed_folders(folder / "killed")
-        assert now >= known, f"step {known} was saved, and {now} is there"
-        known = now
-        print(f"kill {killed}: {now} steps are saved", flush=True)
+        known = check_after_a_kill(folder / "killed", known, killed)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    kill_again_and_again(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    kill = {"moves": kill_at_moves, "times": kill_at_times}[sys.argv[1]]
+    kill(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
