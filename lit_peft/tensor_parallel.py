@@ -4,7 +4,7 @@
     rowwise (o, down):            W [d_out, d_in] by columns, A by columns, B whole;   outputs are summed
 
 Which layer is which is what transformers says of the model (`base_model_tp_plan`). Embeddings, norms and heads are
-whole on every process.
+whole on every process, and so are prompts and the adapters of whole sublayers. A prefix has its heads split.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import attached_model, attachment_of
-from lit_peft.nn.lora import LoRALayer, LoRALinear
+from lit_peft.nn.bottleneck import Bottleneck
+from lit_peft.nn.lora import LoRALinear
+from lit_peft.nn.prefix import Prefix
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,12 +29,12 @@ def split_matrices(model: Any, mesh: DeviceMesh) -> None:
     """Split the matrices of every layer over the processes of `mesh`.
 
     Args:
-        model: a transformers model, a LoRA attached or nothing.
+        model: a transformers model, bare or with a method attached.
         mesh: the processes, in one dimension.
 
     Raises:
-        LitPeftError: transformers has no plan for the model, the heads cannot be shared out evenly, or the method is
-            another than LoRA.
+        LitPeftError: transformers has no plan for the model, the heads cannot be shared out evenly, or an adapter is on
+            a matrix of which each process has a part.
     """
     plan, parts = _plan(model), mesh.size()
     config = model.config.get_text_config()
@@ -42,17 +45,25 @@ def split_matrices(model: Any, mesh: DeviceMesh) -> None:
                 f"tensor_parallel_size={parts}: the model's {name}={count} cannot be shared out evenly. Give a divisor "
                 "of it."
             )
-    if attached_model(model) is not None:
-        other = [layer for layer in attachment_of(model).adapted.values() if not isinstance(layer, LoRALayer)]
-        if other:
-            raise LitPeftError(
-                f"tensor_parallel_size={parts}: {type(other[0]).__name__} is not split over processes; LoRA is. Use "
-                "tensor_parallel_size=1, which is FSDP2."
-            )
+    _check_adapters(model, plan, parts)
     for path, module in list(model.named_modules()):
         style = next((style for pattern, style in plan.items() if pattern.fullmatch(path)), None)
         if style is not None:
             _split(path, module, mesh, style)
+        elif isinstance(module, Prefix):
+            _split_prefix(module, mesh)
+
+
+def _check_adapters(model: Any, plan: dict[re.Pattern[str], str], parts: int) -> None:
+    if attached_model(model) is None:
+        return
+    for path, layer in attachment_of(model).adapted.items():
+        if type(layer) is Bottleneck and any(pattern.fullmatch(path) for pattern in plan):
+            raise LitPeftError(
+                f"tensor_parallel_size={parts}: the adapter on {path} would see a part of its features. Leave out "
+                "target_modules, so that adapters are on whole sublayers, or use tensor_parallel_size=1, which is "
+                "FSDP2."
+            )
 
 
 def _plan(model: Any) -> dict[re.Pattern[str], str]:
@@ -95,5 +106,29 @@ def _split(path: str, module: nn.Module, mesh: DeviceMesh, style: str) -> None:
         local: Tensor = out.redistribute(placements=[outside]).to_local()
         return local
 
+    # Adapters beside the matrix see plain tensors.
     module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave)
+    module.register_forward_hook(leave, prepend=True)
+
+
+def _split_prefix(prefix: Prefix, mesh: DeviceMesh) -> None:
+    """Give each process the prefix keys and values of its own heads; the network that makes them is whole on each."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    parts, rank = mesh.size(), mesh.get_local_rank()
+    # As they lie in the table, K and V of each layer in turn.
+    own: list[int] = []
+    column = 0
+    for heads, size in prefix.shapes:
+        for _ in range(2):
+            width = heads * size // parts
+            own += range(column + rank * width, column + (rank + 1) * width)
+            column += heads * size
+    prefix.shapes = tuple((heads // parts, size) for heads, size in prefix.shapes)
+
+    def leave(module: nn.Module, args: Any, table: Tensor) -> Tensor:
+        # Every process has the gradient of its own columns: backward adds them up.
+        whole = DTensor.from_local(table, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+        return whole[:, torch.tensor(own, device=table.device)]
+
+    prefix.register_forward_hook(leave)

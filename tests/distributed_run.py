@@ -56,7 +56,7 @@ def train(
     strategy, _, accumulate = strategy.partition("/")
     parts = world if strategy == "tensor_parallel" else 1
     causal = task == "causal_lm"
-    settings = {**SETTINGS[method], **({"target_modules": "all-linear"} if causal else {})}
+    settings = {**SETTINGS[method], **({"target_modules": "all-linear"} if causal and method == "LoRA" else {})}
     pl.seed_everything(0)
     module = getattr(lit_peft, method)(
         base=base, task=task, learning_rate=1e-2 if causal else 1e-3, lr_scheduler="constant", **settings

@@ -17,7 +17,10 @@ from conftest import WORDS
 from distributed_run import SETTINGS, train
 from safetensors.torch import load_file
 
+from lit_peft import AdapterP
 from lit_peft.cli import main
+from lit_peft.errors import LitPeftError
+from lit_peft.tensor_parallel import split_matrices
 
 METHODS = list(SETTINGS)
 
@@ -89,17 +92,31 @@ def test_two_processes_train_what_one_trains(
 
 def test_matrices_split_over_two_processes_train_what_one_trains(decoder: Path, reviews: Path, tmp_path: Path) -> None:
     single, both = tmp_path / "single", tmp_path / "both"
-    for out, steps in ((single, 4), (single / "half", 2)):
-        train("auto", "LoRA", str(decoder), str(reviews), out, steps, None, "causal_lm")
-    two("tensor_parallel", both, decoder, reviews, single, "causal_lm", "LoRA")
-    one, other = results(single, "LoRA"), results(both, "LoRA")
-    assert len(set(one["losses"])) == 4 and len(one["trained"]) == 28
-    alike(other, one, last=4)
+    for method in METHODS:
+        train("auto", method, str(decoder), str(reviews), single, 4, None, "causal_lm")
+    train("auto", "LoRA", str(decoder), str(reviews), single / "half", 2, None, "causal_lm")
+    two("tensor_parallel", both, decoder, reviews, single, "causal_lm", *METHODS)
+    for method in METHODS:
+        one, other = results(single, method), results(both, method)
+        assert len(set(one["losses"])) == 4
+        alike(other, one, last=4)
+    one = results(single, "LoRA")
     # Half of every matrix of the layers; embeddings and head are whole.
-    assert other["held"] < 0.7
+    assert len(one["trained"]) == 28 and results(both, "LoRA")["held"] < 0.7
     alike(results(both / "resumed", "LoRA"), one, last=2)
     train("auto", "LoRA", str(decoder), str(reviews), both / "one", 4, both / "half" / "LoRA.ckpt", "causal_lm")
     alike(results(both / "one", "LoRA"), one, last=2)
+
+
+def test_an_adapter_on_a_part_of_a_matrix_is_refused(decoder: Path) -> None:
+    class Mesh:
+        def size(self) -> int:
+            return 2
+
+    module = AdapterP(str(decoder), target_modules=["up_proj"])
+    module.configure_model()
+    with pytest.raises(LitPeftError, match="up_proj would see a part of its features"):
+        split_matrices(module.model, Mesh())  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
