@@ -60,9 +60,8 @@ def _check_adapters(model: Any, plan: dict[re.Pattern[str], str], parts: int) ->
     for path, layer in attachment_of(model).adapted.items():
         if type(layer) is Bottleneck and any(pattern.fullmatch(path) for pattern in plan):
             raise LitPeftError(
-                f"tensor_parallel_size={parts}: the adapter on {path} would see a part of its features. Leave out "
-                "target_modules, so that adapters are on whole sublayers, or use tensor_parallel_size=1, which is "
-                "FSDP2."
+                f"tensor_parallel_size={parts}: the adapter on {path} would see a part of its features. Use "
+                "placement='paper', which adapts whole sublayers, or tensor_parallel_size=1, which is FSDP2."
             )
 
 

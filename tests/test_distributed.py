@@ -113,7 +113,7 @@ def test_an_adapter_on_a_part_of_a_matrix_is_refused(decoder: Path) -> None:
         def size(self) -> int:
             return 2
 
-    module = AdapterP(str(decoder), target_modules=["up_proj"])
+    module = AdapterP(str(decoder), placement="llm_adapters", target_modules=["up_proj"])
     module.configure_model()
     with pytest.raises(LitPeftError, match="up_proj would see a part of its features"):
         split_matrices(module.model, Mesh())  # type: ignore[arg-type]
