@@ -58,9 +58,10 @@ def _check_adapters(model: Any, plan: dict[re.Pattern[str], str], parts: int) ->
     if attached_model(model) is None:
         return
     for path, layer in attachment_of(model).adapted.items():
-        if type(layer) is Bottleneck and any(pattern.fullmatch(path) for pattern in plan):
+        host = path.removesuffix(".adapter")
+        if type(layer) is Bottleneck and any(pattern.fullmatch(host) for pattern in plan):
             raise LitPeftError(
-                f"tensor_parallel_size={parts}: the adapter on {path} would see a part of its features. Use "
+                f"tensor_parallel_size={parts}: the adapter on {host} would see a part of its features. Use "
                 "placement='paper', which adapts whole sublayers, or tensor_parallel_size=1, which is FSDP2."
             )
 

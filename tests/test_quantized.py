@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lit_peft
 from lit_peft import CausalLMData, LitPeftError
+from lit_peft.cli import main
 from lit_peft.nn import LoRALinear
 from lit_peft.nn.quantized import QuantizedLinear, dense_weight, is_quantized, pack_nibbles, unpack_nibbles
 from lit_peft.quantization import quantize
@@ -192,12 +193,17 @@ def test_merging_dequantizes_and_is_exact_to_rounding(name: str, use_dora: bool,
     want = module.eval()(**batch()).logits
     with pytest.raises(LitPeftError, match=r"lit_peft\.merge"):
         module.merge()
+    module.save_adapter(tmp_path / "a")
     merged = lit_peft.merge(module.model)
     assert not any(is_quantized(layer) for layer in merged.modules())
     assert {type(layer) for layer in merged.modules() if isinstance(layer, nn.Linear)} == {nn.Linear}
     assert apart(merged(**batch()).logits, want) < 2e-6
     merged.save_pretrained(tmp_path / "m")
     assert "quantization" not in (tmp_path / "m" / "config.json").read_text()
+    options = ["--base", str(base), "--adapter", str(tmp_path / "a"), "--output", str(tmp_path / "by_command")]
+    assert main(["merge", *options, "--quantization", name]) == 0
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "by_command").eval()
+    assert apart(ours(**batch()).logits, want) < 2e-6
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     assert torch.equal(alone(**batch()).logits, merged(**batch()).logits)
 

@@ -21,6 +21,7 @@ class Options(argparse.ArgumentParser):
         self.add_argument("--task", default=None, help="task of the model; by the base's own architecture when unset")
         self.add_argument("--num_labels", type=int, default=None, help="number of labels, for classification")
         self.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: as the base is stored")
+        self.add_argument("--quantization", default=None, help="int8, int4, nf4, ...: as the adapter was trained on it")
         self.add_argument("--force", action="store_true", help="use the adapter on another base than its own")
 
 
@@ -28,20 +29,24 @@ def load_base(options: argparse.Namespace) -> Any:
     """The base model that the options name.
 
     Raises:
-        LitPeftError: it cannot be loaded, or the dtype is not known.
+        LitPeftError: it cannot be loaded, or the dtype or the quantization is not known.
     """
     import torch
     import transformers
 
+    from lit_peft.quantization import check_quantization, loading_arguments, quantize
     from lit_peft.sources import hub_error, resolve_base
     from lit_peft.tasks import find_task
 
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise LitPeftError(f"--dtype {options.dtype} is not known: use float32, bfloat16, float16 or auto.")
+    check_quantization(options.quantization)
     source = resolve_base(options.base)
     # False, not unset: transformers would ask on a terminal.
     settings: dict[str, Any] = {"trust_remote_code": False}
+    heads = () if options.task is None else find_task(options.task).heads
+    settings |= loading_arguments(options.quantization, torch.float32 if dtype == "auto" else dtype, heads)
     if options.revision is not None:
         settings["revision"] = options.revision
     if options.num_labels is not None:
@@ -53,6 +58,7 @@ def load_base(options: argparse.Namespace) -> Any:
             config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False)
             kind = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0])
         model = kind.from_pretrained(source.path, dtype=dtype, **settings).eval()
+        quantize(model, options.quantization, heads)
         model._lit_peft_base = options.base
         return model
     except LitPeftError:
