@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import fill as fill_places
+from lit_peft.formats.peft_task import task_type
 from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
 from lit_peft.methods.p_tuning_v2 import PTuningV2Settings
@@ -24,14 +25,6 @@ from lit_peft.nn.prefix import Prefix
 
 _PREFIX = "base_model."
 _TABLE = "prompt_embeddings"
-# What a task's models are called, and whether prefixes for it go by the name of P-Tuning v2.
-_TASKS = {
-    "CAUSAL_LM": ("CausalLM", "LMHeadModel"),
-    "SEQ_CLS": ("SequenceClassification",),
-    "TOKEN_CLS": ("TokenClassification",),
-    "QUESTION_ANS": ("QuestionAnswering",),
-    "SEQ_2_SEQ_LM": ("ConditionalGeneration", "MTModel"),
-}
 
 READ = {"num_virtual_tokens", "num_layers", "num_transformer_submodules", "modules_to_save"}
 # The table and the model say these too, or they are about how the table came to be.
@@ -92,7 +85,6 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
     settings = attachment.settings
     assert isinstance(settings, PrefixSettings)
     prefix, twofold = _writable(attachment), _is_twofold(model)
-    name = type(model).__name__
     heads, size = prefix.shapes[0]
     return {
         "encoder_hidden_size": heads * size,
@@ -105,7 +97,7 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         "num_virtual_tokens": settings.num_virtual_tokens,
         "peft_type": "PREFIX_TUNING",
         "prefix_projection": False,
-        "task_type": next((task for task, ends in _TASKS.items() if name.endswith(ends)), "FEATURE_EXTRACTION"),
+        "task_type": task_type(model),
         "token_dim": heads * size,
     }
 

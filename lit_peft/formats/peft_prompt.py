@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import fill as fill_places
+from lit_peft.formats.peft_task import task_type
 from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
 from lit_peft.methods.p_tuning import PTuningSettings
@@ -20,11 +21,11 @@ _PREFIX = "base_model."
 _PROMPT = "prompt_embeddings"
 _OWN = ("positions", "prompt_token_id")
 _SHARED = {"num_virtual_tokens", "num_transformer_submodules", "modules_to_save"}
-# For each end of a model's name, peft's task, and the modules that peft then takes for the head and stores.
-_TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
-    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
-    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+# The modules that peft takes for the head of a task, and stores.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
 }
 
 
@@ -84,9 +85,6 @@ class PromptKind:
         settings = attachment.settings
         assert isinstance(settings, SoftPromptSettings)
         top: Any = model
-        task, _ = _task(model)
-        if task == "FEATURE_EXTRACTION" and top.can_generate():
-            task = "SEQ_2_SEQ_LM" if getattr(top.config, "is_encoder_decoder", False) else "CAUSAL_LM"
         config = top.config.get_text_config()
         own = {key: getattr(settings, key) for key in _OWN}
         trained = list(settings.modules_to_save) if settings.modules_to_save else []
@@ -97,7 +95,7 @@ class PromptKind:
         return {
             **values,
             "peft_type": self.peft_type,
-            "task_type": task,
+            "task_type": task_type(model),
             "modules_to_save": _saved_by_peft(attachment) or None,
             "token_dim": dim,
             "num_layers": getattr(config, "num_hidden_layers", None),
@@ -126,14 +124,9 @@ P_TUNING = PromptKind(
 )
 
 
-def _task(model: nn.Module) -> tuple[str, tuple[str, ...]]:
-    name = type(model).__name__
-    return next((task for end, task in _TASKS.items() if name.endswith(end)), ("FEATURE_EXTRACTION", ()))
-
-
 def _saved_by_peft(attachment: Attachment) -> list[str]:
     """The modules peft stores whole: those to save, and its task's head, found by the ends of their names."""
-    ends = (*(attachment.settings.modules_to_save or ()), *_task(attachment.model)[1])
+    ends = (*(attachment.settings.modules_to_save or ()), *_HEADS.get(task_type(attachment.model), ()))
     return [name for name, _ in attachment.model.named_modules() if name.endswith(ends)] if ends else []
 
 

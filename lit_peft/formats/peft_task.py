@@ -1,0 +1,22 @@
+"""What peft calls the task of a model, which it writes into every folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+_ENDS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def task_type(model: nn.Module) -> str:
+    """peft's `task_type` of a transformers model, by its class."""
+    top: Any = model
+    found = next((task for end, task in _ENDS.items() if type(model).__name__.endswith(end)), None)
+    if found is None and hasattr(top, "can_generate") and top.can_generate():
+        found = "SEQ_2_SEQ_LM" if getattr(top.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    return found or "FEATURE_EXTRACTION"
