@@ -234,8 +234,8 @@ class BaseLM(pl.LightningModule):
             config = _transformers().AutoConfig.from_pretrained(source.path, **self._hub_settings(attention=False))
         except Exception as problem:
             raise hub_error(self.hparams.base, problem) from problem
+        self.take_labels(getattr(self._trainer, "datamodule", None))
         if self.task.labelled:
-            self.take_labels(getattr(self._trainer, "datamodule", None))
             if self.hparams.labels is not None:
                 config.id2label = dict(enumerate(map(str, self.hparams.labels)))
                 config.label2id = {name: at for at, name in config.id2label.items()}
@@ -248,7 +248,8 @@ class BaseLM(pl.LightningModule):
         return config
 
     def take_labels(self, data: Any) -> None:
-        """Take the labels' names from a data module, where the task needs them and the settings give none."""
+        """Take from a data module the labels' names, where the task needs them and the settings give none, and the
+        metric that tells the best checkpoint, where it has its own."""
         if self.task.labelled and self.hparams.labels is None and self.hparams.num_labels is None:
             self.hparams["labels"] = getattr(data, "label_names", None)
             if self.hparams.labels is None:

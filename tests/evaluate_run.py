@@ -43,6 +43,11 @@ def main(folder: Path, out: Path, die: int) -> None:
     runs["number"] = (number, "sequence_classification", encoder)
     choices = MultipleChoiceData(base=encoder, test=str(folder / "choices.jsonl"), **common)
     runs["choices"] = (choices, "multiple_choice", encoder)
+    named: dict[str, Any] = {"test": str(folder / "multirc.jsonl"), "benchmark": "super_glue/multirc"}
+    asked = TextClassificationData(base=encoder, labels=["0", "1"], **named, **common)
+    runs["multirc"] = (asked, "sequence_classification", encoder)
+    named = {"test": str(folder / "record.jsonl"), "benchmark": "super_glue/record"}
+    runs["record"] = (MultipleChoiceData(base=encoder, **named, **common), "multiple_choice", encoder)
     text = CausalLMData(base=decoder, test=str(folder / "two.csv"), **common)
     runs["text"] = (text, "causal_lm", decoder)
     runs["pairs"] = (Seq2SeqData(base=t5, test=str(folder / "pairs.jsonl"), **common), "seq2seq", t5)

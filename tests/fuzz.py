@@ -4,6 +4,7 @@
     python tests/fuzz.py checkpoints 10000 --seed 1 --keep faults
     python tests/fuzz.py configs 10000
     python tests/fuzz.py data 10000
+    python tests/fuzz.py data 500 --first 6000
 
 Real files are mutated: bytes, and the values inside of JSON, YAML, safetensors, pickles and tables. Each case must end
 in a result or in `LitPeftError`, within `SECONDS`, without reading or writing elsewhere, importing anything new,
@@ -658,9 +659,9 @@ READERS: dict[str, Any] = {"adapters": Adapters, "checkpoints": Checkpoints, "co
 
 
 def fuzz(
-    kind: str, count: int, seed: int = 0, keep: Path | None = None, most: int = 20, tell: bool = False
+    kind: str, count: int, seed: int = 0, keep: Path | None = None, most: int = 20, tell: bool = False, first: int = 0
 ) -> tuple[Counter[str], list[str]]:
-    """Run `count` cases.
+    """Run `count` cases, from number `first` on.
 
     Returns:
         How many were read and refused, and the faults found, each once, `most` at the most.
@@ -672,7 +673,7 @@ def fuzz(
         (root / "originals").mkdir()
         with contextlib.redirect_stderr(io.StringIO()):
             reader = READERS[kind](root / "originals")
-        for number in range(count):
+        for number in range(first, first + count):
             rng = random.Random(f"{kind} {seed} {number}")
             if tell and number % 500 == 0:
                 print(f"{number}: {dict(tally)}", file=sys.__stderr__, flush=True)
@@ -720,11 +721,12 @@ def main() -> int:
     parser.add_argument("kind", choices=READERS)
     parser.add_argument("count", type=int, nargs="?", default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--keep", type=Path, default=None, help="folder for the files of each fault")
     options = parser.parse_args()
     faulthandler.enable()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    tally, faults = fuzz(options.kind, options.count, options.seed, options.keep, tell=True)
+    tally, faults = fuzz(options.kind, options.count, options.seed, options.keep, tell=True, first=options.first)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"{options.kind}: {dict(tally)}, {len(faults)} different faults, peak memory grew by {grown:.0f} MB")
     print("\n".join(faults))

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import math
+import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from conftest import WORDS
 from datasets import ClassLabel, Dataset, Features, Value
 
 import lit_peft
-from lit_peft import LitPeftError, TextClassificationData
-from lit_peft.data.benchmarks import BENCHMARKS
+from lit_peft import LitPeftError, MultipleChoiceData, TextClassificationData
+from lit_peft.data.benchmarks import BENCHMARKS, CHOICE_BENCHMARKS
+from lit_peft.tasks import find_task
+from lit_peft.tasks.sequence_classification import QuestionsRight
 
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
 TEXTS = ("the film is good", "this film is bad", "it was a great story", "it was a poor story")
+
+
+def written(file: Path, rows: list[dict[str, Any]]) -> str:
+    if file.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(file)
+    else:
+        file.write_text(json.dumps(rows) if file.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
 
 
 def hub(folder: Path, name: str) -> str:
@@ -22,7 +44,8 @@ def hub(folder: Path, name: str) -> str:
     template = known.text + (known.text_pair or "")
     columns = [part.partition("}")[0] for part in template.split("{")[1:]]
     label = Value("float32") if known.regression else ClassLabel(names=["no", "yes"])
-    features = Features({**{column: Value("string") for column in columns}, "label": label, "idx": Value("int32")})
+    idx = {part: Value("int32") for part in ("paragraph", "question", "answer")} if known.question else Value("int32")
+    features = Features({**{column: Value("string") for column in columns}, "label": label, "idx": idx})
     lines = ["---", "configs:", f"- config_name: {known.config}", "  data_files:"]
     for split, count in (("train", 16), (known.validation, 4), ("test", 4)):
         rows: dict[str, list[Any]] = {
@@ -30,6 +53,8 @@ def hub(folder: Path, name: str) -> str:
         }
         value = [at / 4 for at in range(count)] if known.regression else [at % 2 for at in range(count)]
         rows["label"], rows["idx"] = [-1] * count if split == "test" else value, [*range(count)]
+        if known.question:
+            rows["idx"] = [{"paragraph": at // 4, "question": at // 2, "answer": at} for at in range(count)]
         Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
         lines += [f"  - split: {split}", f"    path: {split}.parquet"]
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
@@ -57,13 +82,181 @@ def test_every_benchmark_is_read(name: str, encoder: Path, tmp_path: Path) -> No
 def test_a_benchmark_trains_and_tells_its_metric(name: str, encoder: Path, tmp_path: Path) -> None:
     data = TextClassificationData(base=str(encoder), benchmark=name, dataset=hub(tmp_path, name), batch_size=4)
     module = lit_peft.HeadOnly(base=str(encoder), task="sequence_classification")
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", enable_checkpointing=False, **quiet)
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", **QUIET)
     trainer.fit(module, data)
     assert module.task.monitor == (BENCHMARKS[name].monitor, "max")
     assert BENCHMARKS[name].monitor in trainer.callback_metrics
     rows = module.eval().predict_step(next(iter(data.test_dataloader())), 0)
     assert set(rows[0]) == ({"value"} if name == "glue/stsb" else {"label", "score", "probabilities"})
+
+
+def multirc(paragraph: int, question: int, answers: str) -> list[dict[str, Any]]:
+    """A question's answers as rows of the hub's columns; "10" is a right one and a wrong one."""
+    return [
+        {
+            "paragraph": TEXTS[paragraph],
+            "question": f"what is {WORDS[question]}",
+            "answer": WORDS[at],
+            "idx": {"paragraph": paragraph, "question": question, "answer": at},
+            "label": int(label),
+        }
+        for at, label in enumerate(answers)
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_multirc_is_judged_by_question_and_by_answer(suffix: str, encoder: Path, tmp_path: Path) -> None:
+    """F1a and exact match by their definitions, over answers that stand in several batches and out of order."""
+    rows = [*multirc(0, 0, "101"), *multirc(0, 1, "0"), *multirc(1, 0, "11"), *multirc(1, 1, "0100")]
+    rows = rows[::2] + rows[1::2]
+    file = written(tmp_path / f"a.{suffix}", rows)
+    settings: dict[str, Any] = {"base": str(encoder), "batch_size": 3, "benchmark": "super_glue/multirc"}
+    data = TextClassificationData(train=file, validation=file, test=file, **settings)
+    module = lit_peft.HeadOnly(base=str(encoder), task="sequence_classification")
+    pl.seed_everything(1)
+    trainer = pl.Trainer(accelerator="cpu", **QUIET)
+    [found] = trainer.test(module, data, verbose=False)
+    module.eval()
+    batches = [*data.test_dataloader()]
+    with torch.no_grad():
+        got = [int(label) for batch in batches for label in module(**batch).logits.argmax(-1)]
+    gold = [row["label"] for row in rows]
+    assert len(set(got)) == 2
+    same = {(row["idx"]["paragraph"], row["idx"]["question"]): [] for row in rows}  # type: ignore[var-annotated]
+    for row, label in zip(rows, got, strict=True):
+        same[row["idx"]["paragraph"], row["idx"]["question"]].append(label == row["label"])
+    assert found["test_exact_match"] == pytest.approx(sum(map(all, same.values())) / 4)
+    both = sum(one and other for one, other in zip(gold, got, strict=True))
+    assert found["test_binary_f1"] == pytest.approx(2 * both / (sum(gold) + sum(got)))
+    assert data.monitor == ("val_binary_f1", "max")
+    # What is held out shares no paragraph with what is trained on.
+    held = TextClassificationData(train=file, validation_fraction=0.5, **settings)
+    held.setup("fit")
+    parts = [{rows[at]["paragraph"] for at in held.rows[split].numbers} for split in ("train", "validation")]
+    assert all(parts) and not parts[0] & parts[1]
+
+
+def test_questions_right_by_counting() -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        rows = [(draw.randrange(5), draw.random() < 0.7) for _ in range(draw.randint(1, 20))]
+        metric = QuestionsRight()
+        for part in (rows[::3], rows[1::3], rows[2::3]):
+            metric.update(torch.tensor([right for _, right in part]), [number for number, _ in part])
+        numbers = {number for number, _ in rows}
+        whole = [all(right for at, right in rows if at == number) for number in numbers]
+        assert metric.compute().item() == pytest.approx(sum(whole) / len(numbers))
+
+
+RECORD = [
+    {
+        "passage": "the film of Ann was good\n@highlight\nBob was bad",
+        "query": "it was @placeholder who was great",
+        "entities": entities,
+        "entity_spans": {"text": ["Ann"], "start": [12], "end": [15]},
+        "answers": answers,
+        "idx": {"passage": 0, "query": at},
+    }
+    for at, (entities, answers) in enumerate(
+        [
+            (["good", "bad"], ["bad"]),
+            (["the good film", "bad", "story"], ["Good film!", "good"]),
+            (["weak story", "a poor story", "great acting"], ["weak story", "poor story"]),
+            (["film"], ["film"]),
+        ]
+    )
+]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_record_is_judged_by_the_chosen_entity(suffix: str, encoder: Path, tmp_path: Path) -> None:
+    file = written(tmp_path / f"a.{suffix}", RECORD)
+    settings: dict[str, Any] = {"base": str(encoder), "batch_size": 3, "benchmark": "super_glue/record"}
+    data = MultipleChoiceData(train=file, validation=file, test=file, predict=file, **settings)
+    data.setup("test")
+    batch = next(iter(data.test_dataloader()))
+    assert batch["choices"].tolist() == [2, 3, 3]
+    assert batch["labels"].tolist() == [[False, True, False], [True, False, False], [True, True, False]]
+    ids = batch["input_ids"][3][batch["attention_mask"][3] == 1].tolist()
+    assert ids == data.tokenizer(RECORD[0]["passage"], "it was bad who was great")["input_ids"]
+    task = find_task("multiple_choice")
+    metrics = task.metrics(None)
+    logits = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 2.0, 1.0], [1.0, 0.5, 2.0]])
+    # bad: right; bad: neither word of "good film"; great acting: no word of any.
+    output = SimpleNamespace(logits=logits, loss=torch.tensor(1.0))
+    task.update(metrics, output, batch)
+    assert [metrics[name].compute().item() for name in ("exact_match", "f1")] == pytest.approx([1 / 3, 1 / 3])
+    # The good film: all of "good film"; a poor story: right, though it is the second gold.
+    output.logits = torch.tensor([[1.0, 0.0, -torch.inf], [1.0, 0.0, 0.0], [1.0, 2.0, 0.0]])
+    task.update(metrics, output, batch)
+    assert [metrics[name].compute().item() for name in ("exact_match", "f1", "accuracy")] == pytest.approx([0.5] * 3)
+    output.logits = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 2.0, 1.0], [0.0, 0.0, 1.0]])
+    batch["answers"][2], before = ["acting"], metrics["f1"].compute().item() * 6
+    task.update(metrics, output, batch)
+    # "great acting" against "acting": one word of two, and of one.
+    assert metrics["f1"].compute().item() * 9 == pytest.approx(before + 1 + 0 + 2 / 3)
+    assert metrics["exact_match"].compute().item() * 9 == pytest.approx(3 + 1)
+
+
+def test_the_loss_is_that_of_any_right_choice(encoder: Path, tmp_path: Path) -> None:
+    file = written(tmp_path / "a.jsonl", RECORD)
+    data = MultipleChoiceData(base=str(encoder), train=file, validation=file, benchmark="super_glue/record")
+    data.setup("fit")
+    module = lit_peft.HeadOnly(base=str(encoder), task="multiple_choice")
+    module.configure_model()
+    batch = data.collator("validation")([*data.examples("validation")])
+    output = module.eval()(**batch)
+    terms = []
+    for scores, right in zip(output.logits.tolist(), ([1], [0], [0, 1], [0]), strict=True):
+        powers = [math.exp(score) for score in scores]
+        terms.append(-math.log(sum(powers[at] for at in right) / sum(powers)))
+    assert output.loss.item() == pytest.approx(sum(terms) / 4, abs=1e-5)
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", CHOICE_BENCHMARKS)
+def test_a_choice_benchmark_trains_tests_and_predicts(name: str, encoder: Path, tmp_path: Path) -> None:
+    copa = [
+        {"premise": t, "choice1": "good", "choice2": "bad", "question": "cause", "idx": 0, "label": 1} for t in TEXTS
+    ]
+    rows = RECORD if name.endswith("record") else copa
+    known = CHOICE_BENCHMARKS[name]
+    lines = ["---", "configs:", f"- config_name: {known.config}", "  data_files:"]
+    for split in ("train", "validation", "test"):
+        written(tmp_path / f"{split}.parquet", rows)
+        lines += [f"  - split: {split}", f"    path: {split}.parquet"]
+    (tmp_path / "README.md").write_text("\n".join([*lines, "---", ""]))
+    file = written(tmp_path / "a.jsonl", [{k: v for k, v in r.items() if k not in ("label", "answers")} for r in rows])
+    data = MultipleChoiceData(base=str(encoder), benchmark=name, dataset=str(tmp_path), predict=file, batch_size=3)
+    module = lit_peft.HeadOnly(base=str(encoder), task="multiple_choice")
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", **QUIET)
+    trainer.fit(module, data)
+    assert module.task.monitor[0] == known.monitor in trainer.callback_metrics
+    metrics = {"test_loss", "test_accuracy", *(["test_exact_match", "test_f1"] if name.endswith("record") else [])}
+    assert set(trainer.test(module, data, verbose=False)[0]) == metrics
+    predicted = [row for batch in trainer.predict(module, data) or () for row in batch]
+    choices = [row.get("entities", ["good", "bad"]) for row in rows]
+    assert [row["text"] for row in predicted] == [c[row["choice"]] for c, row in zip(choices, predicted, strict=True)]
+    assert len(predicted) == len(rows)
+
+
+def test_wrong_cloze_rows_are_told(encoder: Path, tmp_path: Path) -> None:
+    wrong = {
+        "row 2: column 'query' has no '@placeholder'": {"query": "it was good"},
+        "row 2: of the answers .'Eve'. in column 'answers' none is one of the 3 choices": {"answers": ["Eve"]},
+        "row 2 has 0 choice": {"entities": []},
+        "row 2: of the answers .. in column": {"answers": []},
+    }
+    for said, changed in wrong.items():
+        file = written(tmp_path / "a.jsonl", [RECORD[0], {**RECORD[1], **changed}])
+        data = MultipleChoiceData(base=str(encoder), test=file, benchmark="super_glue/record")
+        with pytest.raises(LitPeftError, match=said):
+            data.setup("test")
+    with pytest.raises(LitPeftError, match="'super_glue/copa' is for MultipleChoiceData"):
+        TextClassificationData(base=str(encoder), benchmark="super_glue/copa")
+    with pytest.raises(LitPeftError, match="'super_glue/cb' is for TextClassificationData"):
+        MultipleChoiceData(base=str(encoder), benchmark="super_glue/cb")
 
 
 def test_wrong_names_and_numbers_are_told(encoder: Path, tmp_path: Path) -> None:

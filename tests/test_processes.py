@@ -64,6 +64,23 @@ def folder(encoder: Path, decoder: Path, tmp_path_factory: pytest.TempPathFactor
     table(made / "long.csv", [(f"{text} {end}", "pos") for end in ("it", "was", "bad") for text in texts])
     choices = [{"question": text, "choices": ["good", "bad story"], "answer": at % 2} for at, text in enumerate(texts)]
     (made / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices))
+    # A question's answers stand in both processes, and in several batches.
+    asked = [
+        {
+            "paragraph": texts[at % 3],
+            "question": "what is it",
+            "answer": ["good", "bad", "great"][at // 3],
+            "label": at % 2,
+        }
+        for at in range(7)
+    ]
+    (made / "multirc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    entities = ["good", "bad story", "great"]
+    cloze = [
+        {"passage": text, "query": "it was @placeholder", "entities": entities[: 1 + at], "answers": ["good"]}
+        for at, text in enumerate(texts)
+    ]
+    (made / "record.jsonl").write_text("".join(json.dumps(row) + "\n" for row in cloze))
     pairs = [{"source": text, "target": text[9:]} for text in texts]
     (made / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     sums = [{"instruction": text, "answer": f"{at % 3}.0"} for at, text in enumerate(texts)]
@@ -77,8 +94,9 @@ def test_two_processes_measure_and_predict_what_one_does(folder: Path, tmp_path:
     run(folder, tmp_path / "both")
     one, both = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "both"))
     names = {name for metrics in one.values() for name in metrics}
-    wanted = "accuracy f1 mcc binary_f1 pearson spearman perplexity rouge1 rougeL bleu sacrebleu answer_accuracy loss"
-    assert {f"test_{name}" for name in wanted.split()} <= names
+    wanted = "accuracy f1 mcc binary_f1 exact_match pearson spearman perplexity rouge1 rougeL bleu sacrebleu loss"
+    assert {f"test_{name}" for name in (*wanted.split(), "answer_accuracy")} <= names
+    assert {"test_exact_match", "test_f1"} <= set(one["record"]) & set(one["multirc"])
     assert 0 < one["sums"]["test_answer_accuracy"] < 1
     for kind, metrics in one.items():
         assert both[kind] == pytest.approx(metrics, abs=1e-5), kind

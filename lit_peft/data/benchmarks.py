@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from lit_peft.data.files import is_file
 from lit_peft.errors import LitPeftError, closest
 
 GLUE, SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
@@ -21,6 +23,7 @@ class Benchmark:
         validation: the split to validate and test on; the labels of the test split are hidden.
         monitor: the metric that tells the best checkpoint.
         regression: whether labels are numbers to predict.
+        question: columns of what several rows are answers to, where these are also judged together; else none.
     """
 
     dataset: str
@@ -30,6 +33,26 @@ class Benchmark:
     validation: str = "validation"
     monitor: str = "val_accuracy"
     regression: bool = False
+    question: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChoiceBenchmark:
+    """One dataset of a benchmark, whose answers are to be chosen.
+
+    Attributes:
+        dataset: its hub id.
+        config: its configuration there.
+        columns: settings of `MultipleChoiceData` -> what they are for it.
+        monitor: the metric that tells the best checkpoint.
+        validation: the split to validate and test on.
+    """
+
+    dataset: str
+    config: str
+    columns: dict[str, Any]
+    monitor: str = "val_accuracy"
+    validation: str = "validation"
 
 
 def _glue(config: str, text: str, text_pair: str | None = None, **rest: str) -> Benchmark:
@@ -56,7 +79,32 @@ BENCHMARKS: dict[str, Benchmark] = {
     "super_glue/wic": Benchmark(SUPER_GLUE, "wic", "{word}: {sentence1}", "{sentence2}"),
     "super_glue/wsc": Benchmark(SUPER_GLUE, "wsc.fixed", "{text}", "{span2_text}: {span1_text}"),
     "super_glue/multirc": Benchmark(
-        SUPER_GLUE, "multirc", "{paragraph}", "{question} {answer}", monitor="val_binary_f1"
+        SUPER_GLUE,
+        "multirc",
+        "{paragraph}",
+        "{question} {answer}",
+        monitor="val_binary_f1",
+        question=("paragraph", "question"),
+    ),
+}
+
+CHOICE_BENCHMARKS: dict[str, ChoiceBenchmark] = {
+    "super_glue/copa": ChoiceBenchmark(
+        SUPER_GLUE,
+        "copa",
+        {"context_column": "premise", "choice_columns": ["choice1", "choice2"], "answer_column": "label"},
+    ),
+    "super_glue/record": ChoiceBenchmark(
+        SUPER_GLUE,
+        "record",
+        {
+            "context_column": "passage",
+            "question_column": "query",
+            "placeholder": "@placeholder",
+            "choices_column": "entities",
+            "answer_column": "answers",
+        },
+        monitor="val_f1",
     ),
 }
 
@@ -67,10 +115,34 @@ def find_benchmark(name: str) -> Benchmark:
     Raises:
         LitPeftError: there is none.
     """
-    if name not in BENCHMARKS:
+    return _found(name, BENCHMARKS, CHOICE_BENCHMARKS, "MultipleChoiceData")
+
+
+def find_choice_benchmark(name: str) -> ChoiceBenchmark:
+    """Return the benchmark of this name, of those whose answers are to be chosen.
+
+    Raises:
+        LitPeftError: there is none.
+    """
+    return _found(name, CHOICE_BENCHMARKS, BENCHMARKS, "TextClassificationData")
+
+
+def _found(name: str, known: dict[str, Any], others: dict[str, Any], module: str) -> Any:
+    if name in others:
+        raise LitPeftError(f"data.benchmark {name!r} is for {module}; use that class for data.")
+    if name not in known:
         raise LitPeftError(
-            f"data.benchmark {name!r} is not known: the closest are {closest(name, BENCHMARKS)}. (COPA is for "
-            "MultipleChoiceData, with dataset=aps/super_glue, dataset_config=copa, context_column=premise, "
-            "choice_columns=[choice1, choice2], answer_column=label.)"
+            f"data.benchmark {name!r} is not known: the closest are {closest(name, {**known, **others})}."
         )
-    return BENCHMARKS[name]
+    return known[name]
+
+
+def fill_in(known: Benchmark | ChoiceBenchmark, common: dict[str, Any]) -> None:
+    """Name a benchmark's splits among a data module's settings, unless its files are given."""
+    given = [common[split] for split in ("train", "validation", "test") if common.get(split)]
+    if common.get("dataset") is None and any(map(is_file, given)):
+        return
+    splits = {"validation": known.validation, "test": known.validation}
+    for name, value in {"dataset": known.dataset, "dataset_config": known.config, **splits}.items():
+        if common.get(name) is None:
+            common[name] = value

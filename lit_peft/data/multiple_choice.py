@@ -9,21 +9,29 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.base import LitDataModule, Rows, Split
+from lit_peft.data.benchmarks import fill_in, find_choice_benchmark
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.files import column_values
 from lit_peft.errors import LitPeftError
+from lit_peft.kinds import shown
+from lit_peft.tasks.squad import normalize_answer
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
 class MultipleChoiceData(LitDataModule):
-    """Questions and their choices, each choice encoded as (question, choice), or (context, question + choice).
+    """Questions and their choices, each choice encoded as (question, choice), or (context, question + choice); where
+    questions have a `placeholder`, the choice stands in its place.
 
     The choices are a column of lists, ARC's `{"text": [...], "label": [...]}`, or a column each; empty ones do not
     count, and questions may differ in their number. The answer is one of ARC's labels, a number, the text of a choice
-    or a letter, tried in this order. Batches: `input_ids`, `attention_mask` [all choices, length], `choices` [batch],
-    how many each question has, and `labels` [batch]; to predict, the choices' `texts`.
+    or a letter, tried in this order; or a list of texts, each of which is right. Batches: `input_ids`, `attention_mask`
+    [all choices, length], `choices` [batch], how many each question has, and `labels` [batch], or of lists [batch, most
+    choices], bool; except to train, the choices' `texts`, and of lists the `answers`.
+
+    With `benchmark`, dataset, columns and the metric that tells the best checkpoint are that benchmark's, as
+    `TextClassificationData` has it. ReCoRD's choices are the passage's entities, each a row: take a small `batch_size`.
 
     Args:
         question_column: column of the question.
@@ -32,6 +40,8 @@ class MultipleChoiceData(LitDataModule):
         answer_column: column of the right choice.
         first_answer: what the first choice is numbered by, where answers are numbers: 0 or 1.
         context_column: column of a text the question is about.
+        placeholder: what stands for the choice in a question, such as "@placeholder"; all questions need it then.
+        benchmark: "super_glue/copa" or "super_glue/record".
         **common: see `LitDataModule`.
     """
 
@@ -43,8 +53,15 @@ class MultipleChoiceData(LitDataModule):
         answer_column: str = "answer",
         first_answer: int = 0,
         context_column: str | None = None,
+        placeholder: str | None = None,
+        benchmark: str | None = None,
         **common: Any,
     ) -> None:
+        self.monitor: tuple[str, str] | None = None
+        known = find_choice_benchmark(benchmark) if benchmark is not None else None
+        if known is not None:
+            fill_in(known, common)
+            self.monitor, self.drops_overlap = (known.monitor, "max"), False
         super().__init__(**common)
         self.question_column = question_column
         self.choices_column = choices_column
@@ -52,6 +69,9 @@ class MultipleChoiceData(LitDataModule):
         self.answer_column = answer_column
         self.first_answer = first_answer
         self.context_column = context_column
+        self.placeholder = placeholder
+        for name, value in known.columns.items() if known is not None else ():
+            setattr(self, name, value)
         if choice_columns is not None and len(choice_columns) < 2:
             raise LitPeftError(f"data.choice_columns is {choice_columns}; name at least two columns.")
 
@@ -76,12 +96,25 @@ class MultipleChoiceData(LitDataModule):
         for row in rows.numbers:
             cells = {name: values[row] for name, values in given.items()}
             texts, labels = choices_of(cells, self.choices_column, self.choice_columns)
-            if len(texts) < 2:
-                raise LitPeftError(f"{rows.where(row)} has {len(texts)} choice(s); at least two are needed.")
+            # A passage may name one entity alone.
+            least = 2 if self.placeholder is None else 1
+            if len(texts) < least:
+                raise LitPeftError(f"{rows.where(row)} has {len(texts)} choice(s); at least {least} needed.")
+            question = str(cells[self.question_column])
+            if self.placeholder is not None and self.placeholder not in question:
+                raise LitPeftError(
+                    f"{rows.where(row)}: column {self.question_column!r} has no {self.placeholder!r} for the choice "
+                    f"to stand in: {question[:60]!r}; correct it."
+                )
             if split == "predict":
                 continue
             answer = cells[self.answer_column]
-            if answer_of(answer, texts, labels, self.first_answer) is None:
+            if isinstance(answer, list) and not right_ones(answer, texts):
+                raise LitPeftError(
+                    f"{rows.where(row)}: of the answers {shown(answer)} in column {self.answer_column!r} none is one "
+                    f"of the {len(texts)} choices; correct it."
+                )
+            if not isinstance(answer, list) and answer_of(answer, texts, labels, self.first_answer) is None:
                 known = labels or [f"{self.first_answer} to {len(texts) - 1 + self.first_answer}", "a letter"]
                 raise LitPeftError(
                     f"{rows.where(row)}: answer {answer!r} in column {self.answer_column!r} is none of the "
@@ -101,7 +134,8 @@ class MultipleChoiceData(LitDataModule):
             choice_columns=self.choice_columns,
             answer_column=None if split == "predict" else self.answer_column,
             first_answer=self.first_answer,
-            keep=split == "predict",
+            placeholder=self.placeholder,
+            keep=split != "train",
             max_length=self.max_length,
         )
         over = [length - self.max_length for length in column_values(table, "length") if length > self.max_length]
@@ -139,9 +173,14 @@ class ChoiceCollator:
         batch: dict[str, Any] = dict(self.pad(rows))
         batch["choices"] = torch.tensor([len(example["input_ids"]) for example in examples])
         if "labels" in examples[0]:
-            batch["labels"] = torch.tensor([example["labels"] for example in examples])
-        if "texts" in examples[0]:
-            batch["texts"] = [example["texts"] for example in examples]
+            labels = [example["labels"] for example in examples]
+            if isinstance(labels[0], list):
+                most = int(batch["choices"].max())
+                labels = [[at in right for at in range(most)] for right in labels]
+            batch["labels"] = torch.tensor(labels)
+        batch.update(
+            {key: [example[key] for example in examples] for key in ("texts", "answers") if key in examples[0]}
+        )
         return batch
 
 
@@ -177,6 +216,17 @@ def answer_of(answer: Any, texts: list[str], labels: list[str], first: int) -> i
     return letter if 0 <= letter < len(texts) else None
 
 
+def right_ones(answers: list[Any], texts: list[str]) -> list[int]:
+    """Return which choices are one of the right texts, normalized as SQuAD has it."""
+    golds = {normalize_answer(gold) for gold in gold_texts(answers)}
+    return [at for at, text in enumerate(texts) if normalize_answer(text) in golds]
+
+
+def gold_texts(answers: list[Any]) -> list[str]:
+    """Return the right texts without empty ones."""
+    return [str(gold) for gold in answers if gold is not None and str(gold).strip()]
+
+
 def encode_choices(
     batch: dict[str, list[Any]],
     *,
@@ -187,6 +237,7 @@ def encode_choices(
     choice_columns: list[str] | None,
     answer_column: str | None,
     first_answer: int,
+    placeholder: str | None,
     keep: bool,
     max_length: int,
 ) -> dict[str, list[Any]]:
@@ -198,7 +249,10 @@ def encode_choices(
     for row, (texts, _) in zip(rows, found, strict=True):
         question = str(row[question_column])
         firsts += [str(row[context_column]) if context_column else question] * len(texts)
-        seconds += [f"{question} {text}" for text in texts] if context_column else texts
+        if placeholder is not None:
+            seconds += [question.replace(placeholder, text) for text in texts]
+        else:
+            seconds += [f"{question} {text}" for text in texts] if context_column else texts
     lengths = [len(ids) for ids in tokenizer(firsts, seconds, verbose=False)["input_ids"]]
     encoded = tokenizer(firsts, seconds, truncation="longest_first", max_length=max_length)
     ends = [*accumulate((len(texts) for texts, _ in found), initial=0)]
@@ -210,8 +264,13 @@ def encode_choices(
     }
     out["length"] = [max(lengths[piece]) for piece in pieces]
     if answer_column is not None:
-        answers = zip(batch[answer_column], found, strict=True)
-        out["labels"] = [answer_of(answer, texts, labels, first_answer) for answer, (texts, labels) in answers]
+        answers = batch[answer_column]
+        out["labels"] = [
+            right_ones(answer, texts) if isinstance(answer, list) else answer_of(answer, texts, labels, first_answer)
+            for answer, (texts, labels) in zip(answers, found, strict=True)
+        ]
+        if keep and isinstance(answers[0], list):
+            out["answers"] = [gold_texts(answer) for answer in answers]
     if keep:
         out["texts"] = [texts for texts, _ in found]
     return out

@@ -7,11 +7,13 @@ import math
 import re
 import string
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.base import LitDataModule, Rows, Split
-from lit_peft.data.benchmarks import find_benchmark
+from lit_peft.data.benchmarks import fill_in, find_benchmark
+from lit_peft.data.collate import PadCollator
 from lit_peft.data.files import column_values, require_columns
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.kinds import shown
@@ -31,7 +33,9 @@ class TextClassificationData(LitDataModule):
 
     With `benchmark`, dataset, columns, pairs, labels and the metric that tells the best checkpoint are that
     benchmark's; `validation` and `test` are its validation split, since the labels of its test split are hidden, and
-    its splits stay as they are. `dataset` names another place to take it from.
+    its splits stay as they are. `dataset` names another place to take it from; files of the same columns are read
+    where `train`, `validation` or `test` names one. MultiRC's batches to evaluate have `questions` [batch], which
+    question each row is an answer to.
 
     Args:
         text_column: column of the text.
@@ -57,12 +61,11 @@ class TextClassificationData(LitDataModule):
         self.regression = regression
         self.monitor: tuple[str, str] | None = ("val_pearson", "max") if regression else None
         self._templates: dict[str, str] = {}
+        self._question: tuple[str, ...] = ()
         if benchmark is not None:
             known = find_benchmark(benchmark)
-            splits = {"validation": known.validation, "test": known.validation}
-            for name, value in {"dataset": known.dataset, "dataset_config": known.config, **splits}.items():
-                if common.get(name) is None:
-                    common[name] = value
+            fill_in(known, common)
+            self._question = known.question
             self.regression, self.monitor, self.drops_overlap = known.regression, (known.monitor, "max"), False
             text_column = self._column_of("text", known.text)
             text_pair_column = known.text_pair and self._column_of("pair", known.text_pair)
@@ -169,6 +172,19 @@ class TextClassificationData(LitDataModule):
         """The text or the pair, whatever its label."""
         return self.text_key(table, (self.text_column, self.text_pair_column))
 
+    def group_key(self, table: Dataset) -> Callable[[int], Hashable]:
+        """As `duplicate_key`; of a benchmark with several answers to a question, the text it is about."""
+        return self.text_key(table, self._question[:1]) if self._question else super().group_key(table)
+
+    def _questions(self, rows: Rows) -> list[int]:
+        """Number the rows' questions: those of the same texts, and of the same `idx` where there is one."""
+        columns = [column_values(rows.table, name) for name in self._question]
+        if "idx" in rows.table.column_names:
+            places = column_values(rows.table, "idx")
+            columns.append([(at.get("paragraph"), at.get("question")) if isinstance(at, dict) else 0 for at in places])
+        numbers: dict[Hashable, int] = {}
+        return [numbers.setdefault(tuple(map(str, (c[row] for c in columns))), len(numbers)) for row in rows.numbers]
+
     def check_rows(self, rows: Rows, split: Split) -> Rows:
         """Every row needs a text, and a label that training has seen."""
         self.require_text(rows, (self.text_column, self.text_pair_column))
@@ -212,7 +228,15 @@ class TextClassificationData(LitDataModule):
                 f"data.{split}: {len(over)} of {len(table)} texts cut to {self.max_length} tokens (data.max_length); "
                 f"{sum(over)} tokens were cut away."
             )
-        return table.remove_columns("length")
+        table = table.remove_columns("length")
+        if self._question and split in ("validation", "test"):
+            table = table.add_column("questions", self._questions(rows))
+        return table
+
+    def collator(self, split: Split) -> PadCollator:
+        """As `LitDataModule.collator`; to evaluate, the questions' numbers go along."""
+        judged = self._question and split in ("validation", "test")
+        return replace(self.padding(), passed=("questions",) if judged else ())
 
 
 def canonical_label(value: Any) -> Label | None:

@@ -11,22 +11,26 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
 from lit_peft.tasks.base import Batch, Metrics, Task, mean
+from lit_peft.tasks.squad import best_over, exact_match, token_f1
 
 
 class MultipleChoice(Task):
     """Each choice is scored with its question; softmax over a question's choices.
 
     Batches: `input_ids`, `attention_mask` [batch, choices, length]; or, where questions differ in their number of
-    choices, all choices as rows [rows, length] and `choices` [batch], how many each question has. `labels` [batch].
+    choices, all choices as rows [rows, length] and `choices` [batch], how many each question has. `labels` [batch], the
+    right choice; or [batch, most choices], bool, where several may be: the loss is that of choosing any of them.
     Models without a multiple-choice head in transformers get the same one: a classification head with one output.
 
-    Metrics: `loss` and `accuracy`. Prediction gives the number of the choice (from 0), its text and all probabilities.
+    Metrics: `loss` and `accuracy`; where batches hold the choices' `texts` and the right `answers`, `exact_match` and
+    `f1` of the chosen text, the best over these, normalized as SQuAD and ReCoRD have it. Prediction gives the number of
+    the choice (from 0), its text and all probabilities.
     """
 
     name = "multiple_choice"
     auto_class = "AutoModelForMultipleChoice"
     heads = ("classifier", "pre_classifier", "sequence_summary", "pooler", "head", "score", "classification_head")
-    extras = ("texts",)
+    extras = ("texts", "answers")
     monitor = ("val_accuracy", "max")
 
     def model_class(self, config: Any) -> Any:
@@ -57,19 +61,28 @@ class MultipleChoice(Task):
         there = torch.arange(int(counts.max()), device=ids.device) < counts[:, None]
         logits = scores.new_full(there.shape, float("-inf")).masked_scatter(there, scores)
         output = SimpleNamespace(logits=logits, loss=None)
-        if "labels" in batch:
-            output.loss = cross_entropy(logits, batch["labels"])
+        labels = batch.get("labels")
+        if labels is not None and labels.dim() == 2:
+            right = logits.masked_fill(~labels, float("-inf"))
+            output.loss = (logits.logsumexp(-1) - right.logsumexp(-1)).mean()
+        elif labels is not None:
+            output.loss = cross_entropy(logits, labels)
         return output
 
     def weight(self, batch: Batch) -> Tensor:
         return torch.tensor(len(batch["labels"]))
 
     def metrics(self, config: Any) -> dict[str, Metric]:
-        return {"loss": mean(), "accuracy": mean()}
+        return {name: mean() for name in ("loss", "accuracy", "exact_match", "f1")}
 
     def update(self, metrics: Metrics, output: Any, batch: Batch) -> None:
         super().update(metrics, output, batch)
-        metrics["accuracy"].update((output.logits.argmax(-1) == batch["labels"]).float())
+        chosen, labels = output.logits.argmax(-1), batch["labels"]
+        right = chosen == labels if labels.dim() == 1 else labels.gather(1, chosen[:, None])
+        metrics["accuracy"].update(right.float())
+        for at, texts, golds in zip(chosen.tolist(), batch.get("texts", ()), batch.get("answers", ()), strict=False):
+            metrics["exact_match"].update(best_over(exact_match, texts[at], golds))
+            metrics["f1"].update(best_over(token_f1, texts[at], golds))
 
     def predict(self, module: Any, batch: Batch) -> list[dict[str, Any]]:
         inputs = {name: value for name, value in batch.items() if name != "labels"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import (
@@ -13,22 +15,52 @@ from torchmetrics.classification import (
     MulticlassMatthewsCorrCoef,
 )
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.utilities import dim_zero_cat
 
 from lit_peft.tasks.base import Metrics, Task, mean
+
+
+class QuestionsRight(Metric):
+    """The share of questions, over all batches and processes, whose every row is right; 0 where there is none."""
+
+    full_state_update = False
+    right: list[Tensor]
+    questions: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A process without a row gathers an empty tensor of this type.
+        self.set_dtype(torch.float64)
+        for name in ("right", "questions"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, right: Tensor, questions: Sequence[int]) -> None:
+        """Add rows: whether each is right [batch], and the numbers of their questions."""
+        self.right.append(right.to(self.dtype))
+        self.questions.append(torch.tensor(questions, dtype=self.dtype, device=right.device))
+
+    def compute(self) -> Tensor:
+        right, questions = dim_zero_cat(self.right), dim_zero_cat(self.questions)
+        count = questions.unique().numel()
+        wrong = questions[right == 0].unique().numel()
+        return torch.tensor(1 - wrong / count if count else 0.0, device=questions.device)
 
 
 class SequenceClassification(Task):
     """Classification of a text, or of a pair. Batches: `input_ids`, `attention_mask` [batch, length], `labels` [batch].
 
     Metrics: `loss`, `accuracy`, `f1` (macro average), `mcc`, and with two labels `binary_f1`, that of the second one
-    (GLUE's). With one output, the task is regression, `labels` are floats, and the metrics are `loss` (squared error),
-    `pearson` and `spearman`. Prediction gives label, score and all probabilities, or the value.
+    (GLUE's, and MultiRC's F1a). Where batches have `questions`, numbers that tell which rows are answers to the same
+    question, also `exact_match`: the share of questions all of whose answers are labelled right (MultiRC's). With one
+    output, the task is regression, `labels` are floats, and the metrics are `loss` (squared error), `pearson` and
+    `spearman`. Prediction gives label, score and all probabilities, or the value.
     """
 
     name = "sequence_classification"
     auto_class = "AutoModelForSequenceClassification"
     heads = ("classifier", "score", "pre_classifier", "classification_head", "head")
     labelled = True
+    extras = ("questions",)
     monitor = ("val_accuracy", "max")
 
     def metrics(self, config: Any) -> dict[str, Metric]:
@@ -40,6 +72,7 @@ class SequenceClassification(Task):
             "accuracy": MulticlassAccuracy(count, average="micro"),
             "f1": MulticlassF1Score(count, average="macro"),
             "mcc": MulticlassMatthewsCorrCoef(count),
+            "exact_match": QuestionsRight(),
         }
         return {**metrics, "binary_f1": BinaryF1Score()} if count == 2 else metrics
 
@@ -49,8 +82,11 @@ class SequenceClassification(Task):
             for name in ("pearson", "spearman"):
                 metrics[name].update(output.logits.squeeze(-1).float(), batch["labels"].float())
             return
-        for name in metrics.keys() - {"loss"}:
-            metrics[name].update(output.logits.argmax(-1), batch["labels"])
+        predicted = output.logits.argmax(-1)
+        for name in metrics.keys() - {"loss", "exact_match"}:
+            metrics[name].update(predicted, batch["labels"])
+        if "questions" in batch:
+            metrics["exact_match"].update(predicted == batch["labels"], batch["questions"])
 
     def predict(self, module: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
