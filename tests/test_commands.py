@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
+from hub_server import hub
 from models import batch, close, make, scramble
 
 import lit_peft
@@ -171,27 +172,29 @@ def test_code_that_a_base_brings_does_not_run(
 def test_push_and_pull(
     decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
+    from huggingface_hub import constants
 
-    from huggingface_hub import HfApi
-
-    adapter(decoder, tmp_path / "adapter")
-    hub = tmp_path / "hub"
-
-    def download(api: Any, repo_id: str, *, local_dir: Path, **_: Any) -> None:
-        if repo_id != "me/mine":
-            raise OSError("404: no such repository")
-        shutil.copytree(hub, local_dir, dirs_exist_ok=True)
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **_: None)
-    monkeypatch.setattr(HfApi, "upload_folder", lambda api, *, folder_path, **_: shutil.copytree(folder_path, hub))
-    monkeypatch.setattr(HfApi, "snapshot_download", download)
-    assert main(["push", str(tmp_path / "adapter"), "me/mine"]) == 0
-    assert main(["pull", "me/mine", str(tmp_path / "again")]) == 0
-    lit_peft.load_adapter(transformers.AutoModelForCausalLM.from_pretrained(decoder), tmp_path / "again")
-    assert main(["push", str(tmp_path), "me/mine"]) == 2
-    assert main(["pull", "me/other", str(tmp_path / "other")]) == 2
-    assert "404" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    folder = tmp_path / "adapter"
+    adapter(decoder, folder)
+    (folder / "notes.txt").write_text("not the adapter's")
+    with hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        file = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", file)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_token")
+        assert main(["push", str(folder), "me/mine", "--private"]) == 0
+        assert main(["push", str(folder), "me/mine"]) == 0
+        assert server.private == {"me/mine"}
+        assert main(["pull", "me/mine", str(tmp_path / "again")]) == 0
+        # Files of ours alone, to the bit, without what the client keeps for itself.
+        pulled = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+        assert pulled == server.files["me/mine"]
+        assert pulled == {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "notes.txt"}
+        lit_peft.load_adapter(transformers.AutoModelForCausalLM.from_pretrained(decoder), tmp_path / "again")
+        assert main(["push", str(tmp_path), "me/mine"]) == 2
+        assert main(["pull", "me/other", str(tmp_path / "other")]) == 2
+        assert "404" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_the_module_has_adapters_by_name(decoder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from lit_peft.commands.options import Options
@@ -59,6 +60,8 @@ def pull(arguments: list[str]) -> None:
             )
         except (OSError, ValueError) as problem:
             raise LitPeftError(f"{options.repo_id} was not downloaded: {first_line(problem)}") from problem
+        # What the client notes for going on with a download.
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
         if not (folder / "adapter_config.json").is_file():
             raise LitPeftError(f"{options.repo_id} has no adapter_config.json: it is not an adapter.")
     print(f"pulled: {options.folder}")
