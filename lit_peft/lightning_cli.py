@@ -166,6 +166,11 @@ class CLI(LightningCLI):
             say(f"{name:<17} {value.item():.4f}")
         if best and checkpoint and checkpoint.monitor and checkpoint.best_model_score is not None:
             say(f"{'best ' + checkpoint.monitor:<18}{checkpoint.best_model_score.item():.4f}  ({best})")
+        if not best and checkpoint is not None and checkpoint.dirpath and checkpoint.save_last:
+            # Training ended before the first validation that could have told the best.
+            best = str(Path(checkpoint.dirpath) / "last.ckpt")
+            trainer.save_checkpoint(best)
+            say(f"No validation was reached, so what is kept is the last step's weights ({best}).")
         if not best:
             return
         # The adapter people share is the best one, not the last.

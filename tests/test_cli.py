@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lit_peft.cli import main
 
@@ -52,6 +54,22 @@ def test_fit_then_test_then_predict(encoder: Path, reviews: Path, tmp_path: Path
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == list(range(96))
     assert {row["label"] for row in rows} == {"neg", "pos"}
+
+
+def test_training_that_ends_before_a_validation_keeps_its_last_step(
+    encoder: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lit-peft"])
+    assert main(["fit", *settings(encoder, reviews), "--trainer.max_steps", "2"]) == 0
+    out, folder = capsys.readouterr().out, tmp_path / "lit_peft_runs" / "version_0"
+    assert "No validation was reached" in out
+    following = out.rpartition("next:  lit-peft ")[2].split()
+    assert following[-1].endswith("last.ckpt") and main(following) == 0
+    stored = load_file(folder / "adapter" / "adapter_model.safetensors")
+    trained = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    ours = sorted(float(value.sum()) for name, value in trained.items() if "lora_B" in name)
+    assert any(ours) and ours == sorted(float(value.sum()) for name, value in stored.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize(
