@@ -157,7 +157,9 @@ class BaseLM(pl.LightningModule):
         quantize(model, self.hparams.quantization, self.task.heads)
         model.train()  # transformers hands models over in evaluation mode, and Lightning keeps the mode it finds
         if self.hparams.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            # transformers renamed it, and warns of the old name.
+            renamed = hasattr(model, "activation_checkpointing_enable")
+            getattr(model, f"{'activation' if renamed else 'gradient'}_checkpointing_enable")()
         self._attach(model, missing)
         if self.device_mesh is not None:  # of ModelParallelStrategy
             shard(model, self.device_mesh)

@@ -122,5 +122,11 @@ def scramble(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
+def checkpointing(model: nn.Module, on: bool) -> None:
+    """Turn gradient checkpointing on or off, by its newer name where transformers has it."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_{'enable' if on else 'disable'}")()
+
+
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(actual, expected, atol=tolerance * float(expected.abs().max()), rtol=0)
+    torch.testing.assert_close(actual, expected, atol=tolerance * expected.detach().abs().max().item(), rtol=0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import ALL, DECODERS, GOLDEN, SEQ2SEQS, SHAPE, batch, close, make, scramble
+from models import ALL, DECODERS, GOLDEN, SEQ2SEQS, SHAPE, batch, checkpointing, close, make, scramble
 from safetensors.torch import load_file
 from torch import nn
 
@@ -86,9 +86,9 @@ def test_every_architecture(name: str, method: str) -> None:
     # Checkpointed layers run their hooks a second time; the gradients are the same.
     scramble(model)
     gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable()
+    for again in (False, True):
+        if again:
+            checkpointing(model, True)
         optimizer.zero_grad()
         torch.manual_seed(4)
         model(**inputs).loss.backward()

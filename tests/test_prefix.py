@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import ALL, DECODERS, ENCODERS, GOLDEN, SEQ2SEQS, batch, close, make, scramble
+from models import ALL, DECODERS, ENCODERS, GOLDEN, SEQ2SEQS, batch, checkpointing, close, make, scramble
 from safetensors.torch import load_file
 
 import lit_peft
@@ -53,9 +54,10 @@ def show_past_key_values(model: Any) -> Any:
     """peft looks for an argument of that name, which transformers still takes, and now shows by another."""
     backbone = model.base_model
     original = backbone.forward
+    name = "cache" if "cache" in inspect.signature(original).parameters else "past_key_values"
 
     def forward(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        return original(*args, past_key_values=past_key_values, **kwargs)
+        return original(*args, **{name: past_key_values}, **kwargs)
 
     backbone.forward = forward
     return model
@@ -126,14 +128,14 @@ def test_every_architecture(name: str, projection: bool) -> None:
     assert losses[1] < losses[0]
     scramble(model)
     gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable()
+    for again in (False, True):
+        if again:
+            checkpointing(model, True)
         optimizer.zero_grad()
         torch.manual_seed(4)
         model(**inputs).loss.backward()
         gradients.append({key: parameter.grad.clone() for key, parameter in trained.items()})
-    model.gradient_checkpointing_disable()
+    checkpointing(model, False)
     for key, gradient in gradients[0].items():
         close(gradients[1][key], gradient, 1e-4)
     copied = copy.deepcopy(model).eval()
@@ -326,7 +328,7 @@ def test_the_mlp_is_folded_away_outside_training(monkeypatch: pytest.MonkeyPatch
         scramble(model)
         assert (model(**inputs).logits - before).abs().max() > 1e-4 and len(calls) == 2
     model.train()
-    model.gradient_checkpointing_enable()
+    checkpointing(model, True)
     for _ in range(2):
         model(**batch("llama")).loss.backward()
     assert len(calls) == 4

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from models import ALL, DECODERS, ENCODERS, GOLDEN, batch, close, make, scramble
+from models import ALL, DECODERS, ENCODERS, GOLDEN, batch, checkpointing, close, make, scramble
 from safetensors.torch import load_file
 
 import lit_peft
@@ -178,17 +178,17 @@ def test_every_architecture(name: str) -> None:
 
     scramble(model)
     gradients = []
-    for checkpointing in (False, True):
+    for again in (False, True):
         model.train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
+        if again:
+            checkpointing(model, True)
         optimizer.zero_grad()
         torch.manual_seed(4)
         model(**inputs).loss.backward()
         gradients.append({key: parameter.grad.clone() for key, parameter in trained.items()})
     for key, gradient in gradients[0].items():
         close(gradients[1][key], gradient)
-    model.gradient_checkpointing_disable()
+    checkpointing(model, False)
 
     model.eval()
     with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import DECODERS, GROUPED, SHAPE
+from models import DECODERS, GROUPED, SHAPE, checkpointing
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -186,7 +186,7 @@ def test_half_precision(kind: str) -> None:
 
 def test_gradient_checkpointing() -> None:
     model = adapted("llama").train()
-    model.gradient_checkpointing_enable()
+    checkpointing(model, True)
     assert_equal_to_plain(model, batch())
 
 
