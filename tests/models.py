@@ -130,3 +130,45 @@ def checkpointing(model: nn.Module, on: bool) -> None:
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, atol=tolerance * expected.detach().abs().max().item(), rtol=0)
+
+
+def trained_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def learns(model: Any, inputs: dict[str, torch.Tensor], rate: float, steps: int = 2) -> None:
+    """A few steps move every trained parameter, and the loss falls."""
+    trained = trained_of(model)
+    optimizer = torch.optim.SGD(trained.values(), lr=rate)
+    losses, moved = [], dict.fromkeys(trained, False)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.manual_seed(3)
+        loss = model(**inputs).loss
+        loss.backward()
+        losses.append(loss.item())
+        for name, parameter in trained.items():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            moved[name] |= bool(parameter.grad.abs().max() > 0)
+        optimizer.step()
+    assert all(moved.values()), [name for name, seen in moved.items() if not seen]
+    assert losses[-1] < losses[0]
+
+
+def checkpointing_changes_nothing(model: Any, inputs: dict[str, torch.Tensor], tolerance: float = 1e-4) -> None:
+    """Checkpointed layers run their hooks a second time, and the gradients are the same; in training mode, it stays."""
+    trained, found = trained_of(model), []
+    model.train()
+    for on in (False, True):
+        if on:
+            checkpointing(model, True)
+        model.zero_grad()
+        torch.manual_seed(4)
+        model(**inputs).loss.backward()
+        found.append(
+            {name: parameter.grad.clone() for name, parameter in trained.items() if parameter.grad is not None}
+        )
+    checkpointing(model, False)
+    assert found[0].keys() == trained.keys()
+    for name, gradient in found[0].items():
+        close(found[1][name], gradient, tolerance)

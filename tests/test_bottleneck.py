@@ -10,7 +10,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import ALL, DECODERS, GOLDEN, SEQ2SEQS, SHAPE, batch, checkpointing, close, make, scramble
+from models import (
+    ALL,
+    DECODERS,
+    GOLDEN,
+    SEQ2SEQS,
+    SHAPE,
+    batch,
+    checkpointing_changes_nothing,
+    close,
+    learns,
+    make,
+    scramble,
+    trained_of,
+)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -66,35 +79,11 @@ def test_every_architecture(name: str, method: str) -> None:
     lit_peft.attach(model, METHODS[method](bottleneck_size=4, non_linearity="gelu", **extra))
     with torch.no_grad():
         close(model(**inputs).logits, base, 1e-6)
-    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    trained = trained_of(model)
     assert len(trained) == 4 * (2 if name not in SEQ2SEQS else 4) * (1 + extra["mh_adapter"]) + 8 * (len(extra) - 1)
-    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
-    model.train()
-    losses, seen = [], dict.fromkeys(trained, False)
-    for _ in range(2):
-        optimizer.zero_grad()
-        torch.manual_seed(3)
-        loss = model(**inputs).loss
-        loss.backward()
-        losses.append(float(loss.detach()))
-        for key, parameter in trained.items():
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-            seen[key] |= bool(parameter.grad.abs().max() > 0)
-        optimizer.step()
-    assert all(seen.values()), [key for key, ok in seen.items() if not ok]
-    assert losses[1] < losses[0]
-    # Checkpointed layers run their hooks a second time; the gradients are the same.
+    learns(model.train(), inputs, rate=0.1)
     scramble(model)
-    gradients = []
-    for again in (False, True):
-        if again:
-            checkpointing(model, True)
-        optimizer.zero_grad()
-        torch.manual_seed(4)
-        model(**inputs).loss.backward()
-        gradients.append({key: parameter.grad.clone() for key, parameter in trained.items()})
-    for key, gradient in gradients[0].items():
-        close(gradients[1][key], gradient, 1e-4)
+    checkpointing_changes_nothing(model, inputs)
     with torch.no_grad():
         assert (model.eval()(**inputs).logits - base).abs().max() > 1e-3
     lit_peft.detach(model)

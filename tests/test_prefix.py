@@ -12,7 +12,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import ALL, DECODERS, ENCODERS, GOLDEN, SEQ2SEQS, batch, checkpointing, close, make, scramble
+from models import (
+    ALL,
+    DECODERS,
+    ENCODERS,
+    GOLDEN,
+    SEQ2SEQS,
+    batch,
+    checkpointing,
+    checkpointing_changes_nothing,
+    close,
+    learns,
+    make,
+    scramble,
+    trained_of,
+)
 from safetensors.torch import load_file
 
 import lit_peft
@@ -109,35 +123,11 @@ def test_every_architecture(name: str, projection: bool) -> None:
         model,
         PrefixTuningSettings(num_virtual_tokens=3, prefix_projection=projection, prefix_projection_size=size),
     )
-    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    trained = trained_of(model)
     assert len(trained) == (5 if projection else 1) * (3 if name in SEQ2SEQS else 1)
-    optimizer = torch.optim.SGD(trained.values(), lr=0.5)
-    model.train()
-    losses, seen = [], dict.fromkeys(trained, False)
-    for _ in range(2):
-        optimizer.zero_grad()
-        torch.manual_seed(3)
-        loss = model(**inputs).loss
-        loss.backward()
-        losses.append(float(loss.detach()))
-        for key, parameter in trained.items():
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-            seen[key] |= bool(parameter.grad.abs().max() > 0)
-        optimizer.step()
-    assert all(seen.values()), [key for key, ok in seen.items() if not ok]
-    assert losses[1] < losses[0]
+    learns(model.train(), inputs, rate=0.5)
     scramble(model)
-    gradients = []
-    for again in (False, True):
-        if again:
-            checkpointing(model, True)
-        optimizer.zero_grad()
-        torch.manual_seed(4)
-        model(**inputs).loss.backward()
-        gradients.append({key: parameter.grad.clone() for key, parameter in trained.items()})
-    checkpointing(model, False)
-    for key, gradient in gradients[0].items():
-        close(gradients[1][key], gradient, 1e-4)
+    checkpointing_changes_nothing(model, inputs)
     copied = copy.deepcopy(model).eval()
     with torch.no_grad():
         adapted = model.eval()(**inputs).logits

@@ -11,7 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from models import ALL, DECODERS, ENCODERS, GOLDEN, batch, checkpointing, close, make, scramble
+from models import (
+    ALL,
+    DECODERS,
+    ENCODERS,
+    GOLDEN,
+    batch,
+    checkpointing_changes_nothing,
+    close,
+    learns,
+    make,
+    scramble,
+    trained_of,
+)
 from safetensors.torch import load_file
 
 import lit_peft
@@ -160,35 +172,11 @@ def test_every_architecture(name: str) -> None:
     model, inputs = make(name), batch(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     lit_peft.attach(model, kind(num_virtual_tokens=4))
-    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    trained = trained_of(model)
     assert all(key.startswith("prompt_encoder.") for key in trained)
-    optimizer = torch.optim.SGD(trained.values(), lr=0.02)
-    losses, seen = [], dict.fromkeys(trained, False)
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = model(**inputs).loss
-        loss.backward()
-        losses.append(float(loss.detach()))
-        for key, parameter in trained.items():
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-            seen[key] |= bool(parameter.grad.abs().max() > 0)
-        optimizer.step()
-    assert all(seen.values()), [key for key, ok in seen.items() if not ok]
-    assert losses[-1] < losses[0]
-
+    learns(model, inputs, rate=0.02, steps=3)
     scramble(model)
-    gradients = []
-    for again in (False, True):
-        model.train()
-        if again:
-            checkpointing(model, True)
-        optimizer.zero_grad()
-        torch.manual_seed(4)
-        model(**inputs).loss.backward()
-        gradients.append({key: parameter.grad.clone() for key, parameter in trained.items()})
-    for key, gradient in gradients[0].items():
-        close(gradients[1][key], gradient)
-    checkpointing(model, False)
+    checkpointing_changes_nothing(model, inputs, tolerance=1e-5)
 
     model.eval()
     with torch.no_grad():
