@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from lit_peft import LitPeftError, TextClassificationData
 from lit_peft.data.evened import Evened, RealOnly
+from lit_peft.data.files import read_file
 from lit_peft.data.text_classification import encode_texts
 
 
@@ -79,6 +80,71 @@ def test_what_is_wrong_is_told_with_its_place(
     with pytest.raises(LitPeftError, match=said) as problem:
         data(encoder, file).setup("fit")
     assert "data.train" in str(problem.value) and len(str(problem.value).splitlines()) == 1
+
+
+def table(file: Path, *rows: Any) -> Any:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_file(str(file), "data.train")
+
+
+def test_json_columns_are_what_they_say(tmp_path: Path) -> None:
+    """No text becomes a date, no chat a trace of an agent, and columns of several types keep each value."""
+    file = tmp_path / "a.jsonl"
+    dates = ["2020-01-01", "2020-01-01 00:00:00"]
+    assert list(table(file, *({"text": date} for date in dates))["text"]) == dates
+    chat = [{"role": "user", "content": "good"}]
+    row = {"id": "1", "source": "x", "model": "m", "system_prompt": "p", "messages": chat}
+    assert table(file, row)[0] == row
+    values: list[Any] = [1, "x", {"z": 1}, None, [1, None], True, 0.5]
+    assert list(table(file, *({"a": value, "b": 1} for value in values))["a"]) == values
+    parts = [[{"content": "x"}], [{"content": [{"type": "text"}]}]]
+    assert list(table(file, *({"messages": part} for part in parts))["messages"]) == parts
+    assert list(table(file, {"a": 2**64 + 1}, {"a": 2**53 + 1})["a"]) == [str(2**64 + 1), 2**53 + 1]
+    file.write_text('{"a": NaN, "b": 1}\n\n{"a": -Infinity, "c": "\u2028"}\n')
+    assert list(read_file(str(file), "data.train")) == [
+        {"a": None, "b": 1, "c": None},
+        {"a": None, "b": None, "c": "\u2028"},
+    ]
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2.5}')
+    assert list(read_file(str(file), "data.train")) == [{"a": 1.0}, {"a": 2.5}]
+    whole = tmp_path / "a.json"
+    whole.write_text('{\n  "version": 2,\n  "data": [\n {"x": "y"}]\n}\n')
+    assert list(read_file(str(whole), "data.train")) == [{"version": 2, "data": [{"x": "y"}]}]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [(None, "x"), ([], [1.5]), ({"k": 1}, {"j": ["x"]}), (1, "x"), (1, 0.5), ("x", {"z": [1]})]
+)
+def test_a_type_that_shows_late_holds_for_all_rows(first: Any, then: Any, tmp_path: Path) -> None:
+    """Rows are read a block at a time, and a file's first block does not tell its types."""
+    rows: list[dict[str, Any]] = [{"a": first}] * 2_500 + [{"a": then, "b": 1}] * 2_000
+    made = table(tmp_path / "a.jsonl", *rows)
+    assert len(made) == 4_500 and made["b"][2_499] is None and made["b"][2_500] == 1
+    keys = {**dict.fromkeys(first), **dict.fromkeys(then)} if isinstance(first, dict) else None
+    wanted = [{**keys, **value} for value in (first, then)] if keys else [first, then]
+    assert [made["a"][0], made["a"][2_500]] == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        # Those that pyarrow's reader died of.
+        ("a.json", '[null, {"a": "x"}, "%s", {"a": "y"}]', "row 1 is not a JSON object"),
+        ("a.json", '[Infinity, {"a": {}}, {"a": "x"}]', "row 1 is not a JSON object"),
+        ("a.jsonl", '{"a": 1}\nnull\n', "line 2 is not a JSON object"),
+        ("a.jsonl", '{"a": "x"}\n{"a": "\\ud800"}\n', "row 2 holds half of a surrogate pair"),
+        ("a.jsonl", '{"a":' * 100_000, "line 1 is nested too deeply"),
+        ("a.json", "[" * 100_000, "is nested too deeply"),
+        ("a.json", "{}", "has no rows"),
+        ("a.json", '{\n"a": [1,\n}', "broken JSON at line 3, column 1"),
+        ("a.json", b'[{"a": 1},\n{"a": "\xe9"}]', r"byte 0xe9 in line 2 \(offset 18\)"),
+    ],
+)
+def test_json_that_is_no_table_is_refused(name: str, content: str | bytes, said: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(LitPeftError, match=said):
+        read_file(str(file), "data.train")
 
 
 def test_labels_of_one_file_missing_from_the_other(encoder: Path, tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_peft.data.json_rows import json_table
 from lit_peft.errors import LitPeftError, causes, closest
 from lit_peft.sources import PACKAGE_PREFIX, cache_root, hub_error, resolve_packaged_file
 
@@ -26,9 +26,6 @@ LOADERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-
-# A row that is `null`, behind another on its line.
-_NULL = re.compile(rb"[]}]\s*null")
 
 
 def is_file(value: str) -> bool:
@@ -171,25 +168,17 @@ def _quiet() -> Iterator[None]:
 def _load(path: Path, field: str, value: str, loader: str, options: dict[str, Any]) -> Dataset:
     import datasets
 
-    # pyarrow takes any bytes for text, and fails only where a cell is read.
-    if loader == "json":
-        if place := _not_utf8(path):
-            raise LitPeftError(f"{field} {value!r} is not UTF-8: {place}; save it as UTF-8.")
-        # pyarrow's reader does not survive it.
-        if _null_row(path) and (problem := _broken_json(path)):
-            raise LitPeftError(f"{field} {value!r}: {problem}.")
     content = content_digest(path)
+    # datasets itself goes by the file's path and time, which a changed file may keep.
+    cache = cache_root() / "datasets" / content
     try:
         with _quiet():
-            table = datasets.load_dataset(
-                loader,
-                data_files={"train": str(path.resolve())},
-                split="train",
-                # datasets itself goes by the file's path and time, which a changed file may keep.
-                cache_dir=str(cache_root() / "datasets" / content),
-                **options,
-            )
-    except Exception as exc:  # pandas, pyarrow, datasets and json errors, some of them bare ValueErrors
+            if loader == "json":
+                table = json_table(path, f"{field} {value!r}", cache / "rows.arrow")
+            else:
+                files = {"train": str(path.resolve())}
+                table = datasets.load_dataset(loader, data_files=files, split="train", cache_dir=str(cache), **options)
+    except Exception as exc:  # pandas, pyarrow and datasets errors, some of them bare ValueErrors
         raise explain(path, field, value, loader, exc) from exc
     if len(table) == 0:
         raise LitPeftError(f"{field} {value!r} has no rows; give a file with at least one row.")
@@ -249,12 +238,6 @@ def explain(path: Path, field: str, value: str, loader: str, exc: BaseException)
     if loader != "parquet" and (place := _not_utf8(path)):
         return LitPeftError(f"{where} is not UTF-8: {place}; save it as UTF-8.")
     text = _chain(exc)
-    if loader == "json":
-        problem = _broken_json(path)
-        if problem:
-            return LitPeftError(f"{where}: {problem}.")
-        if not _has_json_rows(path):
-            return LitPeftError(f"{where} has no rows; give a file with at least one row.")
     if "no data" in text or "No columns to parse" in text:
         return LitPeftError(f"{where} has no rows; give a file with at least one row.")
     ragged = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", text)
@@ -288,49 +271,3 @@ def _not_utf8(path: Path) -> str:
                 return f"byte 0x{byte:02x} in line {number} (offset {offset + exc.start})"
             offset += len(line)
     return ""
-
-
-def _null_row(path: Path) -> bool:
-    """Whether a json file may hold `null` where a row should be; strings that look alike count, too."""
-    last = b"}"
-    with path.open("rb") as stream:
-        for line in stream:
-            text = line.removeprefix(b"\xef\xbb\xbf").strip()
-            if _NULL.search(text) or (text.startswith(b"null") and last in b"]}"):
-                return True
-            last = text[-1:] or last
-    return False
-
-
-def _broken_json(path: Path) -> str:
-    """Return what is wrong with a json or jsonl file and in which line, or "" if each part parses."""
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        return "" if isinstance(json.loads(text), (dict, list)) else f"it holds {text.strip()[:40]!r} and no rows"
-    except RecursionError:
-        return "it is nested too deeply"
-    except json.JSONDecodeError as exc:
-        whole = f"line {exc.lineno}, column {exc.colno}: {exc.msg}"
-    if text.lstrip().startswith("[") or (path.suffix.lower() == ".json" and not _starts_as_lines(text)):
-        return f"broken JSON at {whole}"
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as exc:
-            return f"line {number} is not valid JSON (column {exc.colno}: {exc.msg})"
-        if not isinstance(row, dict):
-            return f"line {number} is not a JSON object ({line.strip()[:40]!r})"
-    return ""
-
-
-def _starts_as_lines(text: str) -> bool:
-    first = text.lstrip().split("\n", 1)[0]
-    with contextlib.suppress(json.JSONDecodeError):
-        return isinstance(json.loads(first), dict)
-    return False
-
-
-def _has_json_rows(path: Path) -> bool:
-    return path.read_text(encoding="utf-8-sig").strip() not in ("", "[]", "{}")
