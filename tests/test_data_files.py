@@ -19,6 +19,12 @@ from lit_peft.data.files import read_file
 from lit_peft.data.text_classification import encode_texts
 
 
+@pytest.fixture(autouse=True)
+def new_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is found that another run has read."""
+    monkeypatch.setenv("LIT_PEFT_CACHE", str(tmp_path / "cache"))
+
+
 def data(encoder: Path, file: Path, **settings: object) -> TextClassificationData:
     return TextClassificationData(base=str(encoder), train=str(file), validation_fraction=0, **settings)
 

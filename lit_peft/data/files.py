@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.json_rows import json_table
+from lit_peft.data.json_rows import JSON_VERSION, json_table
 from lit_peft.errors import LitPeftError, causes, closest
 from lit_peft.sources import PACKAGE_PREFIX, cache_root, hub_error, resolve_packaged_file
 
@@ -174,7 +174,7 @@ def _load(path: Path, field: str, value: str, loader: str, options: dict[str, An
     try:
         with _quiet():
             if loader == "json":
-                table = json_table(path, f"{field} {value!r}", cache / "rows.arrow")
+                table = json_table(path, f"{field} {value!r}", cache / f"rows-{JSON_VERSION}.arrow")
             else:
                 files = {"train": str(path.resolve())}
                 table = datasets.load_dataset(loader, data_files=files, split="train", cache_dir=str(cache), **options)

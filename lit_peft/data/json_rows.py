@@ -18,6 +18,8 @@ from lit_peft.errors import LitPeftError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# Part of the name a table is kept by: raise it when files are read otherwise.
+JSON_VERSION = 1
 _BOM = b"\xef\xbb\xbf"
 # Rows and bytes that are held at once.
 _ROWS, _BYTES = 2_000, 2**23
