@@ -39,6 +39,17 @@ def test_a_csv_with_quotes_and_newlines(encoder: Path, tmp_path: Path) -> None:
     assert made.label_names == ["NA", "pos"]
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_csv_as_spreadsheets_write_it(separator: str, encoder: Path, tmp_path: Path) -> None:
+    """With a byte order mark, CRLF, and other separators than commas."""
+    lines = ["text|label", '"a good, great; film"|pos', "the bad, story|neg" if separator != "," else "bad|neg"]
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(line.replace("|", separator) for line in lines).encode())
+    table = data(encoder, file).rows["train"].table
+    assert table.column_names == ["text", "label"] and table["text"][0] == "a good, great; film"
+    assert list(table["label"]) == ["pos", "neg"]
+
+
 def test_one_row(encoder: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "good film", "label": "pos"}\n')

@@ -54,9 +54,10 @@ def resolve_file(value: str, field: str, suffixes: Collection[str]) -> Path:
 def read_file(value: str, field: str, text_column: str = "text", text_unit: str = "line") -> Dataset:
     """Read a csv, tsv, json, jsonl, parquet or txt file.
 
-    Every column of a csv or tsv file is read as text, since such a file has no types: "NA" and "007" stay
-    as they are written, and a column does not change its type halfway. The parsed table is kept in the
-    user's cache and found there again while the file's content is the same, whatever its name and times.
+    Cells of a csv file stand apart by commas or, where its header has none, by semicolons or tabs. Every column of a
+    csv or tsv file is read as text, since such a file has no types: "NA" and "007" stay as they are written, and a
+    column does not change its type halfway. The parsed table is kept in the user's cache and found there again while
+    the file's content is the same, whatever its name and times.
 
     Args:
         value: a path, or `"pkg:DISTRIBUTION/path"` for a file inside an installed package.
@@ -203,6 +204,11 @@ def _csv_options(path: Path, field: str, value: str) -> dict[str, Any]:
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
+            header = next(csv.reader(stream, delimiter=separator), [])
+            if len(header) == 1:
+                # Spreadsheets write semicolons where the comma is for decimals.
+                separator = next((other for other in ";\t" if other in header[0]), separator)
+            stream.seek(0)
             rows = csv.reader(stream, delimiter=separator)
             header = next(rows, [])
             first = next(rows, [])
