@@ -247,6 +247,8 @@ def test_wrong_cloze_rows_are_told(encoder: Path, tmp_path: Path) -> None:
         "row 2: of the answers .'Eve'. in column 'answers' none is one of the 3 choices": {"answers": ["Eve"]},
         "row 2 has 0 choice": {"entities": []},
         "row 2: of the answers .. in column": {"answers": []},
+        "row 2: column 'answers' is 'good', and other rows have lists": {"answers": "good"},
+        "row 2: column 'answers' is None, and other rows have lists": {"answers": None},
     }
     for said, changed in wrong.items():
         file = written(tmp_path / "a.jsonl", [RECORD[0], {**RECORD[1], **changed}])

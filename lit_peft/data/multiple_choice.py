@@ -93,6 +93,7 @@ class MultipleChoiceData(LitDataModule):
         """Every row needs a question, at least two choices and an answer that is one of them."""
         self.require_text(rows, (self.question_column, self.context_column))
         given = {name: column_values(rows.table, name) for name in self.columns(split).values() if name}
+        several = split != "predict" and any(isinstance(given[self.answer_column][row], list) for row in rows.numbers)
         for row in rows.numbers:
             cells = {name: values[row] for name, values in given.items()}
             texts, labels = choices_of(cells, self.choices_column, self.choice_columns)
@@ -109,12 +110,17 @@ class MultipleChoiceData(LitDataModule):
             if split == "predict":
                 continue
             answer = cells[self.answer_column]
-            if isinstance(answer, list) and not right_ones(answer, texts):
+            if several and not isinstance(answer, list):
+                raise LitPeftError(
+                    f"{rows.where(row)}: column {self.answer_column!r} is {shown(answer)}, and other rows have lists "
+                    "of right texts; give one."
+                )
+            if several and not right_ones(answer, texts):
                 raise LitPeftError(
                     f"{rows.where(row)}: of the answers {shown(answer)} in column {self.answer_column!r} none is one "
                     f"of the {len(texts)} choices; correct it."
                 )
-            if not isinstance(answer, list) and answer_of(answer, texts, labels, self.first_answer) is None:
+            if not several and answer_of(answer, texts, labels, self.first_answer) is None:
                 known = labels or [f"{self.first_answer} to {len(texts) - 1 + self.first_answer}", "a letter"]
                 raise LitPeftError(
                     f"{rows.where(row)}: answer {answer!r} in column {self.answer_column!r} is none of the "
