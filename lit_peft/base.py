@@ -456,20 +456,19 @@ class BaseLM(pl.LightningModule):
         return None if rows is None else {"rows": rows}
 
     def _evaluate(self, batch: Batch, metrics: Any, stage: str) -> list[dict[str, Any]] | None:
-        rows = None
+        # Rows repeated to even out the processes count nowhere; this one has part in the calls they make together, in
+        # the metrics that others have something to say to.
+        surplus = batch.pop("surplus", False)
+        updated = copy.deepcopy(metrics) if surplus else metrics
         with self._loss_alone():
-            if batch.pop("surplus", False):
-                # Repeated to even out the processes: for their collective calls alone.
-                self(**batch)
-            else:
-                rows = self.task.evaluate(self, metrics, batch)
+            rows = self.task.evaluate(self, updated, batch)
         if self._trainer is not None:
             size = len(next(iter(batch.values())))
             # A task may have metrics that this kind of data has nothing to say to.
-            for name, metric in ((name, metric) for name, metric in metrics.items() if metric.update_called):
+            for name, metric in ((name, metric) for name, metric in metrics.items() if updated[name].update_called):
                 shown = stage == "val" and name == self.task.monitor[0].removeprefix("val_")
                 self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=shown, batch_size=size)
-        return rows
+        return None if surplus else rows
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Return one plain dict per example: label and probabilities, or generated text."""

@@ -46,6 +46,11 @@ def main(folder: Path, out: Path, die: int) -> None:
     named: dict[str, Any] = {"test": str(folder / "multirc.jsonl"), "benchmark": "super_glue/multirc"}
     asked = TextClassificationData(base=encoder, labels=["0", "1"], **named, **common)
     runs["multirc"] = (asked, "sequence_classification", encoder)
+    # A process is left without a row.
+    one = TextClassificationData(
+        base=encoder, labels=["0", "1"], **{**named, "test": str(folder / "one.jsonl")}, **common
+    )
+    runs["one"] = (one, "sequence_classification", encoder)
     named = {"test": str(folder / "record.jsonl"), "benchmark": "super_glue/record"}
     runs["record"] = (MultipleChoiceData(base=encoder, **named, **common), "multiple_choice", encoder)
     text = CausalLMData(base=decoder, test=str(folder / "two.csv"), **common)

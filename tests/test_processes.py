@@ -75,6 +75,7 @@ def folder(encoder: Path, decoder: Path, tmp_path_factory: pytest.TempPathFactor
         for at in range(7)
     ]
     (made / "multirc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    (made / "one.jsonl").write_text(json.dumps(asked[1]))
     entities = ["good", "bad story", "great"]
     cloze = [
         {"passage": text, "query": "it was @placeholder", "entities": entities[: 1 + at], "answers": ["good"]}
