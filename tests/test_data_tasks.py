@@ -473,3 +473,11 @@ def test_metrics_over_uneven_processes_equal_those_of_one(base: str, tmp_path: P
     assert len(found[0]) == len(found[1]) == 2
     for one, two in zip(*found, strict=True):
         assert one == pytest.approx(two, abs=1e-5)
+
+
+def test_a_question_that_is_none_is_told(base: str, tmp_path: Path) -> None:
+    articles = [{"paragraphs": [{"context": "good film", "qas": [None]}]}]
+    (tmp_path / "a.json").write_text(json.dumps({"data": articles}))
+    data = lit_peft.QuestionAnsweringData(base=base, train=str(tmp_path / "a.json"))
+    with pytest.raises(LitPeftError, match="A SQuAD file has articles"):
+        data.setup("fit")

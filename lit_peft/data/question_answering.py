@@ -285,7 +285,7 @@ def _member(item: Any, key: str, kind: type | tuple[type, ...]) -> Any:
         LitPeftError: it is missing or of another kind.
     """
     value = item.get(key) if isinstance(item, dict) else None
-    if not isinstance(value, kind):
+    if not isinstance(item, dict) or not isinstance(value, kind):
         raise LitPeftError(
             "A SQuAD file has articles with 'paragraphs', these 'context' and 'qas', these 'question' and 'answers' "
             f"with 'text' and 'answer_start'; this one has {key!r} = {shown(value)} in {shown(item)}."
