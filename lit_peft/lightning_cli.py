@@ -52,7 +52,7 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         write_file(self._folder / CONFIG, text.encode())
 
 
@@ -124,7 +124,7 @@ class CLI(LightningCLI):
         config = self.config_init[self.subcommand]
         if self.subcommand != "fit" or config.get("ckpt_path") != "last":
             return None
-        plain = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
+        plain = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_unset=False))
         version = earlier_run(root, plain)
         folders = [Path(c.dirpath) for c in callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
         if version is not None:

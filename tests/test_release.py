@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import lit_peft
 
@@ -150,6 +151,20 @@ def test_constraints_are_a_version_of_all_that_is_asked_for() -> None:
     for asker, requirement in asked:
         pin = pinned.get(requirement.name.lower().replace("_", "-"))
         assert pin is None or requirement.specifier.contains(pin, prereleases=True), (asker, str(requirement), pin)
+
+
+def test_the_lowest_constraints_are_the_lowest_that_is_declared() -> None:
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    declared: dict[str, str] = {}
+    for requirement in map(Requirement, metadata.requires("lit-peft") or ()):
+        for specifier in requirement.specifier:
+            if specifier.operator == ">=":
+                declared[requirement.name] = specifier.version
+    names = {str(Requirement(line).name) for line in metadata.requires("lit-peft") or () if "extra ==" not in line}
+    assert names - {"torch"} <= set(pinned)
+    for name, version in pinned.items():
+        assert Version(version) == Version(declared[name]), (name, version, declared[name])
 
 
 def installed(name: str) -> str | None:
