@@ -138,16 +138,16 @@ def test_constraints_are_a_version_of_all_that_is_asked_for() -> None:
     """torch asks for a newer setuptools than was once pinned: each pin is held against whoever asks for the package."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    asked = [
-        (asker, requirement)
-        for asker in ("lit-peft", *pinned)
-        if asker == "lit-peft" or installed(asker) == pinned[asker]
-        for requirement in map(Requirement, metadata.requires(asker) or ())
-        if requirement.name != "lit-peft"
-        if asker == "lit-peft" or not requirement.marker or requirement.marker.evaluate({"extra": ""})
-    ]
-    names = {requirement.name.lower().replace("_", "-") for asker, requirement in asked if asker == "lit-peft"}
+    needed, optional = declared()
+    names = {requirement.name.lower() for requirement in (*needed, *optional)}
     assert names <= set(pinned), names - set(pinned)
+    asked = [("lit-peft", requirement) for requirement in (*needed, *optional)] + [
+        (asker, requirement)
+        for asker in pinned
+        if installed(asker) == pinned[asker]
+        for requirement in map(Requirement, metadata.requires(asker) or ())
+        if not requirement.marker or requirement.marker.evaluate({"extra": ""})
+    ]
     for asker, requirement in asked:
         pin = pinned.get(requirement.name.lower().replace("_", "-"))
         assert pin is None or requirement.specifier.contains(pin, prereleases=True), (asker, str(requirement), pin)
@@ -156,15 +156,23 @@ def test_constraints_are_a_version_of_all_that_is_asked_for() -> None:
 def test_the_lowest_constraints_are_the_lowest_that_is_declared() -> None:
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
-    declared: dict[str, str] = {}
-    for requirement in map(Requirement, metadata.requires("lit-peft") or ()):
-        for specifier in requirement.specifier:
-            if specifier.operator == ">=":
-                declared[requirement.name] = specifier.version
-    names = {str(Requirement(line).name) for line in metadata.requires("lit-peft") or () if "extra ==" not in line}
-    assert names - {"torch"} <= set(pinned)
+    needed, optional = declared()
+    lowest = {
+        requirement.name: specifier.version
+        for requirement in (*optional, *needed)
+        for specifier in requirement.specifier
+        if specifier.operator == ">="
+    }
+    assert {requirement.name for requirement in needed} - {"torch"} <= set(pinned)
     for name, version in pinned.items():
-        assert Version(version) == Version(declared[name]), (name, version, declared[name])
+        assert Version(version) == Version(lowest[name]), (name, version, lowest[name])
+
+
+def declared() -> tuple[list[Requirement], list[Requirement]]:
+    """What `pyproject.toml` asks for, and what its extras do."""
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [Requirement(line) for lines in project["optional-dependencies"].values() for line in lines]
+    return list(map(Requirement, project["dependencies"])), [extra for extra in extras if extra.name != "lit-peft"]
 
 
 def installed(name: str) -> str | None:
