@@ -12,6 +12,7 @@ and drawn. `python benchmarks/page.py` puts them into docs/speed.md.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -110,6 +111,8 @@ def main() -> None:
     results = json.loads(file.read_text())["results"] if file.exists() else []
     machine = {"torch": torch.__version__, "threads": options.threads, "machine": platform.machine()}
     for case in options.cases:
+        # Models and their hooks hold each other.
+        gc.collect()
         result = measured(case, options.rounds, options.small)
         done = {**{each["case"]: each for each in results}, case: result}
         results = [done[name] for name in SHAPES if name in done]
