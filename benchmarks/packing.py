@@ -2,7 +2,7 @@
 
     python benchmarks/packing.py --tokenizer TOKENIZER FILE.json…
 
-Both train LoRA on the same small Llama with about the same number of tokens to a batch, padding included; padded and
+Both train LoRA on the same Llama with about the same number of tokens to a batch, padding included; padded and
 packed batches take turns, and each pair gives one ratio.
 """
 
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--hidden_size", type=int, default=512, help="of the Llama; attention's share falls with it")
+    parser.add_argument("--layers", type=int, default=8, help="of the Llama; the head's share falls with them")
     given = parser.parse_args()
     examples: list[dict[str, Any]] = []
     for file in given.files:
@@ -52,7 +53,7 @@ def main() -> None:
         vocab_size=1 + max(token for example in examples for token in example["input_ids"]),
         hidden_size=given.hidden_size,
         intermediate_size=4 * given.hidden_size,
-        num_hidden_layers=2,
+        num_hidden_layers=given.layers,
         num_attention_heads=given.hidden_size // 64,
     )
     model = lit_peft.attach(LlamaForCausalLM(config), lit_peft.LoRASettings(r=8))
