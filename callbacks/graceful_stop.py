@@ -120,11 +120,14 @@ class GracefulStop(Callback):
             )
 
     def _save(self, trainer: pl.Trainer) -> Path | None:
-        """Write the last checkpoint, and return its path."""
+        """Write the last checkpoint, where there is somebody to keep it, and return its path."""
         keeper = next((found for found in trainer.checkpoint_callbacks if isinstance(found, ModelCheckpoint)), None)
-        if keeper is None or not keeper.dirpath:
-            return None
-        name = f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
-        keeper.last_model_path = keeper.last_model_path or str(Path(keeper.dirpath) / name)
-        trainer.save_checkpoint(keeper.last_model_path)
-        return Path(keeper.last_model_path)
+        return save_last(trainer, keeper) if keeper is not None and keeper.dirpath else None
+
+
+def save_last(trainer: pl.Trainer, keeper: ModelCheckpoint) -> Path:
+    """Write what `keeper`, whose `dirpath` is known, calls the last checkpoint, as of now; return its path."""
+    name = f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
+    keeper.last_model_path = keeper.last_model_path or str(Path(str(keeper.dirpath)) / name)
+    trainer.save_checkpoint(keeper.last_model_path)
+    return Path(keeper.last_model_path)

@@ -26,6 +26,7 @@ import lit_peft.data
 import lit_peft.modules
 from lit_peft.base import BaseLM
 from lit_peft.callbacks import ExactResume, GracefulStop, PredictionWriter, RunBanner, TokenProgressBar
+from lit_peft.callbacks.graceful_stop import save_last
 from lit_peft.checkpoint_io import AtomicCheckpointIO
 from lit_peft.data.base import LitDataModule
 from lit_peft.disk import replace_folder, temporary_folder, write_failure, write_file
@@ -100,10 +101,9 @@ class CLI(LightningCLI):
             extra.append(TokenProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
         if self.subcommand in ("test", "predict"):
             extra.append(PredictionWriter(config.output))
-        if self.subcommand == "fit" and not any(isinstance(callback, GracefulStop) for callback in given):
-            extra.append(GracefulStop())
         if self.subcommand == "fit":
-            extra.append(ExactResume())
+            kinds = (GracefulStop, ExactResume)
+            extra += [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
         saves = config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run
         if saves and not any(isinstance(callback, ModelCheckpoint) for callback in given):
             extra.append(self._checkpoint())
@@ -168,8 +168,7 @@ class CLI(LightningCLI):
             say(f"{'best ' + checkpoint.monitor:<18}{checkpoint.best_model_score.item():.4f}  ({best})")
         if not best and checkpoint is not None and checkpoint.dirpath and checkpoint.save_last:
             # Training ended before the first validation that could have told the best.
-            best = str(Path(checkpoint.dirpath) / "last.ckpt")
-            trainer.save_checkpoint(best)
+            best = str(save_last(trainer, checkpoint))
             say(f"No validation was reached, so what is kept is the last step's weights ({best}).")
         if not best:
             return

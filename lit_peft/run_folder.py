@@ -87,5 +87,5 @@ class RunLogger(CSVLogger):
         elif file.is_file():
             write_file(file, b"".join(file.read_bytes().splitlines(keepends=True)[: rows + 1]))
         if row is not None:
-            self.log_metrics({name: value for name, value in row.items() if name != "step"}, row["step"])
+            self.log_metrics(row, row["step"])
             self.save()

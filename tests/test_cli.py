@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lit_peft.cli import main
+from lit_peft.lightning_cli import CLI
 
 COMMAND = str(Path(sysconfig.get_path("scripts")) / "lit-peft")
 
@@ -70,6 +71,19 @@ def test_training_that_ends_before_a_validation_keeps_its_last_step(
     trained = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     ours = sorted(float(value.sum()) for name, value in trained.items() if "lora_B" in name)
     assert any(ours) and ours == sorted(float(value.sum()) for name, value in stored.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("given", [[], ["GracefulStop"], ["ExactResume"], ["GracefulStop", "ExactResume"]])
+def test_a_callback_that_every_run_has_is_not_there_twice(
+    given: list[str], encoder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lit-peft"])
+    monkeypatch.setattr(CLI, "after_fit", lambda cli: found.extend(type(c).__name__ for c in cli.trainer.callbacks))
+    callbacks = [f"--trainer.callbacks+=lit_peft.callbacks.{name}" for name in given]
+    assert main(["fit", *settings(encoder, reviews), *callbacks, "--trainer.max_steps", "1"]) == 0
+    assert [found.count(name) for name in ("GracefulStop", "ExactResume")] == [1, 1]
 
 
 @pytest.mark.parametrize(

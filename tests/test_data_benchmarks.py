@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import WORDS
 from datasets import ClassLabel, Dataset, Features, Value
+from models import QUIET
 
 import lit_peft
 from lit_peft import LitPeftError, MultipleChoiceData, TextClassificationData
@@ -21,12 +22,6 @@ from lit_peft.data.benchmarks import BENCHMARKS, CHOICE_BENCHMARKS
 from lit_peft.tasks import find_task
 from lit_peft.tasks.sequence_classification import QuestionsRight
 
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
 TEXTS = ("the film is good", "this film is bad", "it was a great story", "it was a poor story")
 
 
@@ -82,7 +77,7 @@ def test_every_benchmark_is_read(name: str, encoder: Path, tmp_path: Path) -> No
 def test_a_benchmark_trains_and_tells_its_metric(name: str, encoder: Path, tmp_path: Path) -> None:
     data = TextClassificationData(base=str(encoder), benchmark=name, dataset=hub(tmp_path, name), batch_size=4)
     module = lit_peft.HeadOnly(base=str(encoder), task="sequence_classification")
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", **QUIET)
+    trainer = pl.Trainer(max_epochs=1, enable_checkpointing=False, **QUIET)
     trainer.fit(module, data)
     assert module.task.monitor == (BENCHMARKS[name].monitor, "max")
     assert BENCHMARKS[name].monitor in trainer.callback_metrics
@@ -114,7 +109,7 @@ def test_multirc_is_judged_by_question_and_by_answer(suffix: str, encoder: Path,
     data = TextClassificationData(train=file, validation=file, test=file, **settings)
     module = lit_peft.HeadOnly(base=str(encoder), task="sequence_classification")
     pl.seed_everything(1)
-    trainer = pl.Trainer(accelerator="cpu", **QUIET)
+    trainer = pl.Trainer(enable_checkpointing=False, **QUIET)
     [found] = trainer.test(module, data, verbose=False)
     module.eval()
     batches = [*data.test_dataloader()]
@@ -230,7 +225,7 @@ def test_a_choice_benchmark_trains_tests_and_predicts(name: str, encoder: Path, 
     file = written(tmp_path / "a.jsonl", [{k: v for k, v in r.items() if k not in ("label", "answers")} for r in rows])
     data = MultipleChoiceData(base=str(encoder), benchmark=name, dataset=str(tmp_path), predict=file, batch_size=3)
     module = lit_peft.HeadOnly(base=str(encoder), task="multiple_choice")
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", **QUIET)
+    trainer = pl.Trainer(max_epochs=1, enable_checkpointing=False, **QUIET)
     trainer.fit(module, data)
     assert module.task.monitor[0] == known.monitor in trainer.callback_metrics
     metrics = {"test_loss", "test_accuracy", *(["test_exact_match", "test_f1"] if name.endswith("record") else [])}

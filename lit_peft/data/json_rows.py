@@ -43,7 +43,8 @@ def json_rows(path: Path, where: str) -> Iterator[tuple[dict[str, Any], int]]:
         A row, and its size in bytes.
 
     Raises:
-        LitPeftError: not UTF-8, not JSON or not an object, and where.
+        LitPeftError: not JSON or not an object, and where.
+        UnicodeDecodeError: not UTF-8.
     """
     with path.open("rb") as stream:
         start = _first(stream)
@@ -51,16 +52,9 @@ def json_rows(path: Path, where: str) -> Iterator[tuple[dict[str, Any], int]]:
             yield from _whole(path, where)
             return
         stream.seek(0)
-        offset = 0
         for number, raw in enumerate(stream, start=1):
             line = raw.removeprefix(_BOM) if number == 1 else raw
-            try:
-                text = line.decode("utf-8").strip()
-            except UnicodeDecodeError as exc:
-                at = offset + len(raw) - len(line) + exc.start
-                place = f"byte 0x{line[exc.start]:02x} in line {number} (offset {at})"
-                raise LitPeftError(f"{where} is not UTF-8: {place}; save it as UTF-8.") from exc
-            offset += len(raw)
+            text = line.decode("utf-8").strip()
             if not text:
                 continue
             try:
@@ -84,7 +78,7 @@ def json_table(path: Path, where: str, target: Path) -> Dataset:
     """Read such a file as a table, and keep this at `target`; what is there already is taken.
 
     Raises:
-        LitPeftError: as `json_rows`.
+        LitPeftError, UnicodeDecodeError: as `json_rows`.
     """
     import datasets
 
@@ -111,10 +105,6 @@ def _whole(path: Path, where: str) -> Iterator[tuple[dict[str, Any], int]]:
     data = path.read_bytes().removeprefix(_BOM)
     try:
         found = _parsed(data.decode("utf-8"))
-    except UnicodeDecodeError as exc:
-        line = data.count(b"\n", 0, exc.start) + 1
-        place = f"byte 0x{data[exc.start]:02x} in line {line} (offset {path.stat().st_size - len(data) + exc.start})"
-        raise LitPeftError(f"{where} is not UTF-8: {place}; save it as UTF-8.") from exc
     except json.JSONDecodeError as exc:
         raise LitPeftError(f"{where}: broken JSON at line {exc.lineno}, column {exc.colno}: {exc.msg}.") from exc
     except RecursionError as exc:
