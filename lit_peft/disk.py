@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -42,8 +43,26 @@ def sync(path: Path) -> None:
             os.close(handle)
 
 
+def clear_left(target: Path, seconds: float = _STALE_SECONDS) -> None:
+    """Remove the temporary files and folders `.NAME.tmp-…` beside `target` that a killed process left.
+
+    Args:
+        target: what they were to become.
+        seconds: how old they are at the least; 0 where no other process can be writing.
+    """
+    for left in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
+        with contextlib.suppress(FileNotFoundError):  # another process has put its own in place
+            if time.time() - left.stat().st_mtime < seconds:
+                continue
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
+
+
 def temporary_folder(target: Path) -> Path:
     """Make an empty folder `.NAME.tmp-…` beside `target`, to become it once it is filled."""
+    clear_left(target)
     return Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
 
 
@@ -81,17 +100,19 @@ def write_file(target: Path, content: Any) -> None:
     Raises:
         OSError: it could not be written; what was there still is.
     """
+    with whole_file(target) as temporary, temporary.open("xb") as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A name `.NAME.tmp-…` beside `target` for a file that becomes it when the block ends, or is gone if it fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{target.name}.tmp-*"):
-        with contextlib.suppress(FileNotFoundError):  # another process has put its own in place
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                left.unlink()
+    clear_left(target)
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)

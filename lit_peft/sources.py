@@ -14,14 +14,13 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_peft.disk import files_below, whole_folder
+from lit_peft.disk import clear_left, files_below, whole_folder
 from lit_peft.errors import LitPeftError, causes, closest, first_line
 
 PACKAGE_PREFIX = "pkg:"
@@ -418,8 +417,7 @@ def _locked(target: Path) -> Iterator[None]:
 
 def _convert(file: Path, target: Path) -> None:
     # Under the lock, a temporary folder of this target is what a killed process left.
-    for stale in target.parent.glob(f".{target.name}.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    clear_left(target, 0)
     size = file.stat().st_size / 1e6
     print(
         f"lit-peft: converting {file.name} ({size:,.0f} MB) to safetensors, once …",

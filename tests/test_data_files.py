@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from lit_peft import LitPeftError, TextClassificationData
+from lit_peft.data import json_rows
 from lit_peft.data.evened import Evened, RealOnly
 from lit_peft.data.files import read_file
 from lit_peft.data.text_classification import encode_texts
@@ -149,10 +150,12 @@ def test_a_type_that_shows_late_holds_for_all_rows(first: Any, then: Any, tmp_pa
         ("a.json", '[null, {"a": "x"}, "%s", {"a": "y"}]', "row 1 is not a JSON object"),
         ("a.json", '[Infinity, {"a": {}}, {"a": "x"}]', "row 1 is not a JSON object"),
         ("a.jsonl", '{"a": 1}\nnull\n', "line 2 is not a JSON object"),
-        ("a.jsonl", '{"a": "x"}\n{"a": "\\ud800"}\n', "row 2 holds half of a surrogate pair"),
+        ("a.jsonl", '{"a": "x"}\n{"a": "\\ud800"}\n', "line 2 holds half of a surrogate pair"),
         ("a.jsonl", '{"a":' * 100_000, "line 1 is nested too deeply"),
         ("a.json", "[" * 100_000, "is nested too deeply"),
         ("a.json", "{}", "has no rows"),
+        ("a.json", '[{"a": 1}]\n[{"a": 2}]', "more stands after the end of the list"),
+        ("a.json", '[{"a": "\\udc00"}]', "row 1 holds half of a surrogate pair"),
         ("a.json", '{\n"a": [1,\n}', "broken JSON at line 3, column 1"),
         ("a.json", b'[{"a": 1},\n{"a": "\xe9"}]', r"byte 0xe9 in line 2 \(offset 18\)"),
     ],
@@ -162,6 +165,53 @@ def test_json_that_is_no_table_is_refused(name: str, content: str | bytes, said:
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(LitPeftError, match=said):
         read_file(str(file), "data.train")
+
+
+@pytest.mark.parametrize("characters", [1, 5, 64, 2**20])
+def test_a_list_is_read_bit_by_bit(characters: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever breaks off where a bit ends, rows and the places of errors are those of the json module."""
+    monkeypatch.setattr(json_rows, "_CHARACTERS", characters)
+    value = {"a": ['x,]\\"}{', "\U0001f600 é\u2028", -1.5e-7, True, None, {"b": [{}, []]}], "": " \n\t"}
+    good = [value, {}, {"a": []}, value, {"z": "y" * 90}]
+    file = tmp_path / "a.json"
+    for text in (json.dumps(good), json.dumps(good, indent=3, ensure_ascii=False) + "\r\n ", "\n [ ] "):
+        file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        if json.loads(text):
+            assert [row for row, _ in json_rows.json_rows(file, "x")] == json.loads(text)
+        else:
+            with pytest.raises(LitPeftError, match="x has no rows"):
+                list(json_rows.json_rows(file, "x"))
+    whole = json.dumps([{"a": "x"}, {"b": ["y" * 30]}, {"c": 1.5}], indent=1)
+    for at in range(1, len(whole)):
+        for broken in (whole[:at], f"{whole[:at]}%{whole[at:]}"):
+            file.write_text(broken)
+            try:
+                json.loads(broken)
+                continue
+            except json.JSONDecodeError as exc:
+                place = f"line {exc.lineno}, column {exc.colno}: {exc.msg}"
+            with pytest.raises(LitPeftError) as problem:
+                list(json_rows.json_rows(file, "x"))
+            assert place in str(problem.value), broken
+
+
+def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
+    """A table half written is seen by nobody, and goes with the next writing of that file."""
+    file, cache = tmp_path / "a.jsonl", tmp_path / "cache" / "datasets"
+    table(file, {"a": 1})
+    [made] = cache.glob("*/*.arrow")
+    left, running = (made.with_name(f".{made.name}.tmp-{name}") for name in ("0a", "0b"))
+    for path in (left, running):
+        path.write_bytes(made.read_bytes()[:40])
+    os.utime(left, (1, 1))
+    made.unlink()
+    assert list(table(file, {"a": 1})) == [{"a": 1}]
+    assert {path.name for path in made.parent.iterdir()} >= {made.name, running.name} and not left.exists()
+    made.unlink()
+    file.write_text('{"a": 1}\n{')
+    with pytest.raises(LitPeftError):
+        read_file(str(file), "data.train")
+    assert not [path for path in cache.glob("*/.*") if path != running]
 
 
 def test_labels_of_one_file_missing_from_the_other(encoder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +139,6 @@ def test_what_does_not_go_with_it_is_told(decoder: Path, file: Path, encoder: Pa
         )
     with pytest.raises(LitPeftError, match=r"no column 'txt'.*'text'"):
         data(decoder, file, text_column="txt").setup("fit")
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"text": "good film"}\n{"text": \n')
-    with pytest.raises(LitPeftError, match="could not be read"):
-        rows(data(decoder, broken).train_dataloader())
     labelled = tmp_path / "labelled.jsonl"
     labelled.write_text('{"text": "good film", "label": "pos"}\n{"text": "bad film", "label": "neg"}\n')
     settings: dict[str, Any] = {"base": str(encoder), "train": str(labelled), "streaming": True}
@@ -148,3 +146,71 @@ def test_what_does_not_go_with_it_is_told(decoder: Path, file: Path, encoder: Pa
         TextClassificationData(**settings).setup("fit")
     batch = next(iter(TextClassificationData(**settings, labels=["neg", "pos"]).train_dataloader()))
     assert torch.equal(batch["labels"].sort().values, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", '{"text": "good"}\n' * 40 + '{"text": \n', "line 41 is not valid JSON"),
+        ("a.json", '[null, {"text": "x"}]', "row 1 is not a JSON object"),
+        ("a.json", '[Infinity, {"text": {}}, {"text": "x"}]', "row 1 is not a JSON object"),
+        ("a.json", '[{"text": "good"},\n{"text": "film"} 1]', "broken JSON at line 2, column 18"),
+        ("a.json", '[{"text": "good"}] [', "more stands after the end of the list"),
+        ("a.jsonl", '{"text": "good"}\n' * 40 + '["b"]', "line 41 is not a JSON object"),
+        ("a.jsonl", '{"text": "good"}\n{"text": "\\ud800"}', "line 2 holds half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "good"}\n{"text": "caf\xe9"}', "is not UTF-8: byte 0xe9 in line 2"),
+        ("a.jsonl", '{"text": "good"}\n{"text": ["x"]}', "'text' holds .'x'., not a text"),
+        ("a.jsonl", "\n\n", "has no rows"),
+        ("a.json", "[]", "has no rows"),
+        ("a.jsonl", "{}", "has no rows"),
+        ("a.jsonl", '{"txt": "good"}', "no column 'text'"),
+        ("a.csv", "text\n", "has no rows"),
+        ("a.csv", 'text,b\ngood,1\n"bad', "could not be read"),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_told(
+    name: str, content: str | bytes, said: str, workers: int, decoder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(LitPeftError, match=said) as problem:
+        made = data(decoder, file, num_workers=workers)
+        made.setup("fit")
+        rows(made.train_dataloader())
+    assert len(str(problem.value).splitlines()) == 1 and "data.train" in str(problem.value)
+
+
+def test_a_list_and_columns_of_several_types_stream(decoder: Path, file: Path, tmp_path: Path) -> None:
+    """A list is read bit by bit: objects break off where a bit ends."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    kinds: list[Any] = [1, "2020-01-01", {"z": [1]}, None, True]
+    wanted = [{**row, "more": kinds[at % 5]} for at, row in enumerate(lines)]
+    other = tmp_path / "a.json"
+    other.write_text(json.dumps(wanted, indent=1))
+    assert sorted(rows(data(decoder, other).train_dataloader())) == sorted(rows(data(decoder, file).train_dataloader()))
+
+
+_MEASURE = """
+import resource, sys
+from lit_peft import CausalLMData
+def count(file):
+    data = CausalLMData(base=sys.argv[1], train=file, streaming=True, shuffle_buffer=1000, max_length=16)
+    return sum(len(batch["input_ids"]) for batch in data.train_dataloader())
+count(sys.argv[2])
+small = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(*map(count, sys.argv[3:]), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - small) // 1024)
+"""
+
+
+def test_memory_is_bounded(decoder: Path, tmp_path: Path) -> None:
+    """Of a file with an object to a line, and of one that is a list; both are larger than what may be held."""
+    files = [tmp_path / "small.jsonl", tmp_path / "large.jsonl", tmp_path / "large.json"]
+    for path, count in zip(files, (2_000, 9_000, 9_000), strict=True):
+        made = (json.dumps({"text": f"a good film {at}", "other": "x" * 8_000}) for at in range(count))
+        path.write_text("\n".join(made) if path.suffix == ".jsonl" else "[" + ",\n".join(made) + "]")
+    command = [sys.executable, "-c", _MEASURE, str(decoder), *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *counts, grown = map(int, done.stdout.split()[-3:])
+    assert counts == [9_000, 9_000]
+    assert grown < 30, f"{grown} MB more"

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.evened import Evened, RealOnly
 from lit_peft.data.files import column_values, is_file, read_file, read_hub, require_columns, stream_file
+from lit_peft.data.json_rows import table_of
 from lit_peft.data.sampling import ByBatch, SeededBatches, StatefulLoader
 from lit_peft.data.splits import carve, first_of_each, limited, matching, normalized
 from lit_peft.data.streaming import Stream, StreamLoader, blocks
@@ -507,7 +508,10 @@ class LitDataModule(pl.LightningDataModule):
                 continue
             if split == "train" and self.streaming:
                 # Wrong settings show in the first rows.
-                self._stream_block(next(blocks(self._stream, 8), {}))
+                first = next(blocks(self._stream, 8), {})
+                if not first:
+                    raise LitPeftError(f"data.train {self.sources[split] or self.dataset!r} has no rows; give some.")
+                self._stream_block(first)
                 continue
             if split not in self.rows:
                 # Training goes on without validation; nothing else does without its data.
@@ -603,7 +607,8 @@ class LitDataModule(pl.LightningDataModule):
         shown = not datasets.are_progress_bars_disabled()
         datasets.disable_progress_bars()
         try:
-            table = datasets.Dataset.from_dict(block, features=self._stream.features)
+            features = self._stream.features
+            table = table_of(block) if features is None else datasets.Dataset.from_dict(block, features=features)
             table = self.prepared(table, "train", field, source)
             require_columns(table, self.columns("train"), field, source)
             rows = Rows(table, list(range(len(table))), field, source)

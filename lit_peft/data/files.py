@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.json_rows import JSON_VERSION, json_table
+from lit_peft.data.json_rows import JSON_VERSION, json_rows, json_table
 from lit_peft.errors import LitPeftError, causes, closest
 from lit_peft.sources import PACKAGE_PREFIX, cache_root, hub_error, resolve_packaged_file
 
@@ -82,13 +82,24 @@ def stream_file(value: str, field: str, text_column: str = "text", text_unit: st
     """Open a file that `read_file` would read whole; the rows are read as they are asked for.
 
     Returns:
-        A `datasets.IterableDataset`, which raises the library's own errors.
+        A `datasets.IterableDataset`. It raises `read_file`'s errors of json files, and the library's own of others.
     """
     import datasets
 
     path, loader, options = _how(value, field, text_unit)
+    if loader == "json":
+        given = {"path": path.resolve(), "field": field, "value": value}
+        return datasets.IterableDataset.from_generator(_json_rows, gen_kwargs=given)
     rows = datasets.load_dataset(loader, data_files=str(path.resolve()), split="train", streaming=True, **options)
     return rows.rename_column("text", text_column) if loader == "text" and text_column != "text" else rows
+
+
+def _json_rows(path: Path, field: str, value: str) -> Iterator[dict[str, Any]]:
+    try:
+        for row, _ in json_rows(path, f"{field} {value!r}"):
+            yield row
+    except UnicodeDecodeError as exc:
+        raise explain(path, field, value, "json", exc) from exc
 
 
 def _how(value: str, field: str, text_unit: str) -> tuple[Path, str, dict[str, Any]]:

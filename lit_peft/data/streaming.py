@@ -17,8 +17,8 @@ _BLOCK = 32
 
 
 @dataclass(eq=False)
-class Stream(IterableDataset[tuple[int, list[Any]]]):
-    """Blocks of batches, made of the rows of a `datasets.IterableDataset` in their order.
+class Stream(IterableDataset[tuple[int, list[Any] | LitPeftError]]):
+    """Blocks of batches, made of the rows of a `datasets.IterableDataset` in their order; at last, what is wrong.
 
     The order is a function of the seed and the epoch: workers take blocks in turn. Of n processes each takes every n-th
     example of a block; its first are repeated to even them out.
@@ -47,7 +47,14 @@ class Stream(IterableDataset[tuple[int, list[Any]]]):
     epoch: int = 0
     start: int = 0
 
-    def __iter__(self) -> Iterator[tuple[int, list[Any]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[Any] | LitPeftError]]:
+        try:
+            yield from self._numbered()
+        except LitPeftError as exc:
+            # A worker's would be raised with its traceback for a message.
+            yield -1, exc
+
+    def _numbered(self) -> Iterator[tuple[int, list[Any]]]:
         worker = get_worker_info()
         mine, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         rows = self.rows.shuffle(seed=self.seed, buffer_size=self.buffer) if self.buffer > 1 else self.rows
@@ -78,12 +85,14 @@ def blocks(rows: Any, size: int) -> Iterator[dict[str, list[Any]]]:
     while True:
         try:
             block = next(found, None)
-        except Exception as exc:  # pandas, pyarrow, datasets and json errors
+        except LitPeftError:
+            raise
+        except Exception as exc:  # pandas, pyarrow and datasets errors
             problem = " ".join(str(link).strip() for link in causes(exc))[:300]
             raise LitPeftError(f"data.train: a row after the first {count} could not be read: {problem}") from exc
         if block is None:
             return
-        count += len(next(iter(block.values())))
+        count += len(next(iter(block.values()), ()))
         yield block
 
 
@@ -128,6 +137,8 @@ class StreamLoader(DataLoader[Any]):
         count = place["batches"] - skipped
         self._starts = [(place["block"], count)]
         for number, batches in super().__iter__():
+            if isinstance(batches, LitPeftError):
+                raise batches
             # The trainer is a batch behind at the most.
             self._starts = [*self._starts[-3:], (number, count)]
             for batch in batches[skipped:]:
