@@ -38,10 +38,10 @@ def test_equals_the_plain_formula(kind: str, trained_bias: bool, monkeypatch: py
     module, x = layer(kind), torch.randn(2, 5, 12)
     if trained_bias and module.bias is not None:
         module.bias.requires_grad_(True)
-    assert module._is_plain(x)
+    assert module._is_plain(x, module.base_layer, module.weight)
     ours = gradients(module, x)
     monkeypatch.setattr(lora, "FUSED", False)
-    assert not module._is_plain(x)
+    assert not module._is_plain(x, module.base_layer, module.weight)
     for mine, theirs in zip(ours, gradients(module, x), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
@@ -140,12 +140,12 @@ def test_what_is_more_than_two_products_takes_the_plain_path() -> None:
     x = torch.randn(3, 12)
     hooked = layer()
     hooked.base_layer.register_forward_hook(lambda module, args, out: out * 0)
-    assert not hooked._is_plain(x) and not layer()._is_plain(x.bfloat16())
+    assert not hooked._is_plain(x, hooked.base_layer, hooked.weight) and not layer()._is_plain(x.bfloat16())
     dora = layer(use_dora=True)
-    assert not dora._is_plain(x)
+    assert not dora._is_plain(x, dora.base_layer, dora.weight)
     merged = layer()
     merged.merge()
-    assert not merged._is_plain(x)
+    assert not merged._is_plain(x, merged.base_layer, merged.weight)
 
 
 def saved_storages(run: Callable[[], Tensor]) -> tuple[int, Tensor]:

@@ -16,7 +16,7 @@ x ──────────┬───────────────
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -281,34 +281,31 @@ class LoRALinear(LoRALayer):
     def add_to_weight(self, delta: Tensor) -> None:
         super().add_to_weight(delta.T if self.fan_in_fan_out else delta)
 
-    def _is_plain(self, x: Tensor) -> bool:
+    def _is_plain(self, x: Tensor, base: nn.Module, weight: Tensor) -> bool:
         """Whether base and update are two products and nothing else, which `lora_linear` computes as one."""
-        base, weight = self.base_layer, self.weight
-        autocast = torch.is_autocast_enabled(x.device.type)
         return (
             FUSED
             and self.lora_magnitude is None
-            and not self.merged
+            and self._unmerged_weight is None
             and (type(base) in (nn.Linear, QuantizedLinear) or type(base).__name__ == "Conv1D")
             and type(weight) is nn.Parameter
             and not weight.requires_grad
-            and (autocast or weight.dtype == x.dtype or type(base) is QuantizedLinear)
+            and (weight.dtype == x.dtype or type(base) is QuantizedLinear or torch.is_autocast_enabled(x.device.type))
             and x.is_floating_point()
             and not (base._forward_hooks or base._forward_pre_hooks)
             and not torch.compiler.is_compiling()
         )
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if self._is_plain(x) and not args and not kwargs:
-            weight = self.weight.T if self.fan_in_fan_out else self.weight
+        # Each attribute is looked up once: where a token is decoded, that is a good part of the time.
+        base: Any = self.base_layer
+        weight = base.weight
+        if not args and not kwargs and self._is_plain(x, base, weight):
+            weight = weight.T if self.fan_in_fan_out else weight
             dropout = self.lora_dropout if self.training else 0.0
-            codes = (
-                (self.base_layer.scale, self.base_layer.zero_point)
-                if isinstance(self.base_layer, QuantizedLinear)
-                else ()
-            )
-            return lora_linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, *codes)
-        out: Tensor = self.base_layer(x, *args, **kwargs)
+            codes = (base.scale, base.zero_point) if type(base) is QuantizedLinear else ()
+            return lora_linear(x, weight, base.bias, self.lora_A, self.lora_B, self.scaling, dropout, *codes)
+        out: Tensor = base(x, *args, **kwargs)
         if self.merged:
             return out
         dropped = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x

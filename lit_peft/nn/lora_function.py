@@ -49,8 +49,10 @@ def lora_linear(
     if not torch.is_grad_enabled() and not dropout:
         # Nothing is kept, so nothing needs to know of the whole; where a token is decoded, every call counts.
         dense = weight if scale is None else dequantized(weight, scale, zero_point, x.shape[-1]).to(x.dtype)
+        if lora_a.dtype != x.dtype:
+            lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         base = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
-        return base.add_(F.linear(F.linear(x, lora_a.to(x.dtype)), lora_b.to(x.dtype)), alpha=scaling)
+        return base.add_(F.linear(F.linear(x, lora_a), lora_b), alpha=scaling)
     out: Tensor = _LoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling, dropout, scale, zero_point)
     return out
 
