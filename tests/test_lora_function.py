@@ -32,16 +32,20 @@ def gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [out.detach(), x.grad, *(p.grad for p in module.parameters() if p.requires_grad)]  # type: ignore[list-item]
 
 
+def is_plain(module: LoRALinear, x: torch.Tensor) -> bool:
+    return module._is_plain(x, module.base_layer, module.weight)
+
+
 @pytest.mark.parametrize("kind", ["linear", "no bias", "Conv1D"])
 @pytest.mark.parametrize("trained_bias", [False, True])
 def test_equals_the_plain_formula(kind: str, trained_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = layer(kind), torch.randn(2, 5, 12)
     if trained_bias and module.bias is not None:
         module.bias.requires_grad_(True)
-    assert module._is_plain(x, module.base_layer, module.weight)
+    assert is_plain(module, x)
     ours = gradients(module, x)
     monkeypatch.setattr(lora, "FUSED", False)
-    assert not module._is_plain(x, module.base_layer, module.weight)
+    assert not is_plain(module, x)
     for mine, theirs in zip(ours, gradients(module, x), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
@@ -140,12 +144,12 @@ def test_what_is_more_than_two_products_takes_the_plain_path() -> None:
     x = torch.randn(3, 12)
     hooked = layer()
     hooked.base_layer.register_forward_hook(lambda module, args, out: out * 0)
-    assert not hooked._is_plain(x, hooked.base_layer, hooked.weight) and not layer()._is_plain(x.bfloat16())
+    assert not is_plain(hooked, x) and not is_plain(layer(), x.bfloat16())
     dora = layer(use_dora=True)
-    assert not dora._is_plain(x, dora.base_layer, dora.weight)
+    assert not is_plain(dora, x)
     merged = layer()
     merged.merge()
-    assert not merged._is_plain(x, merged.base_layer, merged.weight)
+    assert not is_plain(merged, x)
 
 
 def saved_storages(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
