@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lit_peft
-from lit_peft import LoRASettings, supervised_loss
+from lit_peft import AdapterHSettings, AdapterPSettings, LoRASettings, ParallelSettings, supervised_loss
 from lit_peft.nn import cross_entropy
+from lit_peft.tasks import supervised_ffn
 from lit_peft.tasks import supervised_loss as wiring
 
 FINISHED: dict[str, dict[str, Any]] = {
@@ -187,6 +188,63 @@ def test_half_precision(kind: str) -> None:
 def test_gradient_checkpointing() -> None:
     model = adapted("llama").train()
     checkpointing(model, True)
+    assert_equal_to_plain(model, batch())
+
+
+def rows_seen(model: Any, path: str, inputs: dict[str, Any], **more: Any) -> tuple[int, Any]:
+    """How many rows a layer sees in a training step, and the model's output."""
+    seen: list[int] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _, args, out: seen.append(out[..., 0].numel()))
+    with supervised_loss(model):
+        output = model(**inputs, **more)
+        output.loss.backward()
+    handle.remove()
+    return seen[0], output
+
+
+FFNS = {
+    "llama": "model.layers.1.mlp.down_proj",
+    "gemma": "model.layers.1.mlp.down_proj",
+    "phi": "model.layers.1.mlp.fc2",
+    "gpt2": "transformer.h.1.mlp.c_proj",
+    "gptj": "transformer.h.1.mlp.fc_out",
+    "gpt_neox": "gpt_neox.layers.1.mlp.dense_4h_to_h",
+    "falcon": "transformer.h.1.mlp.dense_4h_to_h",
+}
+
+
+@pytest.mark.parametrize("name", FFNS)
+def test_the_last_ffn_sees_the_supervised_rows_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = batch()
+    supervised = int((inputs["labels"][:, 1:] != -100).sum())
+    assert rows_seen(adapted(name), FFNS[name], inputs)[0] == supervised
+    first = FFNS[name].replace(".1.", ".0.")
+    assert rows_seen(adapted(name), first, inputs)[0] == inputs["input_ids"].numel()
+    monkeypatch.setattr(supervised_ffn, "SUPERVISED_FFN", False)
+    assert rows_seen(adapted(name), FFNS[name], inputs)[0] == inputs["input_ids"].numel()
+
+
+def test_all_rows_where_they_are_asked_for_or_computed_again() -> None:
+    inputs = batch()
+    count, output = rows_seen(adapted("llama"), FFNS["llama"], inputs, output_hidden_states=True)
+    assert count == inputs["input_ids"].numel()
+    states = adapted("llama")(**inputs, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(output.hidden_states, states)
+    model = adapted("llama").train()
+    checkpointing(model, True)
+    assert rows_seen(model, FFNS["llama"], inputs)[0] == inputs["input_ids"].numel()
+    assert supervised_ffn.last_ffn(adapted("mixtral")) is None
+
+
+@pytest.mark.parametrize("settings", [AdapterHSettings, AdapterPSettings, ParallelSettings])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gpt_neox"])
+def test_adapters_around_the_last_ffn(name: str, settings: Any) -> None:
+    model = lit_peft.attach(build(name), settings(reduction_factor=2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    assert rows_seen(model, FFNS[name], batch())[0] < batch()["input_ids"].numel()
     assert_equal_to_plain(model, batch())
 
 

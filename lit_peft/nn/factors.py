@@ -13,6 +13,12 @@ from torch import Tensor
 KEEP_FACTORS = True
 
 
+def under_torch_hooks() -> bool:
+    """Whether hooks of torch's own on saved tensors are active, as in a layer that is checkpointed or offloaded."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__.startswith("torch.")
+
+
 def factors_or_self(x: Tensor) -> tuple[Tensor, ...]:
     """Return (a, b) of x's shape with x = a · b where autograd holds both already, else (x,).
 
@@ -22,8 +28,7 @@ def factors_or_self(x: Tensor) -> tuple[Tensor, ...]:
     node = x.grad_fn
     if not KEEP_FACTORS or node is None or node.name() != "MulBackward0":
         return (x,)
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and hooks[0].__module__.startswith("torch."):
+    if under_torch_hooks():
         return (x,)
     factors = (node._saved_self, node._saved_other)  # type: ignore[attr-defined]
     if any(factor is None or factor.shape != x.shape for factor in factors):

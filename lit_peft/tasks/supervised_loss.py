@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.nn.cross_entropy import head_cross_entropy
+from lit_peft.tasks import supervised_ffn
+from lit_peft.tasks.supervised_ffn import SupervisedRows, last_ffn
 
 # (scale, soft cap) that a model puts on its logits; None where it does something else.
 Finish = tuple[float, float | None]
@@ -47,7 +49,9 @@ def supervised_loss(model: nn.Module, enabled: bool = True) -> Iterator[None]:
         yield
         return
     step = _Step(model, head)
+    ffn = last_ffn(model) if supervised_ffn.SUPERVISED_FFN else None
     handles = [
+        *(SupervisedRows(step.rows).attach(ffn) if ffn is not None else ()),
         model.register_forward_pre_hook(step.before_model, with_kwargs=True),
         head.register_forward_pre_hook(step.before_head),
         # Before any other hook: a sharded head lets its weight go in its own.
@@ -83,7 +87,8 @@ class _Step:
         self.model, self.head = model, head
         self.labels: Tensor | None = None
         self.sum: Tensor | None = None
-        self.active = False
+        self.active = self.shows_states = False
+        self.places: tuple[torch.Size, Tensor, Tensor] | None = None
 
     def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.restore()
@@ -94,19 +99,36 @@ class _Step:
             return
         self.shifted = kwargs.get("shift_labels")
         self.ignored = kwargs.get("ignore_index", -100)
+        self.shows_states = _shows_states(self.model, kwargs)
+
+    def find(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The numbers of the supervised rows of (batch, length, d) and their targets; None where labels do not fit."""
+        if self.labels is None:
+            return None
+        if self.places is None or self.places[0] != hidden.shape[:2]:
+            targets = F.pad(self.labels, (0, 1), value=self.ignored)[..., 1:] if self.shifted is None else self.shifted
+            # A prompt in front of the tokens has no labels.
+            targets = F.pad(targets, (hidden.shape[1] - targets.shape[1], 0), value=self.ignored)
+            if targets.shape != hidden.shape[:2]:
+                return None
+            targets = targets.reshape(-1).to(hidden.device)
+            rows = (targets != self.ignored).nonzero().squeeze(1)
+            self.places = hidden.shape[:2], rows, targets[rows]
+        return self.places[1:]
+
+    def rows(self, hidden: Tensor) -> Tensor | None:
+        """The rows that the last FFN has to compute."""
+        found = None if self.shows_states else self.find(hidden)
+        return None if found is None else found[0]
 
     def before_head(self, head: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.labels is None or self.active or args[0].dim() != 3:
+        if self.active or args[0].dim() != 3:
             return None
         hidden: Tensor = args[0]
-        targets = F.pad(self.labels, (0, 1), value=self.ignored)[..., 1:] if self.shifted is None else self.shifted
-        # A prompt in front of the tokens has no labels.
-        targets = F.pad(targets, (hidden.shape[1] - targets.shape[1], 0), value=self.ignored)
-        if targets.shape != hidden.shape[:2]:
+        found = self.find(hidden)
+        if found is None:
             return None
-        targets = targets.reshape(-1).to(hidden.device)
-        rows = (targets != self.ignored).nonzero().squeeze(1)
-        self.targets = targets[rows]
+        rows, self.targets = found
         self.hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
         self.active, self.sum, self.extra = True, None, 0
         self.own_loss = vars(self.model).get("_loss_function")
@@ -171,6 +193,7 @@ class _Step:
 
     def restore(self) -> None:
         """Give the model its own loss back."""
+        self.labels = self.places = None
         if self.active:
             self.active = False
             if self.own_loss is None:
@@ -178,6 +201,12 @@ class _Step:
             else:
                 self.model.loss_function = self.own_loss
             self.hidden = self.targets = self.sum = None  # type: ignore[assignment]
+
+
+def _shows_states(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether somebody asked for the layers' outputs, and so for all rows of them."""
+    asked = kwargs.get("output_hidden_states")
+    return bool(getattr(getattr(model, "config", None), "output_hidden_states", False) if asked is None else asked)
 
 
 def _frozen_linear(head: nn.Module) -> bool:
