@@ -131,6 +131,18 @@ def test_multirc_is_judged_by_question_and_by_answer(suffix: str, encoder: Path,
     assert all(parts) and not parts[0] & parts[1]
 
 
+def test_questions_right_at_any_precision() -> None:
+    """Numbers of questions stay apart on devices without float64, and while modules are made in half precision."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        metric = QuestionsRight()
+        metric.update(torch.tensor([True, False, True]), [300, 301, 2**24 - 1])
+        assert metric.dtype == metric.compute().dtype == torch.float32
+        assert metric.compute().item() == pytest.approx(2 / 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_questions_right_by_counting() -> None:
     draw = random.Random(0)
     for _ in range(50):
@@ -254,6 +266,228 @@ def test_wrong_cloze_rows_are_told(encoder: Path, tmp_path: Path) -> None:
         TextClassificationData(base=str(encoder), benchmark="super_glue/copa")
     with pytest.raises(LitPeftError, match="'super_glue/cb' is for TextClassificationData"):
         MultipleChoiceData(base=str(encoder), benchmark="super_glue/cb")
+
+
+# Configuration -> the lines of GLUE's own tsv file, and its texts and labels. Quotes are a part of the text.
+GLUE_FILES: dict[str, tuple[list[str], list[tuple[Any, ...]]]] = {
+    "cola": (
+        ["gj04|1||the film is good", 'gj04|0|*|"the film bad is'],
+        [("the film is good", 1), ('"the film bad is', 0)],
+    ),
+    "sst2": (["sentence|label", '"a good film |1', "a bad film |0"], [('"a good film ', 1), ("a bad film ", 0)]),
+    "mrpc": (
+        ["\ufeffQuality|#1 ID|#2 ID|#1 String|#2 String", '1|7|8|"it was good|it is good', "0|7|8|good|bad"],
+        [('"it was good', "it is good", 1), ("good", "bad", 0)],
+    ),
+    "stsb": (
+        [
+            "index|genre|filename|year|old_index|source1|source2|sentence1|sentence2|score",
+            "0|g|f|y|1|s|s|good|great|4.5",
+        ],
+        [("good", "great", 4.5)],
+    ),
+    "qqp": (
+        ["id|qid1|qid2|question1|question2|is_duplicate", "0|1|2|good|great|1", "1|3|4|good", "2|5|6|good|bad|0"],
+        [("good", "great", 1), ("good", "bad", 0)],
+    ),
+    "mnli": (
+        [
+            "index|promptID|pairID|genre|sentence1_binary_parse|sentence2_binary_parse|sentence1_parse|sentence2_parse|"
+            "sentence1|sentence2|label1|gold_label",
+            "0|1|2|g|( a )|( b )|(R a)|(R b)|it is good|it is bad|neutral|contradiction",
+            "1|1|2|g|( a )|( b )|(R a)|(R b)|it is good|it is great|neutral|neutral",
+        ],
+        [("it is good", "it is bad", "contradiction"), ("it is good", "it is great", "neutral")],
+    ),
+    "qnli": (
+        ["index|question|sentence|label", '0|is it|"it is|entailment', "1|is it|good|not_entailment"],
+        [("is it", '"it is', "entailment"), ("is it", "good", "not_entailment")],
+    ),
+    "rte": (
+        ["index|sentence1|sentence2|label", "0|good|great|entailment", "1|good|bad|not_entailment"],
+        [("good", "great", "entailment"), ("good", "bad", "not_entailment")],
+    ),
+    "wnli": (
+        ["index|sentence1|sentence2|label", "0|good|great|1", "1|good|bad|0"],
+        [("good", "great", 1), ("good", "bad", 0)],
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("config", GLUE_FILES)
+def test_glues_own_files_are_read(config: str, streaming: bool, encoder: Path, tmp_path: Path) -> None:
+    lines, rows = GLUE_FILES[config]
+    file = tmp_path / "train.tsv"
+    file.write_text("".join(line.replace("|", "\t") + "\n" for line in lines))
+    settings: dict[str, Any] = {"benchmark": f"glue/{config}", "train": str(file), "batch_size": 4}
+    labels = sorted({row[-1] for row in rows})
+    if streaming:
+        settings |= {
+            "streaming": True,
+            "shuffle_buffer": 1,
+            **({} if config == "stsb" else {"labels": [*map(str, labels)]}),
+        }
+    data = TextClassificationData(base=str(encoder), validation_fraction=0, **settings)
+    batch = next(iter(data.train_dataloader()))
+    got = sorted(
+        (ids[mask == 1].tolist(), label)
+        for ids, mask, label in zip(
+            *(batch[key] for key in ("input_ids", "attention_mask")), batch["labels"].tolist(), strict=True
+        )
+    )
+    numbers = [row[-1] if config == "stsb" else labels.index(row[-1]) for row in rows]
+    assert got == sorted(
+        (data.tokenizer(*row[:-1])["input_ids"], number) for row, number in zip(rows, numbers, strict=True)
+    )
+    # The test files have no labels.
+    if config not in ("cola", "stsb"):
+        bare = [line.rpartition("|")[0] for line in lines]
+        file.write_text("".join(line.replace("|", "\t") + "\n" for line in bare))
+        other = TextClassificationData(base=str(encoder), benchmark=f"glue/{config}", test=str(file), labels=["0", "1"])
+        if config != "mrpc":
+            with pytest.raises(LitPeftError, match=r"has no column 'label'.*test files come without"):
+                other.setup("test")
+
+
+SPAN = {"span1_index": 0, "span2_index": 2, "span1_text": "film", "span2_text": "it"}
+PASSAGE = "the film of Ann was good\n@highlight\nBob was bad"
+# Benchmark -> a line of SuperGLUE's own file, and the rows that the hub has of it.
+SUPER_GLUE_FILES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "boolq": (
+        {"question": "is it", "passage": "it is good", "idx": 0, "label": True},
+        [{"question": "is it", "passage": "it is good", "label": True}],
+    ),
+    "cb": (
+        {"premise": "good", "hypothesis": "bad", "label": "contradiction", "idx": 0},
+        [{"premise": "good", "hypothesis": "bad", "label": "contradiction"}],
+    ),
+    "rte": (
+        {"premise": "good", "hypothesis": "great", "label": "entailment", "idx": 0},
+        [{"premise": "good", "hypothesis": "great", "label": "entailment"}],
+    ),
+    "wic": (
+        {
+            "word": "film",
+            "sentence1": "a film",
+            "sentence2": "the film",
+            "idx": 0,
+            "label": False,
+            "start1": 2,
+            "end1": 6,
+            "version": 1.1,
+        },
+        [{"word": "film", "sentence1": "a film", "sentence2": "the film", "label": False}],
+    ),
+    "wsc": (
+        {"text": "film is it", "target": SPAN, "idx": 0, "label": True},
+        [{"text": "film is it", "span1_text": "film", "span2_text": "it", "label": True}],
+    ),
+    "copa": (
+        {"premise": "it was", "choice1": "good", "choice2": "bad", "question": "cause", "label": 1, "idx": 0},
+        [{"premise": "it was", "choice1": "good", "choice2": "bad", "question": "cause", "label": 1}],
+    ),
+    "multirc": (
+        {
+            "idx": 5,
+            "version": 1.1,
+            "passage": {
+                "text": "a good film",
+                "questions": [
+                    {
+                        "idx": 7,
+                        "question": "is it",
+                        "answers": [{"idx": 1, "text": "good", "label": 1}, {"idx": 2, "text": "bad", "label": 0}],
+                    },
+                    {"idx": 8, "question": "was it", "answers": [{"idx": 3, "text": "poor", "label": 0}]},
+                ],
+            },
+        },
+        [
+            {
+                "paragraph": "a good film",
+                "question": q,
+                "answer": a,
+                "label": right,
+                "idx": {"paragraph": 5, "question": n, "answer": m},
+            }
+            for q, a, right, n, m in (
+                ("is it", "good", 1, 7, 1),
+                ("is it", "bad", 0, 7, 2),
+                ("was it", "poor", 0, 8, 3),
+            )
+        ],
+    ),
+    "record": (
+        {
+            "source": "CNN",
+            "passage": {
+                "text": PASSAGE,
+                "entities": [{"start": 36, "end": 38}, {"start": 12, "end": 14}, {"start": 12, "end": 14}],
+            },
+            "idx": 0,
+            "qas": [
+                {
+                    "idx": 0,
+                    "query": "it was @placeholder",
+                    "answers": [{"start": 12, "end": 14, "text": "Ann"}, {"start": 12, "end": 14, "text": "Ann"}],
+                },
+                {"idx": 1, "query": "@placeholder was bad", "answers": [{"start": 36, "end": 38, "text": "Bob"}]},
+            ],
+        },
+        [
+            {"passage": PASSAGE, "query": "it was @placeholder", "entities": ["Ann", "Bob"], "answers": ["Ann"]},
+            {"passage": PASSAGE, "query": "@placeholder was bad", "entities": ["Ann", "Bob"], "answers": ["Bob"]},
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", SUPER_GLUE_FILES)
+def test_super_glues_own_files_are_read(name: str, streaming: bool, encoder: Path, tmp_path: Path) -> None:
+    line, rows = SUPER_GLUE_FILES[name]
+    known = f"super_glue/{name}"
+    kind = MultipleChoiceData if known in CHOICE_BENCHMARKS else TextClassificationData
+    settings: dict[str, Any] = {"base": str(encoder), "benchmark": known, "max_length": 64, "batch_size": 8}
+    if kind is TextClassificationData:
+        settings["labels"] = (
+            ["false", "true"]
+            if name in ("boolq", "wic", "wsc")
+            else ["0", "1"]
+            if name == "multirc"
+            else ["contradiction", "entailment"]
+        )
+    streamed = {"streaming": True, "shuffle_buffer": 1} if streaming else {"validation_fraction": 0}
+
+    def batches(file: str) -> list[Any]:
+        data = kind(train=file, validation=file, **settings, **streamed)
+        return [next(iter(loader)) for loader in (data.train_dataloader(), data.val_dataloader())]
+
+    own, hubs = (batches(written(tmp_path / f"{at}.jsonl", given)) for at, given in enumerate(([line], rows)))
+    order = [batch["input_ids"].tolist() for batch in hubs]
+    for mine, wanted, ids in zip(own, hubs, order, strict=True):
+        assert set(mine) == set(wanted) and sorted(mine["input_ids"].tolist()) == sorted(ids)
+    for key, value in hubs[1].items():
+        assert torch.equal(own[1][key], value) if isinstance(value, torch.Tensor) else own[1][key] == value, key
+    # Its test file, without labels, is told, and predicted.
+    text = json.dumps(line).replace('"label"', '"other"').replace('"answers": [{"start"', '"others": [{"start"')
+    bare = written(tmp_path / "test.jsonl", [json.loads(text)])
+    with pytest.raises(LitPeftError, match="test files come without"):
+        kind(test=bare, **settings).setup("test")
+    # Neither the hub's training split nor a file is read for that.
+    assert len(kind(predict=bare, **settings).examples("predict")) == len(rows)
+
+
+def test_broken_files_of_super_glue_are_told(encoder: Path, tmp_path: Path) -> None:
+    for name in ("multirc", "record", "wsc"):
+        line = json.loads(json.dumps(SUPER_GLUE_FILES[name][0]))
+        nested = line["target" if name == "wsc" else "passage"]
+        del nested["span1_text" if name == "wsc" else "text"]
+        kind = MultipleChoiceData if name == "record" else TextClassificationData
+        data = kind(base=str(encoder), test=written(tmp_path / f"{name}.jsonl", [line]), benchmark=f"super_glue/{name}")
+        with pytest.raises(LitPeftError, match=r"is not as the benchmark's own files are: '(text|span1_text)' is None"):
+            data.setup("test")
 
 
 def test_wrong_names_and_numbers_are_told(encoder: Path, tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_mawps_own_form_trains_and_wrong_gold_is_an_error(decoder: Path, tmp_pat
     data = ReasoningData(
         base=str(decoder), benchmark="mawps", train=write(tmp_path / "m.json", own), validation_fraction=0
     )
-    assert len(data.examples("train")) == 2 and data.rows["train"].table["answer"][1] == 0.5
+    assert len(data.examples("train")) == 2 and data.rows["train"].table["answer"][1] == "0.5"
     wrong = write(tmp_path / "w.json", questions(2))
     with pytest.raises(LitPeftError, match=r"row 1: '0.0' .* no answer of boolq"):
         ReasoningData(base=str(decoder), benchmark="boolq", test=wrong).examples("test")

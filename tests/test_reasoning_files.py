@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import transformers
 
-from lit_peft import ReasoningData
+from lit_peft import InstructionData, LitPeftError, ReasoningData
 from lit_peft.cli import main
 from lit_peft.tasks.answers import gold_text
 
@@ -97,3 +97,85 @@ def test_gsm8ks_own_form(decoder: Path, tmp_path: Path) -> None:
     data = ReasoningData(base=str(decoder), benchmark="gsm8k", train=file, test=file, validation_fraction=0, **columns)
     data.drops_overlap = False
     assert data.examples("test")[0]["gold"] == "1,072" and len(data.examples("train")) == 1
+
+
+OWN: dict[str, tuple[dict[str, Any], str, str, str | None]] = {
+    "gsm8k": (
+        {"question": "how many", "answer": "48/2 = <<48/2=24>>24.\n#### 1,072"},
+        "how many",
+        "1,072",
+        "48/2 = <<48/2=24>>24.\n#### 1,072",
+    ),
+    "mawps": ({"id": 1, "original_text": "how many", "equation": "x=1", "ans": 1.5}, "how many", "1.5", None),
+    "addsub": (
+        {"iIndex": 1, "lEquations": ["X = 2"], "lSolutions": ["43"], "sQuestion": " how many "},
+        "how many",
+        "43",
+        None,
+    ),
+    "multiarith": ({"lAlignments": [80], "lSolutions": [39.0], "sQuestion": "how many"}, "how many", "39.0", None),
+    "svamp": (
+        {"ID": "c", "Body": "It was 76", "Question": "How many?", "Equation": "(1)", "Answer": 51.0, "Type": "S"},
+        "It was 76. How many?",
+        "51.0",
+        None,
+    ),
+    "aqua": (
+        {"question": "how many", "options": ["A)5(x + 1)", "B)None of these"], "rationale": "it is", "correct": "B"},
+        "how many Answer Choices: (A) 5(x + 1) (B) None of these",
+        "B",
+        None,
+    ),
+    "singleeq": (
+        {"question": "how many", "chain-of-thought": "\nA: The answer is 43.", "pred": 43.0, "answer": 43.0},
+        "how many",
+        "43.0",
+        "\nA: The answer is 43.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_benchmarks_own_file_is_read(name: str, decoder: Path, tmp_path: Path) -> None:
+    row, question, gold, working = OWN[name]
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    file = str(tmp_path / "a.json")
+    for benchmark in (name, None):
+        data = ReasoningData(
+            base=str(decoder), benchmark=benchmark, train=file, test=file, predict=file, validation_fraction=0
+        )
+        data.drops_overlap = False
+        assert (
+            data.examples("test")[0]["gold"] == gold
+            and len(data.examples("train")) == len(data.examples("predict")) == 1
+        )
+        table = data.rows["train"].table
+        assert table["instruction"][0] == question and table[0].get("output") == working
+        assert set(row) - {*table.column_names} <= {
+            "question",
+            "Question",
+            "sQuestion",
+            "original_text",
+            "answer",
+            "ans",
+            "lSolutions",
+            "Answer",
+            "correct",
+            "chain-of-thought",
+        }
+
+
+def test_questions_in_several_parts_need_their_columns_named(decoder: Path, tmp_path: Path) -> None:
+    """The hub's BoolQ, without its passage, would be another benchmark."""
+    (tmp_path / "a.json").write_text(json.dumps([{"question": "is it", "passage": "it is", "answer": True}]))
+    with pytest.raises(LitPeftError, match="no column 'instruction'"):
+        ReasoningData(base=str(decoder), test=str(tmp_path / "a.json")).setup("test")
+
+
+def test_chats_without_their_column_named_are_told(decoder: Path, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "good"}, {"role": "assistant", "content": "film"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": 1, "messages": chat}) + "\n")
+    for streaming in (False, True):
+        data = InstructionData(base=str(decoder), train=str(tmp_path / "a.jsonl"), streaming=streaming)
+        with pytest.raises(LitPeftError, match=r"chats in column 'messages': set data.messages_column to 'messages'"):
+            data.setup("fit")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.evened import Evened, RealOnly
-from lit_peft.data.files import column_values, is_file, read_file, read_hub, require_columns, stream_file
+from lit_peft.data.files import ROW, column_values, is_file, read_file, read_hub, require_columns, stream_file
 from lit_peft.data.json_rows import table_of
 from lit_peft.data.sampling import ByBatch, SeededBatches, StatefulLoader
 from lit_peft.data.splits import carve, first_of_each, limited, matching, normalized
@@ -41,7 +41,7 @@ _STAGES: dict[str, tuple[Split, ...]] = {
 # Names under which hub datasets keep their validation split.
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev", "validation_matched")
 # Part of the tokenization cache's key: raise it when a tokenizing function changes what it returns.
-_ENCODING_VERSION = 1
+_ENCODING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,14 @@ class Rows:
         numbers: which rows, as 0-based positions in the table.
         field: the setting they came from ("data.train"), for messages.
         source: that setting's value.
+        places: where the table's rows stand in the file, from 1, if not in their own order.
     """
 
     table: Dataset
     numbers: list[int]
     field: str
     source: str
+    places: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -71,7 +73,7 @@ class Rows:
 
     def where(self, row: int) -> str:
         """Say where a row stands, to begin an error message with."""
-        return f"{self.field} {self.source!r}, row {row + 1}"
+        return f"{self.field} {self.source!r}, row {self.places[row] if self.places else row + 1}"
 
 
 class LitDataModule(pl.LightningDataModule):
@@ -119,6 +121,8 @@ class LitDataModule(pl.LightningDataModule):
     drops_overlap: bool = True
     # What one row of a txt file is.
     text_unit: str = "line"
+    # For tsv files whose quotes are part of the text, see `read_file`.
+    tsv: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -239,7 +243,7 @@ class LitDataModule(pl.LightningDataModule):
             for row in rows.numbers:
                 if texts[row] is None or not str(texts[row]).strip():
                     raise LitPeftError(f"{rows.where(row)} has no text in column {column!r}; remove the row.")
-                if isinstance(texts[row], (dict, list)):
+                if isinstance(texts[row], (dict, list, bytes)):
                     raise LitPeftError(
                         f"{rows.where(row)}: column {column!r} holds {shown(texts[row])}, not a text; correct it."
                     )
@@ -267,7 +271,7 @@ class LitDataModule(pl.LightningDataModule):
             split: what it is for.
         """
         text = next((column for column in self.columns(split).values() if column), "text")
-        return read_file(value, field, text_column=text, text_unit=self._unit(split))
+        return read_file(value, field, text_column=text, text_unit=self._unit(split), tsv=self.tsv)
 
     def prepared(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
         """Bring a table just read to the columns that `columns` names; `translation.en` is a field in a column."""
@@ -365,6 +369,22 @@ class LitDataModule(pl.LightningDataModule):
 
     # ------------------------------------------------------------------------------------------- rows
 
+    def without_cuts(self, table: Dataset, split: Split, what: str) -> Dataset:
+        """Say how much was cut from a table's rows by its column `cut`, in tokens, and take that out.
+
+        Args:
+            table: what was tokenized.
+            split: which split it is.
+            what: what its rows are ("texts").
+        """
+        cuts = [cut for cut in column_values(table, "cut") if cut]
+        if cuts:
+            self.say(
+                f"data.{split}: {len(cuts)} of {len(table)} {what} cut to {self.max_length} tokens (data.max_length); "
+                f"{sum(cuts)} tokens were cut away."
+            )
+        return table.remove_columns("cut")
+
     def say(self, message: str) -> None:
         """Print a line once, on the first process only."""
         # Of the blocks of a stream, the first that has something to say speaks for all.
@@ -430,11 +450,18 @@ class LitDataModule(pl.LightningDataModule):
         return "line" if split == "predict" else self.text_unit
 
     @cached_property
+    def _to_predict(self) -> Rows | None:
+        # Predicting reads no other split, unless it needs to know their labels.
+        return self._read("predict")
+
+    @cached_property
     def rows(self) -> Mapping[Split, Rows]:
         """The rows of every split there is, before their values are checked."""
         found: dict[Split, Rows] = {}
         for split in self.sources:
-            rows = None if split == "train" and self.streaming else self._read(split)
+            if split == "train" and self.streaming:
+                continue
+            rows = self._to_predict if split == "predict" else self._read(split)
             if rows is not None:
                 found[split] = rows
         if "train" in found:
@@ -508,17 +535,15 @@ class LitDataModule(pl.LightningDataModule):
                 continue
             if split == "train" and self.streaming:
                 # Wrong settings show in the first rows.
-                first = next(blocks(self._stream, 8), {})
-                if not first:
-                    raise LitPeftError(f"data.train {self.sources[split] or self.dataset!r} has no rows; give some.")
-                self._stream_block(first)
+                self._stream_block(next(blocks(self._stream, 8), {}))
                 continue
-            if split not in self.rows:
+            rows = self._to_predict if split == "predict" else self.rows.get(split)
+            if rows is None:
                 # Training goes on without validation; nothing else does without its data.
                 if stage is None or (stage == "fit" and split == "validation"):
                     continue
                 raise LitPeftError(self._missing(split))
-            self._encoded[split] = self.encode(self.check_rows(self.rows[split], split), split)
+            self._encoded[split] = self.encode(self.check_rows(rows, split), split)
 
     def _missing(self, split: Split) -> str:
         other = f" or data.{split}_fraction" if split in self.fractions else ""
@@ -597,21 +622,27 @@ class LitDataModule(pl.LightningDataModule):
         if self.dataset is not None and not is_file(value):
             return self._hub_splits[value]
         text = next((column for column in self.columns("train").values() if column), "text")
-        return stream_file(value, "data.train", text, self._unit("train"))
+        return stream_file(value, "data.train", text, self._unit("train"), self.tsv)
 
     def _stream_block(self, block: dict[str, list[Any]]) -> list[dict[str, Any]]:
         """Check and tokenize a few rows, as a file that holds nothing else."""
         import datasets
 
-        source, field = self.sources["train"] or str(self.dataset), "a streamed block of data.train"
+        source, field = self.sources["train"] or str(self.dataset), "data.train"
         shown = not datasets.are_progress_bars_disabled()
         datasets.disable_progress_bars()
         try:
             features = self._stream.features
             table = table_of(block) if features is None else datasets.Dataset.from_dict(block, features=features)
+            places = None
+            if ROW in block:
+                places, table = block[ROW], table.remove_columns(ROW)
             table = self.prepared(table, "train", field, source)
+            if places is None or len(places) != len(table):
+                # Of rows from a hub, and of those that were unfolded, the numbers are not known.
+                field, places = "a streamed block of data.train", None
             require_columns(table, self.columns("train"), field, source)
-            rows = Rows(table, list(range(len(table))), field, source)
+            rows = Rows(table, list(range(len(table))), field, source, places)
             return list(self.encode(self.check_rows(rows, "train"), "train"))
         finally:
             if shown:

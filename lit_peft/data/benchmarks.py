@@ -45,14 +45,12 @@ class ChoiceBenchmark:
         config: its configuration there.
         columns: settings of `MultipleChoiceData` -> what they are for it.
         monitor: the metric that tells the best checkpoint.
-        validation: the split to validate and test on.
     """
 
     dataset: str
     config: str
     columns: dict[str, Any]
     monitor: str = "val_accuracy"
-    validation: str = "validation"
 
 
 def _glue(config: str, text: str, text_pair: str | None = None, **rest: str) -> Benchmark:
@@ -137,12 +135,18 @@ def _found(name: str, known: dict[str, Any], others: dict[str, Any], module: str
     return known[name]
 
 
-def fill_in(known: Benchmark | ChoiceBenchmark, common: dict[str, Any]) -> None:
-    """Name a benchmark's splits among a data module's settings, unless its files are given."""
+def fill_in(known: Benchmark | ChoiceBenchmark, common: dict[str, Any], validation: str = "validation") -> None:
+    """Name a benchmark's splits among a data module's settings, unless its files are given.
+
+    Args:
+        known: the benchmark.
+        common: the settings.
+        validation: the split to validate and test on.
+    """
     given = [common[split] for split in ("train", "validation", "test") if common.get(split)]
     if common.get("dataset") is None and any(map(is_file, given)):
         return
-    splits = {"validation": known.validation, "test": known.validation}
+    splits = {"validation": validation, "test": validation}
     for name, value in {"dataset": known.dataset, "dataset_config": known.config, **splits}.items():
         if common.get(name) is None:
             common[name] = value

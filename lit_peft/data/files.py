@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_peft.data.json_rows import JSON_VERSION, json_rows, json_table
 from lit_peft.errors import LitPeftError, causes, closest
@@ -25,6 +25,18 @@ LOADERS = {
     ".jsonl": "json",
     ".parquet": "parquet",
     ".txt": "text",
+}
+# The column of a streamed row's number.
+ROW = "number of the row"
+# Files of other kinds under a data file's name: how they begin, and what to do.
+_COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".zst")
+_FOREIGN = {
+    **dict.fromkeys(
+        (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"), "is compressed; unpack it"
+    ),
+    b"version https://git-lfs": "is only Git LFS' pointer to a file; fetch the file itself (`git lfs pull`)",
+    **dict.fromkeys((b"<!DOCTYPE html", b"<!doctype html", b"<html"), "is a web page; download the file itself"),
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "is UTF-16, not UTF-8; save it as UTF-8"),
 }
 
 
@@ -44,14 +56,25 @@ def resolve_file(value: str, field: str, suffixes: Collection[str]) -> Path:
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "does not exist"
         raise LitPeftError(f"{field} {value!r} {state}; give a file ({', '.join(suffixes)}).")
-    if suffix not in suffixes:
+    if suffix not in (*suffixes, *_COMPRESSED):
         raise LitPeftError(f"{field} {value!r} is of an unknown kind {suffix!r}; use one of {', '.join(suffixes)}.")
     if path.stat().st_size == 0:
         raise LitPeftError(f"{field} {value!r} is empty (0 bytes); give a file with at least one row.")
+    with path.open("rb") as stream:
+        start = stream.read(32)
+    foreign = next((said for opening, said in _FOREIGN.items() if start.startswith(opening)), None)
+    if foreign or suffix in _COMPRESSED:
+        raise LitPeftError(f"{field} {value!r} {foreign or 'has the name of a compressed file; unpack it'}.")
     return path
 
 
-def read_file(value: str, field: str, text_column: str = "text", text_unit: str = "line") -> Dataset:
+def read_file(
+    value: str,
+    field: str,
+    text_column: str = "text",
+    text_unit: str = "line",
+    tsv: tuple[str, ...] | None = None,
+) -> Dataset:
     """Read a csv, tsv, json, jsonl, parquet or txt file.
 
     Cells of a csv file stand apart by commas or, where its header has none, by semicolons or tabs. Every column of a
@@ -64,6 +87,7 @@ def read_file(value: str, field: str, text_column: str = "text", text_unit: str 
         field: the setting's name, for error messages ("data.train").
         text_column: how to call the one column of a txt file.
         text_unit: what is one row of a txt file: "line", "paragraph" (split at blank lines) or "document".
+        tsv: for tsv files whose quotes are part of the text: the columns of one whose first line names none of them.
 
     Returns:
         The table, at least one row long.
@@ -71,42 +95,75 @@ def read_file(value: str, field: str, text_column: str = "text", text_unit: str 
     Raises:
         LitPeftError: missing, empty, of an unknown kind, not UTF-8, or broken (with its line).
     """
-    path, loader, options = _how(value, field, text_unit)
+    path, loader, options = _how(value, field, text_unit, tsv)
     table = _load(path, field, value, loader, options)
     if loader == "text" and text_column != "text":
         table = table.rename_column("text", text_column)
     return table
 
 
-def stream_file(value: str, field: str, text_column: str = "text", text_unit: str = "line") -> Any:
+def stream_file(
+    value: str,
+    field: str,
+    text_column: str = "text",
+    text_unit: str = "line",
+    tsv: tuple[str, ...] | None = None,
+) -> Any:
     """Open a file that `read_file` would read whole; the rows are read as they are asked for.
 
     Returns:
-        A `datasets.IterableDataset`. It raises `read_file`'s errors of json files, and the library's own of others.
+        A `datasets.IterableDataset`, whose rows have their number, from 1, in a column `ROW`. It raises the errors of
+        `read_file`.
     """
     import datasets
 
-    path, loader, options = _how(value, field, text_unit)
-    if loader == "json":
-        given = {"path": path.resolve(), "field": field, "value": value}
-        return datasets.IterableDataset.from_generator(_json_rows, gen_kwargs=given)
-    rows = datasets.load_dataset(loader, data_files=str(path.resolve()), split="train", streaming=True, **options)
+    path, loader, options = _how(value, field, text_unit, tsv)
+    given = {"path": path.resolve(), "field": field, "value": value, "loader": loader, "options": options}
+    features = None
+    if loader != "json":
+        with _explained(path, field, value, loader):
+            features = _opened(path, loader, options).features
+        features = datasets.Features({**(features or {"text": datasets.Value("string")}), ROW: datasets.Value("int64")})
+    rows = datasets.IterableDataset.from_generator(_numbered, features=features, gen_kwargs=given)
     return rows.rename_column("text", text_column) if loader == "text" and text_column != "text" else rows
 
 
-def _json_rows(path: Path, field: str, value: str) -> Iterator[dict[str, Any]]:
+def _opened(path: Path, loader: str, options: dict[str, Any]) -> Any:
+    import datasets
+
+    return datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True, **options)
+
+
+def _numbered(path: Path, field: str, value: str, loader: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    with _explained(path, field, value, loader):
+        if loader == "json":
+            rows = (row for row, _ in json_rows(path, f"{field} {value!r}"))
+        else:
+            # Not `iter`, which shares out rows among workers.
+            blocks = _opened(path, loader, options).iter(1_000)
+            rows = (dict(zip(block, row, strict=True)) for block in blocks for row in zip(*block.values(), strict=True))
+        number = 0
+        for number, row in enumerate(rows, start=1):
+            yield {**row, ROW: number}
+        if not number:
+            raise LitPeftError(f"{field} {value!r} has no rows; give a file with at least one row.")
+
+
+@contextlib.contextmanager
+def _explained(path: Path, field: str, value: str, loader: str) -> Iterator[None]:
+    """Say what is wrong with a file, rather than raise the errors of pandas, pyarrow and datasets."""
     try:
-        for row, _ in json_rows(path, f"{field} {value!r}"):
-            yield row
-    except UnicodeDecodeError as exc:
-        raise explain(path, field, value, "json", exc) from exc
+        with _quiet():
+            yield
+    except Exception as exc:  # some of them bare ValueErrors
+        raise explain(path, field, value, loader, exc) from exc
 
 
-def _how(value: str, field: str, text_unit: str) -> tuple[Path, str, dict[str, Any]]:
+def _how(value: str, field: str, text_unit: str, tsv: tuple[str, ...] | None) -> tuple[Path, str, dict[str, Any]]:
     path = resolve_file(value, field, LOADERS)
     loader = LOADERS[path.suffix.lower()]
     if loader == "csv":
-        return path, loader, _csv_options(path, field, value)
+        return path, loader, _csv_options(path, field, value, tsv)
     return path, loader, {"sample_by": text_unit} if loader == "text" else {}
 
 
@@ -183,15 +240,12 @@ def _load(path: Path, field: str, value: str, loader: str, options: dict[str, An
     content = content_digest(path)
     # datasets itself goes by the file's path and time, which a changed file may keep.
     cache = cache_root() / "datasets" / content
-    try:
-        with _quiet():
-            if loader == "json":
-                table = json_table(path, f"{field} {value!r}", cache / f"rows-{JSON_VERSION}.arrow")
-            else:
-                files = {"train": str(path.resolve())}
-                table = datasets.load_dataset(loader, data_files=files, split="train", cache_dir=str(cache), **options)
-    except Exception as exc:  # pandas, pyarrow and datasets errors, some of them bare ValueErrors
-        raise explain(path, field, value, loader, exc) from exc
+    with _explained(path, field, value, loader):
+        if loader == "json":
+            table = json_table(path, f"{field} {value!r}", cache / f"rows-{JSON_VERSION}.arrow")
+        else:
+            files = {"train": str(path.resolve())}
+            table = datasets.load_dataset(loader, data_files=files, split="train", cache_dir=str(cache), **options)
     if len(table) == 0:
         raise LitPeftError(f"{field} {value!r} has no rows; give a file with at least one row.")
     # What is made of the table is cached under this name.
@@ -209,22 +263,26 @@ def content_digest(path: Path) -> str:
     return digest.hexdigest()[:24]
 
 
-def _csv_options(path: Path, field: str, value: str) -> dict[str, Any]:
+def _csv_options(path: Path, field: str, value: str, tsv: tuple[str, ...] | None) -> dict[str, Any]:
     from datasets import Features, Value
 
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    tabs = path.suffix.lower() == ".tsv"
+    separator = "\t" if tabs else ","
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if tabs and tsv is not None else csv.QUOTE_MINIMAL
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
-            header = next(csv.reader(stream, delimiter=separator), [])
+            header = next(csv.reader(stream, delimiter=separator, quoting=quoting), [])
             if len(header) == 1:
                 # Spreadsheets write semicolons where the comma is for decimals.
                 separator = next((other for other in ";\t" if other in header[0]), separator)
             stream.seek(0)
-            rows = csv.reader(stream, delimiter=separator)
+            rows = csv.reader(stream, delimiter=separator, quoting=quoting)
             header = next(rows, [])
             first = next(rows, [])
     except (UnicodeDecodeError, csv.Error) as exc:
         raise explain(path, field, value, "csv", exc) from exc
+    named = not (tabs and tsv and len(header) == len(tsv) and not set(header) & set(tsv))
+    header = header if named else list(tsv or ())
     if len(set(header)) < len(header) or not all(header):
         twice = sorted({name for name in header if header.count(name) > 1 or not name})
         raise LitPeftError(
@@ -240,6 +298,8 @@ def _csv_options(path: Path, field: str, value: str) -> dict[str, Any]:
         "sep": separator,
         "encoding": "utf-8-sig",
         "keep_default_na": False,
+        "quoting": quoting,
+        **({} if named else {"header": None, "names": header}),
         "features": Features({name: Value("string") for name in header}),
     }
 
@@ -252,6 +312,8 @@ def explain(path: Path, field: str, value: str, loader: str, exc: BaseException)
     if isinstance(exc, LitPeftError):
         return exc
     where = f"{field} {value!r}"
+    if loader == "parquet" and _no_rows(path):
+        return LitPeftError(f"{where} has no rows; give a file with at least one row.")
     if loader != "parquet" and (place := _not_utf8(path)):
         return LitPeftError(f"{where} is not UTF-8: {place}; save it as UTF-8.")
     text = _chain(exc)
@@ -273,6 +335,16 @@ def _chain(exc: BaseException) -> str:
     """The innermost messages first: the outer ones of `datasets` say only that something failed."""
     texts = [" ".join(str(link).split()) or type(link).__name__ for link in causes(exc)]
     return "; ".join(reversed(texts))
+
+
+def _no_rows(path: Path) -> bool:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        return pa.parquet.ParquetFile(path).metadata.num_rows == 0
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _not_utf8(path: Path) -> str:

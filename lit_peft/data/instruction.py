@@ -104,6 +104,21 @@ class InstructionData(SupervisedData):
             needed["data.output_column"] = self.output_column
         return needed
 
+    def prepared(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
+        """As `LitDataModule.prepared`.
+
+        Raises:
+            LitPeftError: the table holds chats, and no setting says so.
+        """
+        if self.messages_column is None and self.instruction_column not in table.column_names and len(table):
+            chat = next((name for name, value in table[0].items() if not _chat_problem(value, answered=False)), None)
+            if chat is not None:
+                raise LitPeftError(
+                    f"{field} {source!r} has no column {self.instruction_column!r} (data.instruction_column), and "
+                    f"chats in column {chat!r}: set data.messages_column to {chat!r}."
+                )
+        return super().prepared(table, split, field, source)
+
     def duplicate_key(self, table: Dataset) -> Callable[[int], Hashable]:
         """The instruction with its input, or the chat."""
         if self.messages_column is not None:

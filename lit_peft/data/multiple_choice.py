@@ -12,6 +12,7 @@ from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.benchmarks import fill_in, find_choice_benchmark
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.files import column_values
+from lit_peft.data.original_files import hub_form
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import shown
 from lit_peft.tasks.squad import normalize_answer
@@ -58,9 +59,11 @@ class MultipleChoiceData(LitDataModule):
         **common: Any,
     ) -> None:
         self.monitor: tuple[str, str] | None = None
+        self._config = ""
         known = find_choice_benchmark(benchmark) if benchmark is not None else None
         if known is not None:
             fill_in(known, common)
+            self._config = known.config
             self.monitor, self.drops_overlap = (known.monitor, "max"), False
         super().__init__(**common)
         self.question_column = question_column
@@ -83,6 +86,12 @@ class MultipleChoiceData(LitDataModule):
         else:
             needed.update({f"data.choice_columns[{at}]": name for at, name in enumerate(self.choice_columns)})
         return needed if split == "predict" else {**needed, "data.answer_column": self.answer_column}
+
+    def prepared(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
+        """As `LitDataModule.prepared`; a benchmark's own files get the hub's columns."""
+        if self._config:
+            table = hub_form(table, self._config, self.answer_column, split, f"{field} {source!r}")
+        return super().prepared(table, split, field, source)
 
     def duplicate_key(self, table: Dataset) -> Callable[[int], Hashable]:
         """The question with its context and choices."""
@@ -144,13 +153,7 @@ class MultipleChoiceData(LitDataModule):
             keep=split != "train",
             max_length=self.max_length,
         )
-        over = [length - self.max_length for length in column_values(table, "length") if length > self.max_length]
-        if over:
-            self.say(
-                f"data.{split}: {len(over)} of {len(table)} questions cut to {self.max_length} tokens "
-                f"(data.max_length); {max(over)} tokens were cut away at the most."
-            )
-        return table.remove_columns("length")
+        return self.without_cuts(table, split, "questions")
 
     def collator(self, split: Split) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """As `LitDataModule.collator`, for all choices of all questions."""
@@ -247,7 +250,7 @@ def encode_choices(
     keep: bool,
     max_length: int,
 ) -> dict[str, list[Any]]:
-    """Tokenize questions with each of their choices; `length` is the longest length before cutting."""
+    """Tokenize questions with each of their choices; `cut` is how many tokens were cut away, from all of them."""
     count = len(batch[question_column])
     rows = [{name: values[at] for name, values in batch.items()} for at in range(count)]
     found = [choices_of(row, choices_column, choice_columns) for row in rows]
@@ -259,7 +262,7 @@ def encode_choices(
             seconds += [question.replace(placeholder, text) for text in texts]
         else:
             seconds += [f"{question} {text}" for text in texts] if context_column else texts
-    lengths = [len(ids) for ids in tokenizer(firsts, seconds, verbose=False)["input_ids"]]
+    over = [max(0, len(ids) - max_length) for ids in tokenizer(firsts, seconds, verbose=False)["input_ids"]]
     encoded = tokenizer(firsts, seconds, truncation="longest_first", max_length=max_length)
     ends = [*accumulate((len(texts) for texts, _ in found), initial=0)]
     pieces = [slice(start, end) for start, end in pairwise(ends)]
@@ -268,7 +271,7 @@ def encode_choices(
         for key in ("input_ids", "token_type_ids")
         if key in encoded
     }
-    out["length"] = [max(lengths[piece]) for piece in pieces]
+    out["cut"] = [sum(over[piece]) for piece in pieces]
     if answer_column is not None:
         answers = batch[answer_column]
         out["labels"] = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,12 @@ from lit_peft.tasks.answers import MATH, find_benchmark, gold_text, kind_of, kin
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# How MAWPS' own files call the question and the answer.
-_OWN_NAMES = {"original_text": "instruction", "ans": "answer"}
+# How the benchmarks' own files, and LLM-Adapters' copies of them, call the question, the gold answer and its working.
+_QUESTIONS = ("original_text", "sQuestion", "question", "Question")
+_ANSWERS = ("ans", "lSolutions", "answer", "Answer", "correct")
+_WORKINGS = ("chain-of-thought",)
+# Other parts of a question, whose files need columns of their own to be named.
+_PARTS = ("passage", "context", "choices", "goal", "ctx", "endings", "option1")
 
 
 class ReasoningData(InstructionData):
@@ -24,10 +30,13 @@ class ReasoningData(InstructionData):
 
     Training and validation are instruction tuning on `output`; where a file has none, on "The answer is …". Testing
     generates, reads the answer out of the text and compares it with the gold one (see `lit_peft.tasks.answers`).
-    Files in MAWPS' own form (`original_text`, `ans`) are taken, too. Differences from LLM-Adapters' scripts: the prompt
-    is Alpaca's, without the 16 spaces and the comment of their source (`template: llm_adapters` has them); decoding is
-    greedy, theirs has 4 beams (`--model.generation '{num_beams: 4}'`); rows of training that also stand in the test
-    file are removed.
+    The benchmarks' own files are taken, too: GSM8K's (`question`, `answer` with "####"), MAWPS' (`original_text`,
+    `ans`), those of AddSub, MultiArith and SingleEq (`sQuestion`, `lSolutions`), SVAMP's (`Body`, `Question`,
+    `Answer`), AQuA's (`question`, `options`, `correct`), and LLM-Adapters' copies of them (`chain-of-thought`).
+
+    Differences from LLM-Adapters' scripts: the prompt is Alpaca's, without the 16 spaces and the comment of their
+    source (`template: llm_adapters` has them); decoding is greedy, theirs has 4 beams
+    (`--model.generation '{num_beams: 4}'`); rows of training that also stand in the test file are removed.
 
     Args:
         benchmark: `gsm8k`, `aqua`, `svamp`, `mawps`, `addsub`, `multiarith`, `singleeq`, `boolq`, `piqa`, `siqa`,
@@ -61,11 +70,24 @@ class ReasoningData(InstructionData):
         return split in ("test", "predict")
 
     def prepared(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
-        """As `LitDataModule.prepared`; MAWPS' own column names become the usual ones."""
-        if self.instruction_column in table.column_names:
+        """As `LitDataModule.prepared`; the benchmarks' own files get the usual columns, besides those they have."""
+        names = table.column_names
+        question = next((name for name in _QUESTIONS if name in names), None)
+        if self.instruction_column in names or question is None or set(_PARTS) & set(names):
             return super().prepared(table, split, field, source)
-        names = {own: name for own, name in _OWN_NAMES.items() if own in table.column_names}
-        return table.rename_columns(names) if len(names) == len(_OWN_NAMES) else table
+        columns = {
+            "question": question,
+            "answer": next((name for name in (self.answer_column, *_ANSWERS) if name in names), None),
+            "working": next((name for name in (self.output_column, *_WORKINGS) if name in names), None),
+        }
+        targets = (self.instruction_column, self.answer_column, self.output_column)
+        return table.map(
+            usual_columns,
+            batched=True,
+            fn_kwargs={**columns, "targets": targets},
+            remove_columns=[name for name in columns.values() if name is not None],
+            new_fingerprint=hashlib.sha256(f"{table._fingerprint} {columns} {targets} 1".encode()).hexdigest()[:32],
+        )
 
     def columns(self, split: Split) -> dict[str, str | None]:
         """The instruction, and the gold answer except for prediction."""
@@ -140,3 +162,46 @@ class ReasoningData(InstructionData):
         answers = column_values(rows.table, self.answer_column)
         said = [opening.format(gold_text(answer).removesuffix(".0")) for answer in answers]
         return replace(rows, table=rows.table.add_column(self.output_column, said))
+
+
+def usual_columns(
+    batch: dict[str, list[Any]],
+    *,
+    question: str,
+    answer: str | None,
+    working: str | None,
+    targets: tuple[str, str, str],
+) -> dict[str, list[Any]]:
+    """Make questions of their text, SVAMP's body and AQuA's options; answers become texts.
+
+    Args:
+        batch: the columns of a file.
+        question: the question's column.
+        answer: the gold answer's column; its solutions in GSM8K's own form are workings, too.
+        working: the worked out answer's column.
+        targets: what the three are to be called.
+    """
+    instruction, gold, output = targets
+    texts = [str(text or "").strip() for text in batch[question]]
+    if "Body" in batch:
+        bodies = [str(body or "").strip() for body in batch["Body"]]
+        texts = [
+            f"{body}{'' if body.endswith(('.', '?', '!', ',')) else '.'} {text}" if body else text
+            for body, text in zip(bodies, texts, strict=True)
+        ]
+    if "options" in batch:
+        lists = [options if isinstance(options, list) else [] for options in batch["options"]]
+        choices = [[re.sub(r"^\(?([A-E])\s?\)\s*", r"(\1) ", str(option)) for option in options] for options in lists]
+        texts = [
+            f"{text} Answer Choices: {' '.join(options)}" if options else text
+            for text, options in zip(texts, choices, strict=True)
+        ]
+    out: dict[str, list[Any]] = {instruction: texts}
+    if answer is not None:
+        out[gold] = [None if value is None else gold_text(value) for value in batch[answer]]
+        solved = [isinstance(value, str) and "####" in value for value in batch[answer]]
+        if working is None and all(solved):
+            out[output] = [str(value) for value in batch[answer]]
+    if working is not None:
+        out[output] = list(batch[working])
+    return out

@@ -15,6 +15,7 @@ from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.benchmarks import fill_in, find_benchmark
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.files import column_values, require_columns
+from lit_peft.data.original_files import hub_form, tsv_columns
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.kinds import shown
 
@@ -62,9 +63,12 @@ class TextClassificationData(LitDataModule):
         self.monitor: tuple[str, str] | None = ("val_pearson", "max") if regression else None
         self._templates: dict[str, str] = {}
         self._question: tuple[str, ...] = ()
+        self._config = ""
         if benchmark is not None:
             known = find_benchmark(benchmark)
-            fill_in(known, common)
+            fill_in(known, common, known.validation)
+            self._config = known.config
+            self.tsv = tsv_columns(known.config)
             self._question = known.question
             self.regression, self.monitor, self.drops_overlap = known.regression, (known.monitor, "max"), False
             text_column = self._column_of("text", known.text)
@@ -149,6 +153,8 @@ class TextClassificationData(LitDataModule):
 
     def prepared(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
         """Put together the texts of benchmarks that have them in several columns."""
+        if self._config:
+            table = hub_form(table, self._config, self.label_column, split, f"{field} {source!r}")
         table = super().prepared(table, split, field, source)
         for column, template in self._templates.items():
             names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
@@ -159,7 +165,17 @@ class TextClassificationData(LitDataModule):
                 fn_kwargs={"column": column, "template": template, "names": names},
                 new_fingerprint=hashlib.sha256(f"{table._fingerprint} {template}".encode()).hexdigest()[:32],
             )
-        return table
+        return self._whole_lines(table, split, field) if source.lower().endswith(".tsv") else table
+
+    def _whole_lines(self, table: Dataset, split: Split, field: str) -> Dataset:
+        """Leave out what line breaks within a cell have torn apart in GLUE's files."""
+        names = [name for name in self.columns(split).values() if name and name in table.column_names]
+        columns = [column_values(table, name) for name in names]
+        kept = [row for row, cells in enumerate(zip(*columns, strict=True)) if all(cells)]
+        if self.tsv is None or not 0 < len(kept) < len(table):
+            return table
+        self.say(f"{field}: {len(table) - len(kept)} line(s) that lack cells passed over.")
+        return table.select(kept)
 
     def columns(self, split: Split) -> dict[str, str | None]:
         """The text column(s), and the label column except for prediction."""
@@ -222,21 +238,16 @@ class TextClassificationData(LitDataModule):
             label_ids=self._label_ids if label_column and not self.regression else None,
             max_length=self.max_length,
         )
-        over = [length - self.max_length for length in column_values(table, "length") if length > self.max_length]
-        if over:
-            self.say(
-                f"data.{split}: {len(over)} of {len(table)} texts cut to {self.max_length} tokens (data.max_length); "
-                f"{sum(over)} tokens were cut away."
-            )
-        table = table.remove_columns("length")
-        if self._question and split in ("validation", "test"):
-            table = table.add_column("questions", self._questions(rows))
-        return table
+        table = self.without_cuts(table, split, "texts")
+        return table.add_column("questions", self._questions(rows)) if self._judged(split) else table
 
     def collator(self, split: Split) -> PadCollator:
         """As `LitDataModule.collator`; to evaluate, the questions' numbers go along."""
-        judged = self._question and split in ("validation", "test")
-        return replace(self.padding(), passed=("questions",) if judged else ())
+        return replace(self.padding(), passed=("questions",) if self._judged(split) else ())
+
+    def _judged(self, split: Split) -> bool:
+        """Whether the answers to a question are also judged together."""
+        return bool(self._question) and split in ("validation", "test")
 
 
 def canonical_label(value: Any) -> Label | None:
@@ -294,15 +305,15 @@ def encode_texts(
     label_ids: dict[Label, int] | None,
     max_length: int,
 ) -> dict[str, list[Any]]:
-    """Tokenize a batch of texts; `length` is the length in tokens before cutting."""
+    """Tokenize a batch of texts; `cut` is how many tokens were cut away."""
     texts = [str(text) for text in batch[text_column]]
     pairs = [str(text) for text in batch[text_pair_column]] if text_pair_column else None
     # Once without a limit to count, and only the long ones again.
     encoded = tokenizer(texts, pairs, truncation=False, verbose=False)
     keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
     out: dict[str, list[Any]] = {key: list(encoded[key]) for key in keys}
-    out["length"] = [len(ids) for ids in out["input_ids"]]
-    long = [at for at, length in enumerate(out["length"]) if length > max_length]
+    out["cut"] = [max(0, len(ids) - max_length) for ids in out["input_ids"]]
+    long = [at for at, cut in enumerate(out["cut"]) if cut]
     if long:
         cut = tokenizer(
             [texts[at] for at in long],

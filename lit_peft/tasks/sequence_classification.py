@@ -29,8 +29,9 @@ class QuestionsRight(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        # A process without a row gathers an empty tensor of this type.
-        self.set_dtype(torch.float64)
+        # A process without a row gathers an empty tensor of this type. It counts to 2^24, whatever the precision of
+        # training, on devices without float64, too.
+        self.set_dtype(torch.float32)
         for name in ("right", "questions"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
@@ -43,7 +44,7 @@ class QuestionsRight(Metric):
         right, questions = dim_zero_cat(self.right), dim_zero_cat(self.questions)
         count = questions.unique().numel()
         wrong = questions[right == 0].unique().numel()
-        return torch.tensor(1 - wrong / count if count else 0.0, device=questions.device)
+        return torch.tensor(1 - wrong / count if count else 0.0, dtype=self.dtype, device=questions.device)
 
 
 class SequenceClassification(Task):
