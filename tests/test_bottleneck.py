@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from models import (
     ALL,
@@ -26,11 +27,12 @@ from models import (
 )
 from safetensors.torch import load_file
 from torch import nn
+from transformers.activations import ACT2FN
 
 import lit_peft
 from lit_peft import AdapterHSettings, AdapterPSettings, LitPeftError, ParallelSettings
 from lit_peft.methods.bottleneck import BottleneckSettings
-from lit_peft.nn.bottleneck import Bottleneck
+from lit_peft.nn.bottleneck import ACTIVATIONS, Bottleneck
 
 METHODS = {"adapter_h": AdapterHSettings, "adapter_p": AdapterPSettings, "parallel": ParallelSettings}
 CASES = sorted(
@@ -534,3 +536,45 @@ def test_adapterhub_lora(name: str, version: str, tmp_path: Path) -> None:
 def test_a_layer_without_a_batch_axis_keeps_its_shape() -> None:
     model = lit_peft.attach(make("opt post-LN"), AdapterPSettings(original_ln_after=False))
     assert model(**batch("opt")).logits.shape == (2, 7, 61)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations_are_transformers(name: str) -> None:
+    x = torch.linspace(-8, 8, 101)
+    close(ACTIVATIONS[name](x), ACT2FN["leaky_relu" if name == "leakyrelu" else name](x))
+
+
+def test_starts_are_their_papers() -> None:
+    """mam: U(-1/√d, 1/√d) and zero; bert: N(0, 0.02²); houlsby: N(0, 0.01²) cut at two deviations; biases zero."""
+    torch.manual_seed(0)
+    mam, bert, houlsby = (
+        Bottleneck(400, 50, init_weights=how, use_gating=True) for how in ("mam_adapter", "bert", "houlsby")
+    )
+    assert mam.down.weight.abs().max() <= 1 / 20 and mam.down.weight.std() > 0.95 / 20 / 3**0.5
+    assert not mam.up.weight.any() and not mam(torch.randn(2, 3, 400)).any()
+    for layer in (bert.down, bert.up, bert.gate, mam.gate, houlsby.gate):
+        assert 0.9 * 0.02 < layer.weight.std() < 1.1 * 0.02
+    for layer in (houlsby.down, houlsby.up):
+        # 0.8796: the deviation of a standard normal that is cut at ±2.
+        assert layer.weight.abs().max() <= 0.02 and abs(layer.weight.std() / 0.008796 - 1) < 0.05
+    for layer in (mam, bert, houlsby):
+        assert not any(part.bias.any() for part in (layer.down, layer.up, layer.gate))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_on_the_scaled_output(training: bool) -> None:
+    torch.manual_seed(0)
+    x, layer = torch.randn(5, 12), Bottleneck(12, 4, 8, dropout=0.5, scaling=3.0, bias=False, init_weights="bert")
+    torch.manual_seed(1)
+    expected = F.dropout(3 * (x @ layer.down.weight.T).relu() @ layer.up.weight.T, 0.5, training)
+    torch.manual_seed(1)
+    close(layer.train(training)(x), expected)
+
+
+def test_without_a_sequence_axis_tokens_are_gated_one_by_one() -> None:
+    torch.manual_seed(0)
+    x, layer = torch.randn(5, 12), Bottleneck(12, 4, init_weights="bert", use_gating=True)
+    nn.init.normal_(layer.gate.weight)
+    ungated = layer.up(layer.down(x).relu())
+    close(layer(x), ungated * torch.sigmoid(layer.gate(x)))
+    close(layer(x[None])[0], ungated * torch.sigmoid(layer.gate(x)).mean())

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from models import ALL, ENCODERS, GOLDEN, batch, checkpointing_changes_nothing, close, make, scramble, trained_of
 from safetensors.torch import load_file
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding as GemmaScaled
 
 import lit_peft
 from lit_peft import LitPeftError, LoRASettings
+from lit_peft.nn.lora import LoRAEmbedding, LoRALinear
 
 CASES = sorted(p.parent for p in (GOLDEN / "peft").glob("*/case.json") if json.loads(p.read_text())["method"] == "lora")
 
@@ -177,3 +182,73 @@ def test_every_architecture(name: str) -> None:
     lit_peft.detach(model)
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_starts_are_their_papers() -> None:
+    """Kaiming: U(-1/√d, 1/√d). Gaussian: N(0, 1/r²). PiSSA: the best of rank r. OLoRA: the first r of Q and R."""
+    torch.manual_seed(0)
+    weight = torch.randn(40, 400)
+    base = nn.Linear(400, 40, bias=False)
+    made = {}
+    for how in ("kaiming", "gaussian", "pissa", "olora"):
+        base.weight.data.copy_(weight)
+        made[how] = LoRALinear(copy.deepcopy(base), r=8, lora_alpha=16, init_lora_weights=how)
+    assert made["kaiming"].lora_A.abs().max() <= 1 / 20 and made["kaiming"].lora_A.std() > 0.95 / 20 / 3**0.5
+    assert 0.95 / 8 < made["gaussian"].lora_A.std() < 1.05 / 8
+    for how in ("kaiming", "gaussian"):
+        assert not made[how].lora_B.any() and not made[how].moved and torch.equal(made[how].weight, weight)
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    q, r = torch.linalg.qr(weight)
+    for how, update in (("pissa", u[:, :8] * s[:8] @ v[:8]), ("olora", 2 * q[:, :8] @ r[:8])):
+        close(made[how].delta_weight(), update)
+        close(made[how].weight, weight - update)
+        nn.init.normal_(made[how].lora_B)
+        a, b = made[how].plain()
+        assert made[how].moved and a.shape == (16, 400)
+        close(weight + 2 * b @ a, made[how].weight + made[how].delta_weight())
+    balance = made["pissa"].lora_A.norm(dim=1)
+    close(balance, (s[:8] / 2).sqrt())
+
+
+def test_doras_dropout_is_on_the_updates_input_alone() -> None:
+    """`W x + (m/‖W + sBA‖ - 1) · W x̃ + m/‖W + sBA‖ · s B A x̃ + b`, x̃ the dropped x, as peft has it."""
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(12, 20), r=4, lora_dropout=0.4, use_dora=True)
+    for parameter in (layer.lora_A, layer.lora_B):
+        nn.init.normal_(parameter)
+    x, update = torch.randn(3, 12), layer.scaling * layer.lora_B @ layer.lora_A
+    scale = layer.lora_magnitude / (layer.weight + update).norm(dim=1)
+    for training in (True, False):
+        torch.manual_seed(1)
+        dropped = F.dropout(x, 0.4, training)
+        product = x @ layer.weight.T + (scale - 1) * (dropped @ layer.weight.T) + scale * (dropped @ update.T)
+        torch.manual_seed(1)
+        close(layer.train(training)(x), product + layer.bias)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_embedding_that_scales_scales_its_update(dora: bool) -> None:
+    torch.manual_seed(0)
+    layer = LoRAEmbedding(GemmaScaled(30, 12, 0, embed_scale=3.0), r=4, use_dora=dora)
+    for parameter in (layer.lora_A, layer.lora_B):
+        nn.init.normal_(parameter)
+    ids = torch.tensor([[3, 7, 29]])
+    expected = 3 * (layer.weight + (layer.scaling * layer.lora_B @ layer.lora_A).T)
+    if dora:
+        expected = expected * layer.lora_magnitude / (expected / 3).norm(dim=0)
+    close(layer(ids), F.embedding(ids, expected))
+    layer.merge()
+    close(layer(ids), F.embedding(ids, expected))
+    assert torch.equal(layer(ids), layer.base_layer(ids))
+
+
+def test_adapters_are_fp32_beside_half_and_fp64_beside_fp64() -> None:
+    for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        layer = LoRALinear(nn.Linear(4, 4, dtype=dtype), use_dora=True)
+        assert {p.dtype for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude)} == {wanted}
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0])
+def test_a_dropout_that_is_no_probability(dropout: float) -> None:
+    with pytest.raises(LitPeftError, match=f"lora_dropout={dropout}"):
+        LoRALinear(nn.Linear(4, 4), lora_dropout=dropout)

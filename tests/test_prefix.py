@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from models import (
     ALL,
@@ -31,6 +32,7 @@ from safetensors.torch import load_file
 
 import lit_peft
 from lit_peft import LitPeftError, PrefixTuningSettings, PTuningV2Settings
+from lit_peft.nn.prefix import Prefix
 
 CASES = sorted(
     path.parent
@@ -303,8 +305,6 @@ def test_adapterhub_folders_of_grouped_keys(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_mlp_is_folded_away_outside_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_peft.nn.prefix import Prefix
-
     model = lit_peft.attach(make("llama"), PrefixTuningSettings(num_virtual_tokens=3)).eval()
     scramble(model)
     calls, forward = [], Prefix.forward
@@ -418,3 +418,30 @@ def test_bad_input_names_the_fix_and_leaves_the_model_alone() -> None:
         with pytest.raises(LitPeftError, match=message):
             lit_peft.attach(model, PTuningV2Settings(**settings))
     assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_table_is_the_papers_network_and_dropped_in_training(training: bool) -> None:
+    torch.manual_seed(0)
+    shapes = [(2, 4), (1, 6)]
+    prefix = Prefix(5, shapes, projection_size=7, hidden_size=3, dropout=0.5, init_std=2.0).train(training)
+    assert prefix.embedding.shape == (5, 3) and abs(prefix.embedding.std() / 2 - 1) < 0.5
+    hidden = torch.tanh(prefix.embedding @ prefix.down.weight.T + prefix.down.bias)
+    table = hidden @ prefix.up.weight.T + prefix.up.bias
+    for number, (parts, (heads, size)) in enumerate(zip((table[:, :16], table[:, 16:]), shapes, strict=True)):
+        like = torch.randn(2, heads, 9, size)
+        expected = [part.view(5, heads, size).permute(1, 0, 2).expand(2, -1, -1, -1) for part in parts.chunk(2, 1)]
+        torch.manual_seed(1)
+        expected = [F.dropout(part, 0.5, training) for part in expected]
+        torch.manual_seed(1)
+        key, value = prefix.extend(number, like, like + 1)
+        for got, wanted, own in ((key, expected[0], like), (value, expected[1], like + 1)):
+            close(got, torch.cat([wanted, own], 2))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_virtual_tokens": 0}, {"dropout": 1.0}, {"dropout": -0.1}, {"projection_size": 0}]
+)
+def test_a_prefix_of_no_size_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(LitPeftError, match="{}={}".format(*next(iter(wrong.items())))):
+        Prefix(**{"num_virtual_tokens": 2, "shapes": [(2, 4)], "hidden_size": 4, **wrong})
