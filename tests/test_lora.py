@@ -19,6 +19,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 import lit_peft
 from lit_peft import LitPeftError, LoRASettings
 from lit_peft.nn.lora import LoRAEmbedding, LoRALinear
+from lit_peft.nn.quantized import QuantizedLinear
 
 CASES = sorted(p.parent for p in (GOLDEN / "peft").glob("*/case.json") if json.loads(p.read_text())["method"] == "lora")
 
@@ -252,3 +253,15 @@ def test_adapters_are_fp32_beside_half_and_fp64_beside_fp64() -> None:
 def test_a_dropout_that_is_no_probability(dropout: float) -> None:
     with pytest.raises(LitPeftError, match=f"lora_dropout={dropout}"):
         LoRALinear(nn.Linear(4, 4), lora_dropout=dropout)
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_starts_out_of_a_weight_need_a_dense_one(how: str) -> None:
+    codes = torch.randint(-8, 8, (6, 8), dtype=torch.int8)
+    base = QuantizedLinear(codes, torch.ones(6, 1), None, None, bits=4)
+    with pytest.raises(LitPeftError, match=f"{how}.*quantized"):
+        LoRALinear(base, r=2, init_lora_weights=how)
+    with pytest.raises(LitPeftError, match=f"{how}.*linear layers only"):
+        LoRAEmbedding(nn.Embedding(6, 8), r=2, init_lora_weights=how)
+    with pytest.raises(LitPeftError, match="quantized and cannot take an update"):
+        LoRALinear(base, r=2).merge()
