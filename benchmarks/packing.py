@@ -25,6 +25,9 @@ from lit_peft.data.packing import PackCollator
 from lit_peft.data.sampling import ByBatch, SeededBatches
 from lit_peft.tasks.causal_lm import CausalLM
 
+# Pairs that are not counted.
+WARM_UP = 1
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -47,7 +50,7 @@ def main() -> None:
     budget = statistics.mean(max(lengths[at] for at in batch) * len(batch) for batch in padded)
     rows = round(budget / given.max_length)
     packed = SeededBatches(len(examples), rows, 0, lengths, given.max_length)
-    batches = itertools.islice(zip(padded, packed, strict=False), given.pairs + 2)
+    batches = itertools.islice(zip(padded, packed, strict=False), given.pairs + WARM_UP)
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -66,34 +69,31 @@ def main() -> None:
             task.run(model, batch).loss.backward()
         return time.process_time() - began
 
-    ratios, real, total, seconds = (
-        [],
-        {"padded": 0, "packed": 0},
-        {"padded": 0, "packed": 0},
-        {"padded": [], "packed": []},
-    )
+    ways = ("padded", "packed")
+    ratios, real, total = [], dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
+    samples, seconds = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)
     for number, (plain, full) in enumerate(batches):
-        counts = {"padded": len(plain), "packed": sum(map(len, full))}
+        chosen = {"padded": list(plain), "packed": list(itertools.chain(*full))}
         made = {"padded": PadCollator(0)(look_up[plain]), "packed": PackCollator(0)(look_up[full])}
-        order = list(made) if number % 2 else list(made)[::-1]
         rates = {}
-        for way in order:
+        for way in ways if number % 2 else ways[::-1]:
             took = step(made[way])
-            rates[way] = counts[way] / took
-            if number >= 2:
-                total[way] += made[way]["input_ids"].numel()
-                real[way] += sum(lengths[at] for at in (plain if way == "padded" else itertools.chain(*full)))
-                seconds[way].append(rates[way])
-        if number >= 2:
+            if number < WARM_UP:
+                continue
+            rates[way] = len(chosen[way]) / took
+            samples[way] += len(chosen[way])
+            seconds[way] += took
+            total[way] += made[way]["input_ids"].numel()
+            real[way] += sum(lengths[at] for at in chosen[way])
+        if rates:
             ratios.append(rates["packed"] / rates["padded"])
-    for way in total:
+    for way in ways:
         print(
-            f"{way}: {statistics.median(seconds[way]):.0f} samples/s, {total[way] / given.pairs:.0f} tokens a batch, "
+            f"{way}: {samples[way] / seconds[way]:.2f} samples/s, {total[way] / given.pairs:.0f} tokens a batch, "
             f"{100 * real[way] / total[way]:.1f} % real"
         )
-    print(
-        f"packed/padded: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), {len(ratios)} pairs"
-    )
+    whole = samples["packed"] / seconds["packed"] * seconds["padded"] / samples["padded"]
+    print(f"packed/padded: {whole:.2f} of {given.pairs} pairs ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,51 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_warn_always(True)  # what torch says once in a process it says in each test
 
 WORDS = "a bad film good great is it of poor the this was well weak wonderful awful story acting".split()  # noqa: SIM905
+
+TESTS = str(Path(__file__).parent)
+PASSING = ("torch.nn.modules.module", "torch.utils._contextlib", "contextlib", "functools")  # on the way of any call
+_warn = warnings.warn
+
+
+def _package(frame: FrameType) -> str:
+    name = "tests" if frame.f_code.co_filename.startswith(TESTS) else frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]
+
+
+def _warn_or_raise(
+    message: Warning | str, category: type[Warning] | None = None, stacklevel: int = 1, *rest: Any, **more: Any
+) -> None:
+    """Raise what is deprecated where lit_peft or a test is what called the package that says so.
+
+    Python's filters see the line that warns, which lies in that package more often than not.
+    """
+    kind = type(message) if isinstance(message, Warning) else category or UserWarning
+    if issubclass(kind, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
+        frame: FrameType | None = sys._getframe(1)
+        package = _package(frame)
+        while frame is not None and _package(frame) == package:
+            frame = frame.f_back
+        while frame is not None and frame.f_globals.get("__name__") in PASSING:
+            frame = frame.f_back
+        if frame is not None and _package(frame) in ("lit_peft", "tests"):
+            raise kind(f"{message} (called from {frame.f_code.co_filename}:{frame.f_lineno})")
+    _warn(message, category, stacklevel + 1, *rest, **more)
+
+
+warnings.warn = _warn_or_raise  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="session")
