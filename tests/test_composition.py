@@ -87,8 +87,10 @@ def test_rich_progress_bar(decoder: Path, reviews: Path, tmp_path: Path, capsys:
 def test_batch_size_finder(decoder: Path, reviews: Path, tmp_path: Path) -> None:
     finder = BatchSizeFinder(mode="power", init_val=2, max_trials=2, steps_per_trial=1)
     trainer = run(decoder, reviews, tmp_path, finder, max_steps=2)
-    assert trainer.datamodule.batch_size == finder.optimal_batch_size == 4
-    assert trainer.global_step == 2 and len(next(iter(trainer.train_dataloader))["input_ids"]) == 4
+    # Lightning 2.5 doubles once more than 2.6 before it stops.
+    assert trainer.datamodule.batch_size == finder.optimal_batch_size in (4, 8)
+    assert trainer.global_step == 2
+    assert len(next(iter(trainer.train_dataloader))["input_ids"]) == finder.optimal_batch_size
 
 
 def find_rate(decoder: Path, reviews: Path, where: Path) -> tuple[Any, LearningRateFinder]:

@@ -199,7 +199,7 @@ def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
     """A table half written is seen by nobody, and goes with the next writing of that file."""
     file, cache = tmp_path / "a.jsonl", tmp_path / "cache" / "datasets"
     table(file, {"a": 1})
-    [made] = cache.glob("*/*.arrow")
+    [made] = cache.rglob("*.arrow")
     left, running = (made.with_name(f".{made.name}.tmp-{name}") for name in ("0a", "0b"))
     for path in (left, running):
         path.write_bytes(made.read_bytes()[:40])
@@ -211,7 +211,7 @@ def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
     file.write_text('{"a": 1}\n{')
     with pytest.raises(LitPeftError):
         read_file(str(file), "data.train")
-    assert not [path for path in cache.glob("*/.*") if path != running]
+    assert not [path for path in cache.rglob(".*") if path != running]
 
 
 def test_labels_of_one_file_missing_from_the_other(encoder: Path, tmp_path: Path) -> None:

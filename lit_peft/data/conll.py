@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.files import content_digest, explain, resolve_file
+from lit_peft.data.files import content_digest, explain, resolve_file, tables_root
 from lit_peft.errors import LitPeftError
-from lit_peft.sources import cache_root
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,7 +56,7 @@ def read_conll(
             _sentences,
             features=datasets.Features(dict.fromkeys(settings["columns"], kind)),
             gen_kwargs=settings,
-            cache_dir=str(cache_root() / "datasets"),
+            cache_dir=str(tables_root()),
         )
     except Exception as exc:
         raise explain(path, field, value, "text", exc) from exc

@@ -234,12 +234,19 @@ def _quiet() -> Iterator[None]:
         datasets_logging.set_verbosity(level)
 
 
+def tables_root() -> Path:
+    """Return the folder of cached tables; one for each major version of `datasets`, which reads no newer one's."""
+    import datasets
+
+    return cache_root() / "datasets" / datasets.__version__.partition(".")[0]
+
+
 def _load(path: Path, field: str, value: str, loader: str, options: dict[str, Any]) -> Dataset:
     import datasets
 
     content = content_digest(path)
     # datasets itself goes by the file's path and time, which a changed file may keep.
-    cache = cache_root() / "datasets" / content
+    cache = tables_root() / content
     with _explained(path, field, value, loader):
         if loader == "json":
             table = json_table(path, f"{field} {value!r}", cache / f"rows-{JSON_VERSION}.arrow")
