@@ -273,10 +273,9 @@ def _schema(kinds: dict[str, Any]) -> Any:
     import datasets
     import pyarrow as pa
 
-    mixed = getattr(datasets, "Json", lambda: datasets.Value("string"))
     plain = pa.schema([(name, pa.null() if kind == _MIXED else kind) for name, kind in kinds.items()])
     features = datasets.Features.from_arrow_schema(plain)
-    features.update({name: mixed() for name, kind in kinds.items() if kind == _MIXED})
+    features.update({name: datasets.Json() for name, kind in kinds.items() if kind == _MIXED})
     return features.arrow_schema
 
 
