@@ -507,7 +507,7 @@ class Configs:
             lightning_cli.CLI.parse_arguments(cli, cli.parser, ["fit", "--config", str(file)])
             cli.subcommand = cli.config["subcommand"]
             cli.before_instantiate_classes()
-            cli.parser.instantiate_classes(cli.config)
+            cli.parser.instantiate(cli.config)
         except ValueError as problem:
             # As the command does: jsonargparse wraps what a class raises while it is built.
             ours = next((cause for cause in causes(problem) if isinstance(cause, LitPeftError)), None)
