@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -17,7 +16,16 @@ from torch.utils.data import DataLoader
 
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.evened import Evened, RealOnly
-from lit_peft.data.files import ROW, column_values, is_file, read_file, read_hub, require_columns, stream_file
+from lit_peft.data.files import (
+    ROW,
+    column_values,
+    fingerprint,
+    is_file,
+    read_file,
+    read_hub,
+    require_columns,
+    stream_file,
+)
 from lit_peft.data.json_rows import table_of
 from lit_peft.data.sampling import ByBatch, SeededBatches, StatefulLoader
 from lit_peft.data.splits import carve, first_of_each, limited, matching, normalized
@@ -40,8 +48,6 @@ _STAGES: dict[str, tuple[Split, ...]] = {
 }
 # Names under which hub datasets keep their validation split.
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev", "validation_matched")
-# Part of the tokenization cache's key: raise it when a tokenizing function changes what it returns.
-_ENCODING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -329,18 +335,17 @@ class LitDataModule(pl.LightningDataModule):
         """
         table = rows.selected()
         key = (
-            table._fingerprint,
+            table,
             f"{function.__module__}.{function.__qualname__}",
             sorted(settings.items()),
             tokenizer_digest(self.tokenizer),
-            _ENCODING_VERSION,
         )
         encoded = table.map(
             function,
             batched=True,
             fn_kwargs={"tokenizer": self.tokenizer, **settings},
             remove_columns=table.column_names,
-            new_fingerprint=hashlib.sha256(repr(key).encode()).hexdigest()[:32],
+            new_fingerprint=fingerprint(*key),
             num_proc=self.num_proc,
             desc=description,
         )
@@ -369,21 +374,33 @@ class LitDataModule(pl.LightningDataModule):
 
     # ------------------------------------------------------------------------------------------- rows
 
-    def without_cuts(self, table: Dataset, split: Split, what: str) -> Dataset:
-        """Say how much was cut from a table's rows by its column `cut`, in tokens, and take that out.
+    def without_cuts(
+        self,
+        table: Dataset,
+        split: Split,
+        what: str,
+        *,
+        column: str = "cut",
+        units: str = "tokens",
+        limit: str = "max_length",
+    ) -> Dataset:
+        """Say how much was cut from a table's rows, and take the column that tells it out.
 
         Args:
             table: what was tokenized.
             split: which split it is.
             what: what its rows are ("texts").
+            column: how much was cut from each row.
+            units: what that column counts.
+            limit: the setting that rows were cut to.
         """
-        cuts = [cut for cut in column_values(table, "cut") if cut]
+        cuts = [cut for cut in column_values(table, column) if cut]
         if cuts:
             self.say(
-                f"data.{split}: {len(cuts)} of {len(table)} {what} cut to {self.max_length} tokens (data.max_length); "
-                f"{sum(cuts)} tokens were cut away."
+                f"data.{split}: {len(cuts)} of {len(table)} {what} cut to {getattr(self, limit)} tokens "
+                f"(data.{limit}); {sum(cuts)} {units} were cut away."
             )
-        return table.remove_columns("cut")
+        return table.remove_columns(column)
 
     def say(self, message: str) -> None:
         """Print a line once, on the first process only."""

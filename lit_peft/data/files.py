@@ -28,6 +28,8 @@ LOADERS = {
 }
 # The column of a streamed row's number.
 ROW = "number of the row"
+# Part of the name of every cached table: raise it when a function that makes one changes what it returns.
+_TABLES_VERSION = 3
 # Files of other kinds under a data file's name: how they begin, and what to do.
 _COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".zst")
 _FOREIGN = {
@@ -96,9 +98,7 @@ def read_file(
         LitPeftError: missing, empty, of an unknown kind, not UTF-8, or broken (with its line).
     """
     path, loader, options = _how(value, field, text_unit, tsv)
-    table = _load(path, field, value, loader, options)
-    if loader == "text" and text_column != "text":
-        table = table.rename_column("text", text_column)
+    table: Dataset = _called(text_column, loader, _load(path, field, value, loader, options))
     return table
 
 
@@ -125,6 +125,11 @@ def stream_file(
             features = _opened(path, loader, options).features
         features = datasets.Features({**(features or {"text": datasets.Value("string")}), ROW: datasets.Value("int64")})
     rows = datasets.IterableDataset.from_generator(_numbered, features=features, gen_kwargs=given)
+    return _called(text_column, loader, rows)
+
+
+def _called(text_column: str, loader: str, rows: Any) -> Any:
+    """Rows whose one column, where they are lines of text, has the name that is asked for."""
     return rows.rename_column("text", text_column) if loader == "text" and text_column != "text" else rows
 
 
@@ -214,8 +219,13 @@ def require_columns(table: Dataset, columns: dict[str, str | None], field: str, 
 
 def column_values(table: Dataset, column: str) -> list[Any]:
     """Return one column as plain Python values, in row order."""
-    # `table[column]` is lazy in recent versions of datasets and a list in older ones.
     return list(table[column])
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return the name under which `datasets` caches a table made of these parts (the table before it among them)."""
+    names = [_TABLES_VERSION, *(getattr(part, "_fingerprint", part) for part in parts)]
+    return hashlib.sha256(repr(names).encode()).hexdigest()[:32]
 
 
 # ------------------------------------------------------------------------------------------- loading
@@ -257,7 +267,7 @@ def _load(path: Path, field: str, value: str, loader: str, options: dict[str, An
         raise LitPeftError(f"{field} {value!r} has no rows; give a file with at least one row.")
     # What is made of the table is cached under this name.
     settings = sorted((name, str(option)) for name, option in options.items())
-    table._fingerprint = hashlib.sha256(repr((content, loader, settings)).encode()).hexdigest()[:32]
+    table._fingerprint = fingerprint(content, loader, settings)
     return table
 
 

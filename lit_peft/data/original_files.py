@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lit_peft.data.files import fingerprint
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import shown
 
@@ -49,14 +49,13 @@ def hub_form(table: Dataset, config: str, answer: str, split: Split, where: str)
         table = table.rename_columns(names)
     unfold = _UNFOLD.get(config)
     if unfold is not None and (nested := unfold[0]) in table.column_names and isinstance(table[0][nested], dict):
-        print_of = f"{table._fingerprint} {config} 1"
         table = table.map(
             unfold[1],
             batched=True,
             batch_size=100,
             fn_kwargs={"where": where},
             remove_columns=table.column_names,
-            new_fingerprint=hashlib.sha256(print_of.encode()).hexdigest()[:32],
+            new_fingerprint=fingerprint(table, config),
         )
     if split != "predict" and answer not in table.column_names:
         raise LitPeftError(

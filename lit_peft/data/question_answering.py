@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.collate import PadCollator
-from lit_peft.data.files import column_values
+from lit_peft.data.files import column_values, fingerprint
 from lit_peft.data.text_classification import number
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import shown
@@ -106,14 +106,13 @@ class QuestionAnsweringData(LitDataModule):
                 "answers": self.answers_column,
                 "id": self.id_column,
             }
-            fingerprint = f"{table._fingerprint}-squad-{'-'.join(names.values())}"[-64:]
             return table.map(
                 unfold,
                 batched=True,
                 batch_size=1,
                 fn_kwargs={"names": names},
                 remove_columns=table.column_names,
-                new_fingerprint=fingerprint,
+                new_fingerprint=fingerprint(table, names),
             )
         return super().prepared(table, split, field, source)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.base import Rows, Split
 from lit_peft.data.collate import PadCollator
-from lit_peft.data.files import column_values
+from lit_peft.data.files import column_values, fingerprint
 from lit_peft.data.instruction import InstructionData
 from lit_peft.errors import LitPeftError
 from lit_peft.tasks.answers import MATH, find_benchmark, gold_text, kind_of, kind_of_benchmark
@@ -86,7 +85,7 @@ class ReasoningData(InstructionData):
             batched=True,
             fn_kwargs={**columns, "targets": targets},
             remove_columns=[name for name in columns.values() if name is not None],
-            new_fingerprint=hashlib.sha256(f"{table._fingerprint} {columns} {targets} 1".encode()).hexdigest()[:32],
+            new_fingerprint=fingerprint(table, columns, targets),
         )
 
     def columns(self, split: Split) -> dict[str, str | None]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.collate import IGNORE, PadCollator
-from lit_peft.data.files import column_values
 from lit_peft.errors import LitPeftError
 
 if TYPE_CHECKING:
@@ -73,17 +72,10 @@ class Seq2SeqData(LitDataModule):
             max_target_length=self.max_target_length,
             keep=split != "train",
         )
-        limits = {"source": ("max_length", self.max_length), "target": ("max_target_length", self.max_target_length)}
-        for part, (setting, limit) in limits.items():
-            if f"{part}_length" in table.column_names:
-                over = [length - limit for length in column_values(table, f"{part}_length") if length > limit]
-                if over:
-                    self.say(
-                        f"data.{split}: {len(over)} of {len(table)} {part}s cut to {limit} tokens (data.{setting}); "
-                        f"{sum(over)} tokens were cut away."
-                    )
-                table = table.remove_columns(f"{part}_length")
-        return table
+        table = self.without_cuts(table, split, "sources", column="source_cut")
+        if split == "predict":
+            return table
+        return self.without_cuts(table, split, "targets", column="target_cut", limit="max_target_length")
 
     def collator(self, split: Split) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """As `LitDataModule.collator`, the targets padded apart."""
@@ -125,14 +117,15 @@ def encode_pairs(
     max_target_length: int,
     keep: bool,
 ) -> dict[str, list[Any]]:
-    """Tokenize sources and targets; the lengths are those before cutting."""
+    """Tokenize sources and targets, with how many tokens were cut from each."""
     sources = [prefix + str(text) for text in batch[source_column]]
-    out: dict[str, list[Any]] = {"source_length": [len(ids) for ids in tokenizer(sources, verbose=False)["input_ids"]]}
+    lengths = map(len, tokenizer(sources, verbose=False)["input_ids"])
+    out: dict[str, list[Any]] = {"source_cut": [max(0, length - max_length) for length in lengths]}
     out["input_ids"] = tokenizer(sources, truncation=True, max_length=max_length)["input_ids"]
     if target_column is not None:
         targets = [str(text) for text in batch[target_column]]
         whole = [_ended(list(ids), tokenizer) for ids in tokenizer(text_target=targets, verbose=False)["input_ids"]]
-        out["target_length"] = [len(ids) for ids in whole]
+        out["target_cut"] = [max(0, len(ids) - max_target_length) for ids in whole]
         # The end is kept, so that generation learns to stop.
         out["labels"] = [
             ids if len(ids) <= max_target_length else [*ids[: max_target_length - 1], ids[-1]] for ids in whole

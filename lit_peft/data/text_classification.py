@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import string
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.benchmarks import fill_in, find_benchmark
 from lit_peft.data.collate import PadCollator
-from lit_peft.data.files import column_values, require_columns
+from lit_peft.data.files import column_values, fingerprint, require_columns
 from lit_peft.data.original_files import hub_form, tsv_columns
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.kinds import shown
@@ -163,16 +162,17 @@ class TextClassificationData(LitDataModule):
                 fill_template,
                 batched=True,
                 fn_kwargs={"column": column, "template": template, "names": names},
-                new_fingerprint=hashlib.sha256(f"{table._fingerprint} {template}".encode()).hexdigest()[:32],
+                new_fingerprint=fingerprint(table, template),
             )
-        return self._whole_lines(table, split, field) if source.lower().endswith(".tsv") else table
+        own_file = self.tsv is not None and source.lower().endswith(".tsv")
+        return self._whole_lines(table, split, field) if own_file else table
 
     def _whole_lines(self, table: Dataset, split: Split, field: str) -> Dataset:
         """Leave out what line breaks within a cell have torn apart in GLUE's files."""
         names = [name for name in self.columns(split).values() if name and name in table.column_names]
         columns = [column_values(table, name) for name in names]
         kept = [row for row, cells in enumerate(zip(*columns, strict=True)) if all(cells)]
-        if self.tsv is None or not 0 < len(kept) < len(table):
+        if not 0 < len(kept) < len(table):
             return table
         self.say(f"{field}: {len(table) - len(kept)} line(s) that lack cells passed over.")
         return table.select(kept)

@@ -163,13 +163,7 @@ class TokenClassificationData(LitDataModule):
             keep=split != "train",
             max_length=self.max_length,
         )
-        lost = [count for count in column_values(table, "lost") if count]
-        if lost:
-            self.say(
-                f"data.{split}: {len(lost)} of {len(table)} sentences cut to {self.max_length} tokens "
-                f"(data.max_length); {sum(lost)} words were cut away."
-            )
-        return table.remove_columns("lost")
+        return self.without_cuts(table, split, "sentences", column="lost", units="words")
 
     def collator(self, split: Split) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """As `LitDataModule.collator`, with what evaluation and prediction read beside the tokens."""
