@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from lit_peft.errors import LitPeftError
@@ -52,7 +53,7 @@ class PTuningSettings(SoftPromptSettings):
         """The network, at its start, in single precision."""
         weight: Any = embeddings.weight
         dim = weight.shape[1]
-        encoder = PromptEncoder(
+        return PromptEncoder(
             self.rows,
             dim,
             self.encoder_hidden_size or max(1, dim // 2),
@@ -60,8 +61,8 @@ class PTuningSettings(SoftPromptSettings):
             self.encoder_dropout,
             self.encoder_reparameterization_type,
             device=weight.device,
+            dtype=torch.float32,
         )
-        return encoder.float()
 
 
 class PTuningMixin(MethodMixin):

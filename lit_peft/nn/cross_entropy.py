@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_peft.nn.autocast import autocast_dtype, without_autocast
+
 # Elements of one block of logits: 32 MB in fp32, and never fewer rows than a matrix product needs to be quick.
 _BLOCK, _FEWEST_ROWS = 2**23, 256
 
@@ -55,14 +57,13 @@ class _HeadCrossEntropy(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = autocast_dtype(hidden.device) or weight.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         precise = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = max(_BLOCK // len(weight), _FEWEST_ROWS)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(hidden.device):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 target = targets[part, None]

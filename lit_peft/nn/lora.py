@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
+from lit_peft.nn.autocast import autocast_dtype
 from lit_peft.nn.linear import adapter_dtype, linear_features
 from lit_peft.nn.lora_function import lora_linear
 from lit_peft.nn.quantized import QuantizedLinear, dense_weight, is_quantized
@@ -290,7 +291,7 @@ class LoRALinear(LoRALayer):
             and (type(base) in (nn.Linear, QuantizedLinear) or type(base).__name__ == "Conv1D")
             and type(weight) is nn.Parameter
             and not weight.requires_grad
-            and (weight.dtype == x.dtype or type(base) is QuantizedLinear or torch.is_autocast_enabled(x.device.type))
+            and (weight.dtype == x.dtype or type(base) is QuantizedLinear or autocast_dtype(x.device) is not None)
             and x.is_floating_point()
             and not (base._forward_hooks or base._forward_pre_hooks)
             and not torch.compiler.is_compiling()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_peft.nn.autocast import autocast_dtype, without_autocast
 from lit_peft.nn.factors import factors_or_self
 from lit_peft.nn.quantized import dequantized
 
@@ -83,9 +84,8 @@ class _LoRALinear(torch.autograd.Function):
         scale: Tensor | None,
         zero_point: Tensor | None,
     ) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):
+        dtype = autocast_dtype(x.device) or x.dtype
+        with without_autocast(x.device):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
             dropped, bits = rows, None
             if dropout:
@@ -106,7 +106,7 @@ class _LoRALinear(torch.autograd.Function):
         weight, lora_a, lora_b, low, bits, scale, zero_point, *kept = ctx.saved_tensors
         dtype, needs = ctx.dtype, ctx.needs_input_grad
         grad_x = grad_bias = grad_a = grad_b = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             x = kept[0] if len(kept) == 1 else torch.mul(*kept)
             grad = grad.reshape(-1, grad.shape[-1])
             rows = x.reshape(-1, x.shape[-1]).to(dtype)

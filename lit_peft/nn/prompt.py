@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,22 +60,22 @@ class PromptEncoder(nn.Module):
         dropout: float = 0.0,
         kind: Reparameterization = "LSTM",
         device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         h = hidden_size
-        self.embedding = nn.Embedding(rows, dim, device=device)
+        self.embedding = nn.Embedding(rows, dim, device=device, dtype=dtype)
         self.lstm_head: nn.LSTM | None = None
         self.mlp_head: nn.Sequential | None
         if kind == "LSTM":
-            self.lstm_head = nn.LSTM(
-                dim, h, num_layers, dropout=dropout, bidirectional=True, batch_first=True, device=device
-            )
+            shape: dict[str, Any] = {"num_layers": num_layers, "bidirectional": True, "batch_first": True}
+            self.lstm_head = nn.LSTM(dim, h, **shape, dropout=dropout, device=device, dtype=dtype)
             sizes = [2 * h, 2 * h, dim]
         else:
             sizes = [dim, h, h, dim]
         layers: list[nn.Module] = []
         for size, following in pairwise(sizes):
-            layers += [nn.Linear(size, following, device=device), nn.ReLU()]
+            layers += [nn.Linear(size, following, device=device, dtype=dtype), nn.ReLU()]
         self.mlp_head = nn.Sequential(*layers[:-1])
         self._kept: tuple[list[tuple[int, int]], Tensor] | None = None
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_peft.errors import LitPeftError
+from lit_peft.nn.autocast import autocast_dtype, without_autocast
 
 
 class QuantizedLinear(nn.Linear):
@@ -66,17 +67,16 @@ class QuantizedLinear(nn.Linear):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        device = x.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.dtype = autocast_dtype(x.device) or x.dtype
         ctx.x_dtype, ctx.width = x.dtype, x.shape[-1]
         ctx.save_for_backward(weight, scale, zero_point)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(x.device):
             return F.linear(x.to(ctx.dtype), dequantized(weight, scale, zero_point, ctx.width).to(ctx.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             weight, scale, zero_point = ctx.saved_tensors
             dense = dequantized(weight, scale, zero_point, ctx.width).to(ctx.dtype)
             return (grad.to(ctx.dtype) @ dense).to(ctx.x_dtype), None, None, None
