@@ -578,3 +578,32 @@ def test_without_a_sequence_axis_tokens_are_gated_one_by_one() -> None:
     ungated = layer.up(layer.down(x).relu())
     close(layer(x), ungated * torch.sigmoid(layer.gate(x)))
     close(layer(x[None])[0], ungated * torch.sigmoid(layer.gate(x)).mean())
+
+
+@pytest.mark.parametrize("place", ["before", "after", "beside"])
+def test_hooks_of_a_module_with_more_than_one_input(place: str) -> None:
+    """The adapter acts on the first input, in the module's type; switched off, the module is what it was."""
+    torch.manual_seed(0)
+    base, x, more = nn.Linear(8, 8, dtype=torch.bfloat16), torch.randn(2, 3, 8, dtype=torch.bfloat16), torch.randn(2)
+    layer = Bottleneck(8, 4, init_weights="bert", scaling=40.0, dtype=torch.float32)
+
+    class Module(nn.Module):
+        def forward(self, x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            assert first is more and second is more
+            return base(x)
+
+    module = Module()
+    hook = getattr(layer, place)
+    module.register_forward_pre_hook(hook) if place == "before" else module.register_forward_hook(hook)
+    y = base(x)
+    expected = {"before": base(x + layer(x)), "after": y + layer(y), "beside": y + layer(x)}[place]
+    out = module(x, more, more)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected) and not torch.equal(out, y)
+    layer.enabled = False
+    assert torch.equal(module(x, more, more), y)
+
+
+def test_layer_norms_keep_their_epsilon() -> None:
+    layer, x = Bottleneck(8, 4, ln_before=True, ln_after=True, init_weights="bert"), torch.randn(2, 8)
+    layer.norm_before.eps = layer.norm_after.eps = 0.5
+    close(layer(x), layer.norm_after(layer.up(layer.down(layer.norm_before(x)).relu())))

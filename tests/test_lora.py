@@ -265,3 +265,14 @@ def test_starts_out_of_a_weight_need_a_dense_one(how: str) -> None:
         LoRAEmbedding(nn.Embedding(6, 8), r=2, init_lora_weights=how)
     with pytest.raises(LitPeftError, match="quantized and cannot take an update"):
         LoRALinear(base, r=2).merge()
+
+
+def test_a_moved_start_follows_the_adapters_type() -> None:
+    layer = LoRALinear(nn.Linear(8, 6), r=2, init_lora_weights="pissa").bfloat16()
+    assert {tensor.dtype for tensor in layer.plain()} == {torch.bfloat16}
+
+
+def test_an_adapted_embedding_still_says_what_it_is() -> None:
+    base = nn.Embedding(9, 4, padding_idx=3)
+    layer = LoRAEmbedding(base, r=2)
+    assert (layer.num_embeddings, layer.embedding_dim, layer.padding_idx) == (9, 4, 3)

@@ -20,7 +20,14 @@ import lit_peft
 from lit_peft import CausalLMData, LitPeftError
 from lit_peft.cli import main
 from lit_peft.nn import LoRALinear
-from lit_peft.nn.quantized import QuantizedLinear, dense_weight, is_quantized, pack_nibbles, unpack_nibbles
+from lit_peft.nn.quantized import (
+    QuantizedLinear,
+    dense_linear,
+    dense_weight,
+    is_quantized,
+    pack_nibbles,
+    unpack_nibbles,
+)
 from lit_peft.quantization import quantize
 
 METHODS = ("LoRA", "AdapterH", "AdapterP", "Parallel", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning")
@@ -115,6 +122,36 @@ def test_the_layer_is_torchaos(kind: str) -> None:
     assert torch.equal(dense_weight(layer.to(torch.bfloat16)), expected)
 
 
+@needs["torchao"]
+def test_a_tensor_of_torchaos_is_dequantized_by_it() -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    linear = nn.Linear(64, 24)
+    quantize_(linear, Int8WeightOnlyConfig())
+    expected = linear.weight.dequantize()
+    assert torch.equal(dense_weight(linear), expected)
+    assert torch.equal(dense_weight(linear, torch.bfloat16), expected.bfloat16())
+
+
+@needs["bitsandbytes"]
+def test_eight_bits_of_bitsandbytes_are_dequantized_as_it_does() -> None:
+    """Before the first forward the weight holds codes and scales, after it the layer's state does."""
+    from bitsandbytes.functional import int8_vectorwise_dequant
+    from bitsandbytes.nn import Linear8bitLt
+
+    torch.manual_seed(0)
+    layer = Linear8bitLt(64, 24, has_fp16_weights=False)
+    plain = layer.weight.detach().clone()
+    layer.to("cpu")
+    before = dense_weight(layer)
+    layer(torch.randn(2, 64))
+    codes, scale = layer.state.CB, layer.state.SCB
+    for dense in (before, dense_weight(layer)):
+        assert torch.allclose(dense, int8_vectorwise_dequant(codes, scale).float(), atol=1e-7)
+        assert apart(dense, plain) < 0.01
+    assert dense_weight(layer, torch.bfloat16).dtype == torch.bfloat16
+
+
 def quantized_linear(bits: int, zero: bool = False) -> QuantizedLinear:
     torch.manual_seed(0)
     limit = 2 ** (bits - 1)
@@ -142,6 +179,39 @@ def test_forward_and_gradient_are_those_of_the_dequantized_weight(bits: int, zer
         tolerance = 2e-2 if autocast else 1e-5
         assert outs[0].dtype == outs[1].dtype and apart(outs[0].float(), outs[1].float()) < tolerance
         assert apart(*grads) < tolerance
+
+
+def test_four_bits_of_an_odd_width() -> None:
+    torch.manual_seed(0)
+    codes, scale = torch.randint(-8, 8, (6, 7), dtype=torch.int8), torch.rand(6, 1)
+    layer = LoRALinear(QuantizedLinear(codes, scale, None, None, 4), r=2)
+    nn.init.normal_(layer.lora_B)
+    dense = layer.dense_weight()
+    assert torch.equal(dense, codes * scale)
+    x = torch.randn(3, 7, requires_grad=True)
+    expected = x @ (dense + layer.delta_weight()).T
+    with torch.no_grad():
+        assert apart(layer(x), expected) < 1e-5
+    out = layer(x)
+    assert apart(out, expected) < 1e-5
+    grads = [torch.autograd.grad(made.square().sum(), x)[0] for made in (out, expected)]
+    assert apart(*grads) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_plain_layer_of_a_quantized_one(bits: int) -> None:
+    layer = quantized_linear(bits)
+    made = dense_linear(layer.eval(), torch.bfloat16)
+    assert type(made) is nn.Linear and not made.training and not made.weight.requires_grad
+    assert torch.equal(made.weight, dense_weight(layer).bfloat16()) and made.weight.dtype == torch.bfloat16
+    assert made.bias is layer.bias and (made.in_features, made.out_features) == (64, 24)
+    assert layer.dense_weight().dtype == torch.float32
+    assert torch.equal(layer.dense_weight(torch.bfloat16), dense_weight(layer, torch.bfloat16))
+
+
+def test_the_scale_follows_the_codes() -> None:
+    moved = quantized_linear(8, zero=True).to("meta")
+    assert moved.weight.is_meta and moved.scale.is_meta and moved.zero_point is not None and moved.zero_point.is_meta
 
 
 def test_nothing_dequantized_is_kept_for_the_backward_pass() -> None:
