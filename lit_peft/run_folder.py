@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,16 @@ class _Writer(ExperimentWriter):
         file = Path(self.metrics_file_path)
         header = file.read_text(encoding="utf-8").partition("\n")[0].strip() if file.is_file() else ""
         self.metrics_keys = header.split(",") if header else []
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        # Lightning empties the file first: what is killed then has lost its log.
+        file, text = Path(self.metrics_file_path), io.StringIO(newline="")
+        with file.open(encoding="utf-8", newline="") as old:
+            rows = list(csv.DictReader(old))
+        writer = csv.DictWriter(text, fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(file, text.getvalue().encode())
 
 
 class RunLogger(CSVLogger):

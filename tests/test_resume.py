@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import json
 import os
@@ -28,6 +29,7 @@ from test_callbacks import Plain
 
 from lit_peft.checkpoint_io import AtomicCheckpointIO
 from lit_peft.errors import LitPeftError
+from lit_peft.run_folder import RunLogger
 
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("LIT_PEFT_KILLS", "3"))
@@ -294,3 +296,19 @@ def test_two_processes_writing_one_checkpoint_never_leave_half_of_one(tmp_path: 
         if file.exists():
             assert torch.load(file, weights_only=True)["by"] in "ab"
     assert all(writer.returncode == 0 for writer in writers) and os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_a_column_that_comes_later_never_empties_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = RunLogger(tmp_path, name=None, version=0)
+    logger.log_metrics({"train_loss": 0.5}, 0)
+    logger.save()
+    file = tmp_path / "version_0" / "metrics.csv"
+    before, seen = file.read_bytes(), []
+    writerows = csv.DictWriter.writerows
+    with monkeypatch.context() as patched:
+        # What a process that is killed at this moment leaves.
+        patched.setattr(csv.DictWriter, "writerows", lambda *a: (seen.append(file.read_bytes()), writerows(*a))[1])
+        logger.log_metrics({"val_loss": 0.25}, 1)
+        logger.save()
+    assert seen[0] == before and seen[1] == b"step,train_loss,val_loss\r\n0,0.5,\r\n"
+    assert file.read_bytes() == seen[1] + b"1,,0.25\r\n"
