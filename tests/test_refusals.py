@@ -1,0 +1,177 @@
+"""Settings that cannot be are refused early: each refusal names the field, its value and the fix."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import batch, make, scramble
+
+import lit_peft
+from lit_peft import LitPeftError, LoRASettings
+from lit_peft.cli import main
+from lit_peft.data.tokenization import with_padding
+from lit_peft.methods.rows import can_share
+from lit_peft.nn.lora import LoRALinear
+from lit_peft.optim import make_optimizer, make_schedule
+
+DATA = {name: getattr(lit_peft, name) for name in ("CausalLMData", "InstructionData", "ReasoningData")}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lr_scheduler": "lineer"},
+        {"learning_rate": -1.0},
+        {"warmup_steps": -0.5},
+        {"dtype": "float31"},
+        {"adapter_dtype": "Linear"},
+        {"task": "causal"},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_of_a_module(values: dict[str, Any]) -> None:
+    ((name, value),) = values.items()
+    with pytest.raises(LitPeftError, match=name) as caught:
+        lit_peft.LoRA(base="x", **values)
+    assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        *(("CausalLMData", {name: 0}) for name in ("batch_size", "max_length", "num_proc", "limit_train")),
+        ("CausalLMData", {"num_workers": -1}),
+        ("CausalLMData", {"test_fraction": 1.0}),
+        ("CausalLMData", {"validation_fraction": 0.5, "test_fraction": 0.5}),
+        ("CausalLMData", {"padding_side": "middle"}),
+        ("CausalLMData", {"streaming": True, "group_by_length": True}),
+        ("CausalLMData", {"prompt_template": "{"}),
+        ("CausalLMData", {"prompt_template": "no column"}),
+        ("InstructionData", {"template": "alpacca"}),
+        ("ReasoningData", {"max_new_tokens": 0}),
+        ("ReasoningData", {"messages_column": "messages"}),
+        ("ReasoningData", {"benchmark": "gsm9k"}),
+    ],
+    ids=str,
+)
+def test_of_data(kind: str, values: dict[str, Any]) -> None:
+    with pytest.raises(LitPeftError) as caught:
+        DATA[kind](**values)
+    assert all(name in str(caught.value) for name in values)
+
+
+def test_of_an_optimizer_and_its_schedule() -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+    with pytest.raises(LitPeftError, match=r"optimizer='AdmW'.*AdamW"):
+        make_optimizer(groups, "AdmW", 0.1, {})
+    with pytest.raises(LitPeftError, match=r"optimizer='no\.such\.Module'"):
+        make_optimizer(groups, "no.such.Module", 0.1, {})
+    with pytest.raises(LitPeftError, match="does not take optimizer_args"):
+        make_optimizer(groups, "SGD", 0.1, {"betas": (0, 1)})
+    optimizer = make_optimizer(groups, "torch.optim.SGD", 0.1, {"momentum": 0.5})
+    assert type(optimizer) is torch.optim.SGD and optimizer.defaults["momentum"] == 0.5
+    with pytest.raises(LitPeftError, match="lr_scheduler='step'"):
+        make_schedule(optimizer, "step", 0, 10)
+    with pytest.raises(LitPeftError, match="max_steps"):
+        make_schedule(optimizer, "linear", 0, math.inf)
+
+
+def test_of_a_tokenizer_without_tokens_to_pad_with(tokenizer_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.pad_token = tokenizer.eos_token = None
+    assert with_padding(tokenizer, "x").pad_token == "[UNK]"
+    tokenizer.pad_token = tokenizer.unk_token = None
+    with pytest.raises(LitPeftError, match="pad_token"):
+        with_padding(tokenizer, "x")
+
+
+def two_loras(**second: Any) -> Any:
+    model = make("llama")
+    lit_peft.add_adapter(model, "a", LoRASettings(r=2))
+    lit_peft.add_adapter(model, "b", LoRASettings(**{"r": 2, **second}))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("second", "arguments", "words"),
+    [
+        ({}, {"combination": "mean"}, "combination='mean'"),
+        ({}, {"weights": {}}, "weights is empty"),
+        ({}, {"combination": "ties", "density": 0.0}, "density=0.0"),
+        ({}, {"weights": {"a": 1.0, "c": 1.0}}, "'c'"),
+        ({"r": 3}, {"combination": "linear"}, "one rank"),
+        ({"use_dora": True}, {}, "'b' cannot be combined"),
+        ({"modules_to_save": ["lm_head"]}, {}, "'b' cannot be combined"),
+        ({"target_modules": ["k_proj"]}, {}, "'b' adapts other modules"),
+    ],
+    ids=str,
+)
+def test_of_a_combination(second: dict[str, Any], arguments: dict[str, Any], words: str) -> None:
+    model = two_loras(**second)
+    with pytest.raises(LitPeftError, match=words):
+        lit_peft.combine_adapters(model, "mix", **{"weights": {"a": 0.5, "b": 0.5}, **arguments})
+    assert lit_peft.adapter_names(model) == ["a", "b"]
+
+
+def test_of_adapters_by_name() -> None:
+    model = two_loras()
+    with pytest.raises(LitPeftError, match="delete_adapter"):
+        lit_peft.add_adapter(model, "a", LoRASettings(r=2))
+    with pytest.raises(LitPeftError, match="'c'"):
+        can_share(model, "c")
+    assert can_share(model, "a")
+    lit_peft.add_adapter(model, "p", lit_peft.PrefixTuningSettings(num_virtual_tokens=2))
+    assert not can_share(model, "p")
+    with pytest.raises(LitPeftError, match="No LoRA is active"):
+        lit_peft.merge_adapter(model)
+    base = make("llama")(**batch("llama")).logits
+    assert lit_peft.active_adapter(model) == "p"
+    lit_peft.delete_adapter(model, "p")
+    # The deleted adapter was the active one: what is left answers as the base.
+    assert lit_peft.active_adapter(model) is None and lit_peft.adapter_names(model) == ["a", "b"]
+    assert torch.equal(model.eval()(**batch("llama")).logits, base)
+
+
+def test_an_adapter_that_cannot_be_built_leaves_the_active_one() -> None:
+    model = two_loras()
+    scramble(model)
+    before = model.eval()(**batch("llama")).logits
+    with pytest.raises(LitPeftError, match="no_such"):
+        lit_peft.add_adapter(model, "c", LoRASettings(target_modules=["no_such"]))
+    assert lit_peft.active_adapter(model) == "b" and torch.equal(model(**batch("llama")).logits, before)
+
+
+def test_a_merge_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = two_loras()
+    scramble(model)
+    before, merge, calls = {k: v.clone() for k, v in model.state_dict().items()}, LoRALinear.merge, []
+
+    def third_fails(layer: LoRALinear) -> None:
+        calls.append(layer)
+        if len(calls) == 3:
+            raise MemoryError
+        merge(layer)
+
+    monkeypatch.setattr(LoRALinear, "merge", third_fails)
+    with pytest.raises(MemoryError):
+        lit_peft.merge_adapter(model)
+    assert not any(layer.merged for layer in calls)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_on_the_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LIT_PEFT_DEBUG", raising=False)
+    assert main([]) == main(["--help"]) == 0 and "fit" in capsys.readouterr().out
+    assert main(["--version"]) == 0 and lit_peft.__version__ in capsys.readouterr().out
+    assert main(["fitt"]) == 2 and "closest are" in capsys.readouterr().err
+    monkeypatch.setenv("LIT_PEFT_DEBUG", "")
+    with pytest.raises(LitPeftError):
+        main(["fitt", "--debug"])
+    monkeypatch.setattr("lit_peft.cli._usage", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main([]) == 130
