@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from lit_peft.callbacks.activation_store import DiskStore, MemoryStore
 from torch import Tensor, nn
 
-from lit_peft.architectures import Layer, cache_of, layer_stacks
+from lit_peft.architectures import Layer, layer_stacks, token_model
+from lit_peft.calls import arguments, by_name, cache_of
 from lit_peft.errors import LitPeftError
 
 
@@ -53,7 +53,7 @@ class ActivationCache(Callback):
         """Find the cut and stand in for the layers below it."""
         stacks = layer_stacks(pl_module)
         layers = stacks[0]
-        if len(stacks) != 1 or "position_bias" in inspect.signature(type(layers[0].module).forward).parameters:
+        if len(stacks) != 1 or "position_bias" in arguments(layers[0].module):
             raise LitPeftError(
                 "ActivationCache knows models with one stack of layers, each of which hands on hidden states and no "
                 f"more, and {type(layers[0].module).__name__} is of another kind: leave the callback out."
@@ -74,7 +74,6 @@ class ActivationCache(Callback):
         else:
             name = f"{_fingerprint(below, str(trainer.precision))}-{cut}"
             self._store = DiskStore(limit, Path(self.folder) / name, trainer.global_rank)
-        self._names = tuple(inspect.signature(type(owner).forward).parameters)[1:]
         self._keys: list[bytes] | None = None
         self._states: Tensor | None = None
         self._undo.append(owner.register_forward_pre_hook(self._before, with_kwargs=True).remove)
@@ -100,7 +99,7 @@ class ActivationCache(Callback):
         self._keys = self._states = None
         if not (owner.training and torch.is_grad_enabled()):
             return
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        given = by_name(owner, args, kwargs)
         rows = _rows(given)
         if rows is None:
             warnings.warn(
@@ -163,14 +162,10 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 def _owner(model: nn.Module, layer: Layer) -> nn.Module:
-    """The innermost model around a layer: the one that is called with token ids."""
-    path = layer.path
-    while path:
-        path = path.rpartition(".")[0]
-        owner = model.get_submodule(path)
-        if "input_ids" in inspect.signature(type(owner).forward).parameters:
-            return owner
-    raise LitPeftError(f"No model around {layer.path} takes input_ids: leave ActivationCache out.")
+    path = token_model(model, layer)
+    if path is None:
+        raise LitPeftError(f"No model around {layer.path} takes input_ids: leave ActivationCache out.")
+    return model.get_submodule(path)
 
 
 def _below(owner: nn.Module, layers: list[Layer], cut: int) -> list[tuple[str, nn.Module]]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from lit_peft.calls import arguments
 from lit_peft.errors import LitPeftError
 from lit_peft.nn.linear import linear_features
-
-# What versions of transformers call the argument that holds the cache of keys and values.
-CACHES = ("cache", "past_key_values", "layer_past")
 
 
 @dataclass(frozen=True)
@@ -275,9 +273,14 @@ def layer_stacks(model: nn.Module) -> list[list[Layer]]:
     return stacks
 
 
-def cache_of(values: Mapping[str, Any]) -> Any:
-    """The cache of keys and values among a call's arguments by name; None if it has none."""
-    return next((values[name] for name in CACHES if values.get(name) is not None), None)
+def token_model(model: nn.Module, layer: Layer) -> str | None:
+    """The path of the innermost model around a layer: the one that is called with token ids. None if none is."""
+    path = layer.path
+    while path:
+        path = path.rpartition(".")[0]
+        if "input_ids" in arguments(model.get_submodule(path)):
+            return path
+    return None
 
 
 def kv_shape(attention: nn.Module, config: Any) -> tuple[int, int]:

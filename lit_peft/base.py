@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import lit_peft
 from lit_peft.architectures import learned_positions
+from lit_peft.calls import arguments
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.kinds import check_kinds
 from lit_peft.methods.adapter_dtype import set_adapter_dtype
@@ -165,7 +166,7 @@ class BaseLM(pl.LightningModule):
             shard(model, self.device_mesh)
         self.model = model
         self._positions = learned_positions(model)
-        self._takes_positions = _is_decoder(config) and "position_ids" in inspect.signature(model.forward).parameters
+        self._takes_positions = _is_decoder(config) and "position_ids" in arguments(model)
         self.val_metrics, self.test_metrics = (nn.ModuleDict(self.task.metrics(config)) for _ in range(2))
         self._join_averaging()
 

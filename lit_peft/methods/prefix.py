@@ -16,14 +16,14 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.architectures import CACHES, Layer, cache_of, has_module, kv_shape, layer_stacks, learned_positions
+from lit_peft.architectures import Layer, has_module, kv_shape, layer_stacks, learned_positions, token_model
+from lit_peft.calls import CACHES, arguments, by_name, cache_of
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings
@@ -103,7 +103,7 @@ class PrefixSettings(MethodSettings):
             layers = [layer for at, layer in enumerate(stack, number) if at not in self.leave_out]
             number += len(stack)
             is_encoder = crossed and _cross(stack[0]) is None
-            owner = _owner(model, stack[0])
+            owner = token_model(model, stack[0]) or ""
             role = "encoder" if is_encoder else "self"
             if layers and (self.encoder_prefix or not is_encoder):
                 paths = [f"{layer.path}.{layer.architecture.self_attention}" for layer in layers]
@@ -149,7 +149,7 @@ class PrefixSettings(MethodSettings):
         relative = next((m for m in map(_self_attention, stack) if getattr(m, "has_relative_attention_bias", 0)), None)
         for number, (path, module) in enumerate(zip(paths, modules, strict=True)):
             place = _Place(prefix, number)
-            names = _parameters(module)
+            names = arguments(module)
             if hasattr(module, "disentangled_attention_bias"):
                 _Disentangled(place, module, attachment)
             elif "alibi" in names:
@@ -178,31 +178,6 @@ def _cross(layer: Layer) -> str | None:
 
 def _self_attention(layer: Layer) -> nn.Module:
     return layer.module.get_submodule(layer.architecture.self_attention)
-
-
-def _owner(model: nn.Module, layer: Layer) -> str:
-    """The path of the innermost model around a layer: the one that is called with token ids."""
-    path = layer.path
-    while path:
-        path = path.rpartition(".")[0]
-        if "input_ids" in _parameters(model.get_submodule(path)):
-            return path
-    return ""
-
-
-@cache
-def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
-
-
-def _parameters(module: nn.Module) -> tuple[str, ...]:
-    """The names of the arguments of a module's forward, as its class has it."""
-    return _arguments(type(module).forward)
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
-    return {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
 
 
 class _Start:
@@ -263,7 +238,7 @@ class _Through:
 
     def count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the attention: how many tokens came before, which a cache of fixed size hides."""
-        values = _named(module, args, kwargs)
+        values = by_name(module, args, kwargs)
         held = cache_of(values)
         self.past = 0 if held is None else int(held.get_seq_length(module.layer_idx))
 
@@ -328,7 +303,7 @@ class _Cached:
     def __call__(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        values, length = _named(module, args, kwargs), self.place.length
+        values, length = by_name(module, args, kwargs), self.place.length
         mask, alibi = values["attention_mask"], values["alibi"]
         if mask is not None:
             values["attention_mask"] = self.place.seen(mask)
@@ -347,7 +322,7 @@ class _Cached:
                 # Falcon has ALiBi in the mask as well.
                 added = (columns * module.inv_norm_factor).expand(*mask.shape[:3], -1)
                 values["attention_mask"] = torch.cat([added.to(mask.dtype), mask], dim=-1)
-        name = next(name for name in CACHES if name in inspect.signature(module.forward).parameters)
+        name = next(name for name in CACHES if name in arguments(module))
         values[name] = _Answer(self.place, values.get(name))
         return (), values
 
@@ -378,7 +353,7 @@ class _Disentangled:
     def masked(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        values = _named(module, args, kwargs)
+        values = by_name(module, args, kwargs)
         values["attention_mask"] = self.place.seen(values["attention_mask"].bool())
         return (), values
 
@@ -418,13 +393,13 @@ class _Positions:
                 f"{type(model).__name__} has: give fewer."
             )
         embeddings = getattr(module, "embeddings", None)
-        names = _parameters(embeddings) if isinstance(embeddings, nn.Module) else ()
+        names = arguments(embeddings) if isinstance(embeddings, nn.Module) else ()
         positions = getattr(module, "embed_positions", None)
         if isinstance(positions, nn.Module):
             attachment.hook(positions.register_forward_pre_hook(self.of_table, with_kwargs=True))
         elif isinstance(embeddings, nn.Module) and any(name in names for name in _LENGTHS):
             attachment.hook(embeddings.register_forward_pre_hook(self.of_embeddings, with_kwargs=True))
-        elif getattr(model.get_submodule(attention), "is_causal", False) and "position_ids" in _parameters(module):
+        elif getattr(model.get_submodule(attention), "is_causal", False) and "position_ids" in arguments(module):
             attachment.hook(module.register_forward_pre_hook(self.of_model, with_kwargs=True))
 
     def check(self, ids: Tensor | None, count: int) -> None:
@@ -441,7 +416,7 @@ class _Positions:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A module called with the positions it embeds."""
-        values = _named(module, args, kwargs)
+        values = by_name(module, args, kwargs)
         ids = values["position_ids"]
         self.check(ids, ids.shape[-1])
         values["position_ids"] = torch.where(ids < 0, ids, ids + self.length)
@@ -451,13 +426,13 @@ class _Positions:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A module that counts positions itself, from a given length on."""
-        values = _named(module, args, kwargs)
+        values = by_name(module, args, kwargs)
         tokens = values["input_ids"] if values.get("input_ids") is not None else values["inputs_embeds"]
         self.check(values.get("position_ids"), tokens.shape[1])
         if values.get("position_ids") is not None:
             values["position_ids"] = values["position_ids"] + self.length
         else:
-            name = next(name for name in _LENGTHS if name in _parameters(module))
+            name = next(name for name in _LENGTHS if name in arguments(module))
             values[name] = values.get(name, 0) + self.length
         return (), values
 
@@ -465,7 +440,7 @@ class _Positions:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A decoder that takes positions, and counts from the cache's length on where it gets none."""
-        values = _named(module, args, kwargs)
+        values = by_name(module, args, kwargs)
         ids = values.get("position_ids")
         if ids is None:
             tokens = values.get("input_ids")

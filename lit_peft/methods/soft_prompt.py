@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lit_peft.architectures import cache_of, learned_positions
+from lit_peft.architectures import learned_positions
+from lit_peft.calls import arguments, by_name, cache_of
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings
@@ -108,9 +108,7 @@ class _Placement:
             self.host = top.base_model.get_decoder()
         self.cuts = self.decoder is None and not (pools and self.host is top)
         self.loses = self.cuts and self.host is not top and top.can_generate()
-        self.names = list(inspect.signature(self.host.forward).parameters)
-        self.top_names = list(inspect.signature(top.forward).parameters)
-        self.counts = settings.positions == "mask" and "position_ids" in self.names and causal
+        self.counts = settings.positions == "mask" and "position_ids" in arguments(self.host) and causal
         embeddings = self.host.get_input_embeddings()
         if not isinstance(getattr(embeddings, "weight", None), Tensor):
             raise LitPeftError(
@@ -142,21 +140,12 @@ class _Placement:
         attachment.hook(self.embeddings.register_forward_pre_hook(self._look_up_marks))
         attachment.hook(self.embeddings.register_forward_hook(self._insert))
         if self.decoder is not None and self.front:
-            names = list(inspect.signature(self.decoder.forward).parameters)
-
-            def extend(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-                kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-                mask = kwargs.get("encoder_attention_mask")
-                if mask is not None:
-                    kwargs["encoder_attention_mask"] = self._arrange(self._in_front(mask, 1), mask)
-                return (), kwargs
-
-            attachment.hook(self.decoder.register_forward_pre_hook(extend, with_kwargs=True))
+            attachment.hook(self.decoder.register_forward_pre_hook(self._extend_encoder_mask, with_kwargs=True))
 
     # ------------------------------------------------------------------------------------- the host's inputs
 
     def _extend(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        kwargs = by_name(module, args, kwargs)
         self.pending = self.inserted = False
         cache = cache_of(kwargs)
         cached = bool(cache is not None and cache.get_seq_length() > 0)
@@ -213,6 +202,13 @@ class _Placement:
         embeds = self.embeddings(ids) if embeds is None else embeds
         kwargs.pop("input_ids", None)
         kwargs["inputs_embeds"] = self._join(embeds)
+
+    def _extend_encoder_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs = by_name(module, args, kwargs)
+        mask = kwargs.get("encoder_attention_mask")
+        if mask is not None:
+            kwargs["encoder_attention_mask"] = self._arrange(self._in_front(mask, 1), mask)
+        return (), kwargs
 
     def _in_front(self, tensor: Tensor, value: int) -> Tensor:
         return torch.cat([tensor.new_full((tensor.shape[0], self.front), value), tensor], 1)
@@ -276,7 +272,7 @@ class _Placement:
         return output
 
     def _take_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        kwargs = {**dict(zip(self.top_names, args, strict=False)), **kwargs}
+        kwargs = by_name(module, args, kwargs)
         self.extra = 0
         labels = kwargs.get("labels")
         cache = cache_of(kwargs)
