@@ -73,6 +73,12 @@ class CLI(LightningCLI):
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as problem:
             raise LitPeftError(f"A file of settings is not UTF-8 ({problem}): save it as UTF-8.") from None
+        except ValueError as problem:
+            if "null byte" not in str(problem):  # what jsonargparse meets where it looks for a file of that name
+                raise
+            raise LitPeftError(
+                "A setting holds the character \\0, which no name and no file has: leave it out."
+            ) from None
 
     def _parse_ckpt_path(self) -> None:
         # The configuration says what to build, and the checkpoint's tensors are checked against it.

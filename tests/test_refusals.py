@@ -175,3 +175,10 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: py
         main(["fitt", "--debug"])
     monkeypatch.setattr("lit_peft.cli._usage", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main([]) == 130
+
+
+@pytest.mark.parametrize("text", ['model: "a\\0b"', 'trainer: {callbacks: "a\\0b"}'])
+def test_of_a_name_that_no_file_can_have(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    assert main(["fit", "--config", str(tmp_path / "config.yaml")]) == 2
+    assert "\\0" in capsys.readouterr().err
