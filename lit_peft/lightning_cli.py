@@ -76,9 +76,7 @@ class CLI(LightningCLI):
         except ValueError as problem:
             if "null byte" not in str(problem):  # what jsonargparse meets where it looks for a file of that name
                 raise
-            raise LitPeftError(
-                "A setting holds the character \\0, which no name and no file has: leave it out."
-            ) from None
+            raise LitPeftError("A setting holds the character \\0, which no file and no name has: drop it.") from None
 
     def _parse_ckpt_path(self) -> None:
         # The configuration says what to build, and the checkpoint's tensors are checked against it.
