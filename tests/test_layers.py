@@ -1,0 +1,137 @@
+"""The plain layers by what their docstrings promise: defaults, types, devices, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import close
+from torch import nn
+
+import lit_peft.nn.cross_entropy as loss_module
+from lit_peft import LitPeftError
+from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
+from lit_peft.nn.cross_entropy import head_cross_entropy
+from lit_peft.nn.lora import LoRALinear
+
+WHOLE: dict[str, Any] = {"ln_before": True, "ln_after": True, "use_gating": True}
+
+
+def test_defaults() -> None:
+    lora = LoRALinear(nn.Linear(12, 10))
+    assert (lora.r, lora.lora_alpha, lora.scaling, lora.lora_dropout) == (8, 16, 2.0, 0.0)
+    layer = Bottleneck(12, 4)
+    assert (layer.non_linearity, layer.scaling, layer.dropout) == ("relu", 1.0, 0.0)
+    assert layer.norm_before is layer.norm_after is layer.gate is None and not layer.adapter_residual_before_ln
+    assert not layer.up.weight.any() and layer.down.weight.any()
+    place = SublayerAdapter(12, 4)
+    assert not place.is_parallel and not place.original_ln_before and not place.needs_residual
+    assert place.original_ln_after is place.residual_before_ln is True
+
+
+@pytest.mark.parametrize("scaling", [2.5, "learned", "channel"])
+def test_every_part_of_a_bottleneck_is_where_and_what_it_was_asked_for(scaling: Any) -> None:
+    double = Bottleneck(12, 4, 6, scaling=scaling, dtype=torch.float64, **WHOLE)
+    meta = Bottleneck(12, 4, 6, scaling=scaling, device=torch.device("meta"), **WHOLE)
+    assert {parameter.dtype for parameter in double.parameters()} == {torch.float64}
+    assert all(parameter.is_meta for parameter in meta.parameters())
+    sizes = {"learned": (1,), "channel": (6,)}
+    assert double.scaling == 2.5 if isinstance(scaling, float) else double.scaling.shape == sizes[scaling]
+
+
+@pytest.mark.parametrize("scaling", [2.5, "learned", "channel"])
+@pytest.mark.parametrize("before_ln", [False, True])
+def test_a_bottleneck_gives_its_residuals_type(before_ln: bool, scaling: Any) -> None:
+    layer = Bottleneck(12, 4, scaling=scaling, init_weights="bert", adapter_residual_before_ln=before_ln, **WHOLE)
+    x = torch.randn(2, 3, 12)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert layer(x, x.bfloat16()).dtype == torch.bfloat16
+    close(layer(x.bfloat16(), x.bfloat16()).float(), layer(x, x), 3e-2)
+    parallel = SublayerAdapter(12, 4, is_parallel=True)
+    assert parallel._adapted(x.bfloat16(), x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"bottleneck_size": 0}, {"non_linearity": "rely"}, {"scaling": "x"}, {"dropout": 1.0}, {"init_weights": "x"}],
+    ids=str,
+)
+def test_bottlenecks_that_cannot_be(values: dict[str, Any]) -> None:
+    ((name, value),) = values.items()
+    with pytest.raises(LitPeftError, match=f"{name}={value!r}"):
+        Bottleneck(12, **{"bottleneck_size": 4, **values})
+
+
+def test_the_smallest_sizes() -> None:
+    assert Bottleneck(12, 1).down.weight.shape == (1, 12) and LoRALinear(nn.Linear(12, 10), r=1).r == 1
+    for r in (0, -1):
+        with pytest.raises(LitPeftError, match=f"r={r}"):
+            LoRALinear(nn.Linear(12, 10), r=r)
+
+
+class Transposed(nn.Module):
+    """A layer of somebody's own that stores W as (in, out), and takes more than its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 10), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, times: float, *, plus: float) -> torch.Tensor:
+        return times * x @ self.weight + plus
+
+
+def test_a_transposed_layer_with_further_inputs() -> None:
+    base, x = Transposed(), torch.randn(3, 12)
+    layer = LoRALinear(base, r=2, fan_in_fan_out=True)
+    nn.init.normal_(layer.lora_B)
+    assert layer.lora_A.shape == (2, 12) and layer.lora_B.shape == (10, 2)
+    close(layer(x, 2.0, plus=1.0), 2 * x @ base.weight + 1 + x @ layer.delta_weight().T)
+    layer.merge()
+    close(layer(x, 1.0, plus=0.0), x @ base.weight)
+    assert LoRALinear(Transposed(), r=2, fan_in_fan_out=False).lora_A.shape == (2, 10)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_gives_its_inputs_type(use_dora: bool, training: bool) -> None:
+    base = nn.Linear(12, 10, dtype=torch.bfloat16)
+    layer = LoRALinear(base, r=2, use_dora=use_dora, lora_dropout=0.5).train(training)
+    base.register_forward_hook(lambda *_: None)  # what is hooked is computed in its parts
+    assert layer.lora_A.dtype == torch.float32
+    out = layer(torch.randn(3, 12, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 2.0, 0.25])
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_heads_loss_in_blocks(scale: float | None, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks, with logits that overflow an exponential of fp32 and targets of every block."""
+    monkeypatch.setattr(loss_module, "_BLOCK", 1)
+    monkeypatch.setattr(loss_module, "_FEWEST_ROWS", 3)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(8, 12), torch.randn(9, 12) * 40
+    targets, bias = torch.randint(0, 9, (8,)), torch.randn(9)
+    hidden[3] *= 10
+    ours, theirs = hidden.clone().requires_grad_(trained), hidden.clone().requires_grad_(trained)
+    loss = head_cross_entropy(ours, weight, targets, bias, *([] if scale is None else [scale]))
+    expected = F.cross_entropy((theirs @ weight.T + bias) * (1.0 if scale is None else scale), targets, reduction="sum")
+    close(loss, expected)
+    if trained:
+        loss.backward()
+        expected.backward()
+        close(ours.grad, theirs.grad)
+
+
+def test_the_heads_loss_is_precise_in_half_precision() -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(8, 12), torch.randn(9, 12), torch.randint(0, 9, (8,))
+    half = head_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets, torch.randn(9).bfloat16() * 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = head_cross_entropy(hidden, weight, targets, torch.zeros(9))
+    logits = F.linear(hidden.bfloat16(), weight.bfloat16()).float()
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    assert half.dtype == mixed.dtype == torch.float32
+    close(half, expected, 1e-6)
+    close(mixed, expected, 1e-6)
