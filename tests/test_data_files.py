@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from lit_peft import LitPeftError, TextClassificationData
 from lit_peft.data import json_rows
 from lit_peft.data.evened import Evened, RealOnly
-from lit_peft.data.files import read_file
+from lit_peft.data.files import column_values, read_file
 from lit_peft.data.text_classification import encode_texts
 
 
@@ -318,3 +318,20 @@ def test_every_process_gets_as_many_examples_and_none_counts_twice() -> None:
     batches = [real(share[at : at + 1]) for share in shares for at in range(2)]
     assert sorted(batch["at"][0] for batch in batches if "surplus" not in batch) == [0, 1, 2, 3, 4]
     assert real([evened[4], evened[5]]) == {"at": [4]}
+
+
+def test_texts_of_a_parquet_file_that_are_not_utf8(tmp_path: Path) -> None:
+    """What is damaged in the names of its columns and in its texts, each found by fuzzing."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "damaged.parquet"
+    pq.write_table(pa.table({"caption": ["a film", "a plot"]}), file, compression="none", use_dictionary=False)
+    whole = file.read_bytes()
+    texts = whole.replace(b"a plot", b"a pl\xe9t")
+    names = whole.replace(b"caption", b"capt\xe9on")
+    assert whole not in (texts, names)
+    for content, words in ((texts, "'caption'.*not UTF-8"), (names, "damaged.parquet")):
+        file.write_bytes(content)
+        with pytest.raises(LitPeftError, match=words):
+            column_values(read_file(str(file), "data.train"), "caption")

@@ -218,8 +218,15 @@ def require_columns(table: Dataset, columns: dict[str, str | None], field: str, 
 
 
 def column_values(table: Dataset, column: str) -> list[Any]:
-    """Return one column as plain Python values, in row order."""
-    return list(table[column])
+    """Return one column as plain Python values, in row order.
+
+    Raises:
+        LitPeftError: a text is not UTF-8, as a damaged parquet file may hold it.
+    """
+    try:
+        return list(table[column])
+    except UnicodeDecodeError as exc:
+        raise LitPeftError(f"column {column!r} holds a text that is not UTF-8 ({exc}); write its file again.") from None
 
 
 def fingerprint(*parts: Any) -> str:
@@ -360,7 +367,7 @@ def _no_rows(path: Path) -> bool:
 
     try:
         return pa.parquet.ParquetFile(path).metadata.num_rows == 0
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, UnicodeDecodeError):  # names of columns are read as well
         return False
 
 
