@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import DECODERS, GROUPED, SHAPE, checkpointing
+from models import DECODERS, GROUPED, SHAPE, checkpointing, scramble
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lit_peft
 from lit_peft import AdapterHSettings, AdapterPSettings, LoRASettings, ParallelSettings, supervised_loss
+from lit_peft.methods.attachment import MethodSettings
 from lit_peft.nn import cross_entropy
 from lit_peft.tasks import supervised_ffn
 from lit_peft.tasks import supervised_loss as wiring
@@ -47,12 +48,9 @@ def batch(supervised: float = 0.5) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def adapted(name: str, settings: LoRASettings | None = None) -> Any:
+def adapted(name: str, settings: MethodSettings | None = None) -> Any:
     model = lit_peft.attach(build(name), settings or LoRASettings(r=4, target_modules="all-linear")).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    scramble(model)
     return model
 
 
@@ -239,11 +237,7 @@ def test_all_rows_where_they_are_asked_for_or_computed_again() -> None:
 @pytest.mark.parametrize("settings", [AdapterHSettings, AdapterPSettings, ParallelSettings])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gpt_neox"])
 def test_adapters_around_the_last_ffn(name: str, settings: Any) -> None:
-    model = lit_peft.attach(build(name), settings(reduction_factor=2)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    model = adapted(name, settings(reduction_factor=2))
     assert rows_seen(model, FFNS[name], batch())[0] < batch()["input_ids"].numel()
     assert_equal_to_plain(model, batch())
 
