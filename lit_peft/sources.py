@@ -65,6 +65,14 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return Path(chosen).expanduser()
 
 
+def cache_error(where: str, exc: OSError) -> LitPeftError:
+    """Say that the cache cannot be written; `where` names the setting that needs it."""
+    return LitPeftError(
+        f"{where}: {exc.strerror or exc} ({exc.filename or 'cache'}); set {CACHE_VARIABLE} to a folder that can be "
+        "written and has room."
+    )
+
+
 def resolve_base(base: str, cache_dir: str | os.PathLike[str] | None = None) -> BaseSource:
     """Find a base model.
 
@@ -379,10 +387,7 @@ def convert_gguf(file: Path, cache_dir: str | os.PathLike[str] | None = None) ->
             if not (target / "config.json").is_file():
                 _convert(file, target)
     except OSError as exc:
-        raise LitPeftError(
-            f"base {str(file)!r}: {exc.strerror or exc} ({exc.filename or 'cache'}); "
-            f"set {CACHE_VARIABLE} to a folder that can be written and has room."
-        ) from exc
+        raise cache_error(f"base {str(file)!r}", exc) from exc
     return target
 
 

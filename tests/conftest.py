@@ -50,6 +50,14 @@ def _warn_or_raise(
 warnings.warn = _warn_or_raise  # type: ignore[assignment]
 
 
+@pytest.fixture
+def new_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache: nothing is found that another test or run has read."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("LIT_PEFT_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -22,13 +22,7 @@ from lit_peft.data.benchmarks import BENCHMARKS, CHOICE_BENCHMARKS
 from lit_peft.tasks import find_task
 from lit_peft.tasks.sequence_classification import QuestionsRight
 
-
-@pytest.fixture(autouse=True)
-def new_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is found that another run has read."""
-    monkeypatch.setenv("LIT_PEFT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
+pytestmark = pytest.mark.usefixtures("new_cache")
 TEXTS = ("the film is good", "this film is bad", "it was a great story", "it was a poor story")
 
 

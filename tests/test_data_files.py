@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,15 +16,12 @@ from transformers import AutoTokenizer
 
 from lit_peft import LitPeftError, TextClassificationData
 from lit_peft.data import json_rows
+from lit_peft.data.conll import read_conll
 from lit_peft.data.evened import Evened, RealOnly
 from lit_peft.data.files import column_values, read_file
 from lit_peft.data.text_classification import encode_texts
 
-
-@pytest.fixture(autouse=True)
-def new_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is found that another run has read."""
-    monkeypatch.setenv("LIT_PEFT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("new_cache")
 
 
 def data(encoder: Path, file: Path, **settings: object) -> TextClassificationData:
@@ -195,11 +193,11 @@ def test_a_list_is_read_bit_by_bit(characters: int, tmp_path: Path, monkeypatch:
             assert place in str(problem.value), broken
 
 
-def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_goes(new_cache: Path, tmp_path: Path) -> None:
     """A table half written is seen by nobody, and goes with the next writing of that file."""
-    file, cache = tmp_path / "a.jsonl", tmp_path / "cache" / "datasets"
+    file = tmp_path / "a.jsonl"
     table(file, {"a": 1})
-    [made] = cache.rglob("*.arrow")
+    [made] = new_cache.rglob("*.arrow")
     left, running = (made.with_name(f".{made.name}.tmp-{name}") for name in ("0a", "0b"))
     for path in (left, running):
         path.write_bytes(made.read_bytes()[:40])
@@ -211,7 +209,31 @@ def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
     file.write_text('{"a": 1}\n{')
     with pytest.raises(LitPeftError):
         read_file(str(file), "data.train")
-    assert not [path for path in cache.rglob(".*") if path != running]
+    assert not [path for path in new_cache.rglob(".*") if path != running]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.csv", "text\ngood\n"), ("a.jsonl", '{"text": "good"}\n'), ("a.conll", "good O\n")]
+)
+def test_a_cache_that_cannot_be_written_is_told(name: str, text: str, new_cache: Path, tmp_path: Path) -> None:
+    new_cache.rmdir()
+    new_cache.write_text("a file in the folder's place")
+    (tmp_path / name).write_text(text)
+    read = read_conll if name.endswith(".conll") else read_file
+    with pytest.raises(LitPeftError, match=r"a\..*: Not a directory \(.*\); set LIT_PEFT_CACHE"):
+        read(str(tmp_path / name), "data.train")
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.csv", "text\ngood\n"), ("a.jsonl", '{"text": "good"}\n')])
+def test_a_full_disk_is_told(name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pyarrow.ipc.new_stream", full)
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.finalize", full)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(LitPeftError, match=r"a\..*: No space left on device \(cache\); set LIT_PEFT_CACHE"):
+        read_file(str(tmp_path / name), "data.train")
 
 
 def test_labels_of_one_file_missing_from_the_other(encoder: Path, tmp_path: Path) -> None:

@@ -108,8 +108,7 @@ READ: list[tuple[str, str | bytes, list[tuple[str, str]]]] = [
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIT_PEFT_CACHE", str(tmp_path / "cache"))
+def folder(new_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit-peft"])
 

@@ -15,13 +15,7 @@ from lit_peft import InstructionData, LitPeftError, ReasoningData
 from lit_peft.cli import main
 from lit_peft.tasks.answers import gold_text
 
-
-@pytest.fixture(autouse=True)
-def new_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is found that another run has read."""
-    monkeypatch.setenv("LIT_PEFT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
+pytestmark = pytest.mark.usefixtures("new_cache")
 MATH = "There are 7 crayons in the drawer . Mary took 3 . How many are there now ?"
 CHOOSE = "Please choose the correct answer to the question: Why is the film good?\n\n{}"
 SAY = "the correct answer is "

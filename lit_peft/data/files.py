@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import re
 from collections.abc import Collection, Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lit_peft.data.json_rows import JSON_VERSION, json_rows, json_table
 from lit_peft.errors import LitPeftError, causes, closest
-from lit_peft.sources import PACKAGE_PREFIX, cache_root, hub_error, resolve_packaged_file
+from lit_peft.sources import PACKAGE_PREFIX, cache_error, cache_root, hub_error, resolve_packaged_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -340,6 +341,11 @@ def explain(path: Path, field: str, value: str, loader: str, exc: BaseException)
         return LitPeftError(f"{where} has no rows; give a file with at least one row.")
     if loader != "parquet" and (place := _not_utf8(path)):
         return LitPeftError(f"{where} is not UTF-8: {place}; save it as UTF-8.")
+    for link in causes(exc):
+        if isinstance(link, OSError) and (
+            link.errno in (errno.ENOSPC, errno.EDQUOT) or str(link.filename).startswith(str(cache_root()))
+        ):
+            return cache_error(where, link)
     text = _chain(exc)
     if "no data" in text or "No columns to parse" in text:
         return LitPeftError(f"{where} has no rows; give a file with at least one row.")
