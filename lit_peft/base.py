@@ -19,7 +19,7 @@ import lit_peft
 from lit_peft.architectures import learned_positions
 from lit_peft.calls import arguments
 from lit_peft.errors import LitPeftError, closest
-from lit_peft.kinds import check_kinds
+from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.adapter_dtype import set_adapter_dtype
 from lit_peft.methods.attachment import MethodSettings
 from lit_peft.optim import SCHEDULES, make_optimizer, make_schedule
@@ -102,6 +102,12 @@ class BaseLM(pl.LightningModule):
             raise LitPeftError(f"learning_rate={learning_rate}: give a positive number, e.g. 5e-4.")
         if warmup_steps < 0:
             raise LitPeftError(f"warmup_steps={warmup_steps}: give a number of steps, or a share of them below 1.")
+        if weight_decay < 0:
+            raise LitPeftError(f"weight_decay={weight_decay}: give a number of at least 0, e.g. 0.01.")
+        if num_labels is not None and num_labels < 1:
+            raise LitPeftError(f"num_labels={num_labels}: give a number of at least 1; 1 is regression.")
+        if labels is not None and len(set(labels)) < max(len(labels), 1):
+            raise LitPeftError(f"labels={shown(labels)}: give each class a name of its own, or leave it out.")
         for name, value in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
             if value is not None and not isinstance(getattr(torch, value, None), torch.dtype):
                 raise LitPeftError(f"{name}={value!r} is not known: use 'float32', 'bfloat16' or 'float16'.")
@@ -312,10 +318,11 @@ class BaseLM(pl.LightningModule):
             )
 
     def _check_data(self, *stages: str) -> None:
-        """Find out before the first step whether the base can take the data's tokens.
+        """Find out before the first step whether the model can take the data's tokens and labels.
 
         Raises:
-            LitPeftError: a row is longer than the base's positions, or a token is not in its vocabulary.
+            LitPeftError: a row is longer than the base's positions, a token is not in its vocabulary, or a label has
+                another number in the data than in the model.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "extent"):
@@ -323,6 +330,8 @@ class BaseLM(pl.LightningModule):
         if self.task.new_head:
             # Decoders find the last token of each row by it, and it is the data that pads.
             self.model.config.pad_token_id = data.tokenizer.pad_token_id
+        if self.task.labelled and stages != ("predict",):
+            self._check_labels(data)
         embeddings = self.model.get_input_embeddings()
         known = getattr(embeddings, "num_embeddings", None)
         for stage in stages:
@@ -334,6 +343,22 @@ class BaseLM(pl.LightningModule):
                     "data.tokenizer is not this model's, or tokens were added to it; give the model's own tokenizer, "
                     "or a base whose embeddings were resized (resize_token_embeddings) and saved with it."
                 )
+
+    def _check_labels(self, data: Any) -> None:
+        names, count = getattr(data, "label_names", None) or (), getattr(data, "num_labels", None)
+        outputs, own = self.model.config.num_labels, self.hparams.labels or ()
+        if count is not None and (count > outputs or (count == 1) != (outputs == 1)):
+            raise LitPeftError(
+                f"The data has {count} labels, and the model {outputs} output(s): leave model.labels and "
+                "model.num_labels out, or give as many."
+            )
+        # Other names for the data's labels are the user's to choose.
+        moved = next((name for name, label in zip(own, names, strict=False) if name != label and name in names), None)
+        if moved is not None:
+            raise LitPeftError(
+                f"{moved!r} is class {own.index(moved)} of the model's labels, and class {names.index(moved)} of the "
+                "data's: leave model.labels out, or give data.labels in the same order."
+            )
 
     def on_fit_start(self) -> None:
         self._check_data("train", "validation")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from models import batch, make, scramble
+from models import QUIET, batch, make, scramble
 
 import lit_peft
 from lit_peft import LitPeftError, LoRASettings
@@ -30,8 +32,12 @@ DATA = {name: getattr(lit_peft, name) for name in ("CausalLMData", "InstructionD
         {"dtype": "float31"},
         {"adapter_dtype": "Linear"},
         {"task": "causal"},
+        {"weight_decay": -0.1},
+        {"num_labels": 0},
+        {"labels": []},
+        {"labels": ["a", "b", "a"]},
     ],
-    ids=lambda values: next(iter(values)),
+    ids=str,
 )
 def test_of_a_module(values: dict[str, Any]) -> None:
     ((name, value),) = values.items()
@@ -62,6 +68,30 @@ def test_of_data(kind: str, values: dict[str, Any]) -> None:
     with pytest.raises(LitPeftError) as caught:
         DATA[kind](**values)
     assert all(name in str(caught.value) for name in values)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"labels": ["pos", "neg"]}, "'pos' is class 0 of the model's labels, and class 1 of the data's"),
+        ({"labels": ["other", "neg", "pos"]}, "'neg' is class 1 of the model's labels, and class 0 of the data's"),
+        ({"labels": ["neg"]}, "2 labels, and the model 1 output"),
+        ({"num_labels": 1}, "2 labels, and the model 1 output"),
+        ({"labels": ["bad", "good"]}, None),
+        ({"labels": ["neg", "pos", "other"]}, None),
+        ({"num_labels": 3}, None),
+    ],
+    ids=str,
+)
+def test_of_labels_that_the_data_numbers_otherwise(
+    values: dict[str, Any], words: str | None, encoder: Path, reviews: Path
+) -> None:
+    module = lit_peft.LoRA(base=str(encoder), task="sequence_classification", **values)
+    data = lit_peft.TextClassificationData(base=str(encoder), train=str(reviews))
+    trainer = pl.Trainer(**QUIET, max_steps=1, enable_checkpointing=False)
+    with nullcontext() if words is None else pytest.raises(LitPeftError, match=words):
+        trainer.fit(module, data)
+    assert trainer.global_step == (words is None)
 
 
 def test_of_an_optimizer_and_its_schedule() -> None:
