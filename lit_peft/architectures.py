@@ -358,11 +358,19 @@ def _fits(architecture: Architecture, layer: nn.Module) -> bool:
     )
 
 
-def learned_positions(host: nn.Module) -> int | None:
-    """How many positions a table of position embeddings has; None without one."""
+def position_table(host: nn.Module) -> nn.Embedding | None:
+    """A model's table of position embeddings; None without one."""
     for name, module in host.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and last in ("position_embeddings", "embed_positions", "wpe"):
-            offset = getattr(module, "offset", 0) or (module.padding_idx or -1) + 1
-            return int(module.num_embeddings) - int(offset)
+            return module
     return None
+
+
+def learned_positions(host: nn.Module) -> int | None:
+    """How many positions a model's table of position embeddings has; None without one."""
+    table = position_table(host)
+    if table is None:
+        return None
+    before = 0 if table.padding_idx is None else table.padding_idx + 1
+    return table.num_embeddings - int(getattr(table, "offset", before))

@@ -16,6 +16,7 @@ from models import (
     DECODERS,
     ENCODERS,
     GOLDEN,
+    SHAPE,
     batch,
     checkpointing_changes_nothing,
     close,
@@ -28,6 +29,7 @@ from safetensors.torch import load_file
 
 import lit_peft
 from lit_peft import LitPeftError, PromptTuningSettings, PTuningSettings
+from lit_peft.architectures import learned_positions
 from lit_peft.nn.prompt import PromptEncoder
 
 METHODS = ("prompt_tuning", "p_tuning")
@@ -226,6 +228,31 @@ def test_decoders_classify_the_last_token(name: str) -> None:
         logits = model.eval()(**inputs).logits
         for side in ("left", "right"):
             close(model(**padded(inputs, side)).logits, logits)
+
+
+def test_a_roberta_decoder_counts_positions_by_itself() -> None:
+    """They start behind the padding's id, not at 0."""
+    config = transformers.RobertaConfig(vocab_size=61, is_decoder=True, max_position_embeddings=64, **SHAPE)
+    torch.manual_seed(0)
+    model = transformers.RobertaForCausalLM(config).eval()
+    ids = batch("roberta")["input_ids"]
+    with torch.no_grad():
+        prompt = lit_peft.attach(model, PromptTuningSettings(num_virtual_tokens=4)).prompt_encoder()
+        logits = [model(input_ids=ids, attention_mask=mask).logits for mask in (None, torch.ones_like(ids))]
+        embeds = torch.cat([prompt.expand(2, -1, -1), model.get_input_embeddings()(ids)], 1)
+        wanted = lit_peft.detach(model)(inputs_embeds=embeds).logits[:, 4:]
+    for found in logits:
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+def test_a_roberta_has_fewer_positions_than_rows(pad: int) -> None:
+    config = transformers.RobertaConfig(vocab_size=61, max_position_embeddings=12, pad_token_id=pad, **SHAPE)
+    model = transformers.RobertaModel(config)
+    known = learned_positions(model)
+    model(torch.full((1, known), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, known + 1), 5))
 
 
 @pytest.mark.parametrize("auto", ["MaskedLM", "TokenClassification", "QuestionAnswering", "MultipleChoice"])

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_peft.architectures import learned_positions
+from lit_peft.architectures import learned_positions, position_table
 from lit_peft.calls import arguments, by_name, cache_of
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import shown
@@ -109,6 +109,8 @@ class _Placement:
         self.cuts = self.decoder is None and not (pools and self.host is top)
         self.loses = self.cuts and self.host is not top and top.can_generate()
         self.counts = settings.positions == "mask" and "position_ids" in arguments(self.host) and causal
+        # RoBERTa's begin behind its padding's id, and it counts past padding itself.
+        self.counts &= getattr(position_table(self.host), "padding_idx", None) is None
         embeddings = self.host.get_input_embeddings()
         if not isinstance(getattr(embeddings, "weight", None), Tensor):
             raise LitPeftError(
@@ -294,7 +296,7 @@ class _Placement:
 
 
 def _is_causal(config: Any) -> bool:
-    """Whether the model is one whose tokens see only those before them, with positions counted from 0."""
+    """Whether the model is one whose tokens see only those before them."""
     from transformers.models.auto import modeling_auto as auto
 
     # Of those that are encoders as well, the config says which.
