@@ -14,6 +14,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from lit_peft.disk import whole_file
+
 
 class PredictionWriter(BasePredictionWriter):
     """Writes each predicted example as one JSON line with its row number, in input order over all processes.
@@ -158,16 +160,8 @@ def _line(number: int, row: dict[str, Any]) -> str:
 
 def _write(path: Path, lines: Any) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, temporary.open("x", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def _partials(path: Path) -> list[Path]:
