@@ -21,7 +21,6 @@ from typing import Any
 from lit_peft.errors import LitPeftError, closest
 
 MATH = ("gsm8k", "aqua", "svamp", "mawps", "addsub", "multiarith", "singleeq")
-COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "openbookqa")
 
 # Kind of answer -> what one looks like. A benchmark's gold answers are all of one kind; `math_data.json` mixes two.
 _CHOICES = {
