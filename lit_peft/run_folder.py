@@ -49,12 +49,18 @@ def newest_last(folders: Iterable[Path]) -> Path | None:
 
 
 class _Writer(ExperimentWriter):
-    """Lightning's, which does not begin by deleting the log that is there."""
+    """Lightning's, which does not begin by deleting the log that is there. `rows` is how many the log has on disk."""
 
     def _check_log_dir_exists(self) -> None:
         file = Path(self.metrics_file_path)
-        header = file.read_text(encoding="utf-8").partition("\n")[0].strip() if file.is_file() else ""
+        header, *rows = file.read_text(encoding="utf-8").splitlines() if file.is_file() else [""]
         self.metrics_keys = header.split(",") if header else []
+        self.rows = len(rows)
+
+    def save(self) -> None:
+        written = len(self.metrics)
+        super().save()
+        self.rows += written
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         # Lightning empties the file first: what is killed then has lost its log.
@@ -81,8 +87,8 @@ class RunLogger(CSVLogger):
     def rows(self) -> int:
         """Bring the log to the disk; return the number of its rows."""
         self.save()
-        file = Path(self.log_dir) / METRICS
-        return len(file.read_bytes().splitlines()) - 1 if file.is_file() else 0
+        found: int = self.experiment.rows
+        return found
 
     @rank_zero_only
     def go_back(self, rows: int, row: dict[str, Any] | None = None) -> None:
@@ -93,11 +99,13 @@ class RunLogger(CSVLogger):
             row: one to write after them, with its `step`.
         """
         file = Path(self.log_dir) / METRICS
-        if not rows:
+        kept = file.read_bytes().splitlines(keepends=True)[: rows + 1] if rows and file.is_file() else []
+        if kept:
+            write_file(file, b"".join(kept))
+        else:
             file.unlink(missing_ok=True)
             self.experiment.metrics_keys = []
-        elif file.is_file():
-            write_file(file, b"".join(file.read_bytes().splitlines(keepends=True)[: rows + 1]))
+        self.experiment.rows = max(len(kept) - 1, 0)
         if row is not None:
             self.log_metrics(row, row["step"])
             self.save()

@@ -298,6 +298,34 @@ def test_two_processes_writing_one_checkpoint_never_leave_half_of_one(tmp_path: 
     assert all(writer.returncode == 0 for writer in writers) and os.listdir(tmp_path) == ["last.ckpt"]
 
 
+def test_the_log_knows_its_rows_without_reading_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def log(steps: range) -> RunLogger:
+        logger = RunLogger(tmp_path, name=None, version=0)
+        for step in steps:
+            logger.log_metrics({"train_loss": 0.5, **({"val_loss": 0.25} if step % 2 else {})}, step)
+        return logger
+
+    def rows_read() -> int:
+        return len((tmp_path / "version_0" / "metrics.csv").read_text().splitlines()) - 1
+
+    assert log(range(0)).rows() == 0
+    logger = log(range(3))
+    assert logger.rows() == rows_read() == 3
+    logger = log(range(3, 5))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", None)
+        assert logger.rows() == 5
+    assert rows_read() == 5
+    logger.go_back(4)
+    logger.log_metrics({"train_loss": 1.0}, 9)
+    assert logger.rows() == rows_read() == 5
+    logger.go_back(9, {"train_loss": 1.0, "step": 10})
+    assert logger.rows() == rows_read() == 6
+    logger.go_back(0)
+    logger.go_back(9)
+    assert logger.rows() == 0 and not (tmp_path / "version_0" / "metrics.csv").exists()
+
+
 def test_a_column_that_comes_later_never_empties_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logger = RunLogger(tmp_path, name=None, version=0)
     logger.log_metrics({"train_loss": 0.5}, 0)
