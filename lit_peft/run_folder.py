@@ -53,7 +53,8 @@ class _Writer(ExperimentWriter):
 
     def _check_log_dir_exists(self) -> None:
         file = Path(self.metrics_file_path)
-        header, *rows = file.read_text(encoding="utf-8").splitlines() if file.is_file() else [""]
+        # Killed before its first line was written, it is empty.
+        header, *rows = (file.read_text(encoding="utf-8") if file.is_file() else "").splitlines() or [""]
         self.metrics_keys = header.split(",") if header else []
         self.rows = len(rows)
 

@@ -321,6 +321,8 @@ def test_the_log_knows_its_rows_without_reading_them(tmp_path: Path, monkeypatch
     assert logger.rows() == rows_read() == 5
     logger.go_back(9, {"train_loss": 1.0, "step": 10})
     assert logger.rows() == rows_read() == 6
+    (tmp_path / "version_0" / "metrics.csv").write_bytes(b"")
+    assert log(range(0)).rows() == 0 and log(range(2)).rows() == rows_read() == 2
     logger.go_back(0)
     logger.go_back(9)
     assert logger.rows() == 0 and not (tmp_path / "version_0" / "metrics.csv").exists()
