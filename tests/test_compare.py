@@ -276,6 +276,32 @@ def test_bad_input_is_one_paragraph_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"methods": ["LoRA"]},
+        {"methods": {"LoRA": 3}},
+        {"methods": None},
+        {"data": None},
+        {"data": ["class_path"]},
+        {"data": {"class_path": "CausalLMData", "init_args": 3}},
+        {"model": [1]},
+        {"spread": "wide"},
+        {"output": 3},
+    ],
+    ids=str,
+)
+def test_values_of_another_kind_are_told(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(json.dumps({"base": "b", "task": "causal_lm", "data": {"class_path": "CausalLMData"}, **values}))
+    assert main(["compare", "--config", str(file)]) == 2
+    errors = capsys.readouterr().err
+    assert next(iter(values)) in errors and len(errors.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_every_method_is_compared() -> None:
     from lit_peft import modules
     from lit_peft.base import BaseLM

@@ -20,6 +20,7 @@ from typing import Any
 
 from lit_peft.commands.options import Options
 from lit_peft.errors import LitPeftError, closest, first_line
+from lit_peft.kinds import check_kinds, shown
 
 METHODS = (
     "FullFineTuning",
@@ -109,6 +110,8 @@ class Plan:
             raise LitPeftError("methods is empty: name at least one, or leave it out for all.")
         if "class_path" not in self.data:
             raise LitPeftError("data has no class_path: name a data module, e.g. class_path: TextClassificationData.")
+        if not isinstance(self.data.get("init_args", {}), dict):
+            raise LitPeftError(f"data.init_args={shown(self.data['init_args'])}: give a mapping of names to values.")
 
     @property
     def cells(self) -> int:
@@ -339,8 +342,10 @@ def _plan(arguments: Sequence[str]) -> tuple[Plan, bool]:
     missing = [name for name in ("base", "task", "data") if name not in values]
     if missing:
         raise LitPeftError(f"{given.config} lacks {', '.join(missing)}: see configs/compare.yaml.")
-    if "methods" in values:
-        values["methods"] = {name: dict(settings or {}) for name, settings in dict(values["methods"]).items()}
+    if isinstance(values.get("methods"), dict):
+        # YAML reads a name with nothing behind it as null.
+        values["methods"] = {name: settings or {} for name, settings in values["methods"].items()}
+    check_kinds(Plan, values, f"{given.config}: ")
     if given.methods:
         file = values.get("methods", {})
         values["methods"] = {name: file.get(name, {}) for name in given.methods}
