@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_peft.errors import LitPeftError
+from lit_peft.memory import peak
 
 
 class Throughput(Callback):
@@ -135,8 +135,4 @@ def _peak_flops(trainer: pl.Trainer) -> float | None:
 def _peak_memory(device: torch.device) -> float | None:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    if device.type != "cpu" or sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+    return peak() if device.type == "cpu" else None

@@ -40,6 +40,7 @@ from models import GOLDEN, make, scramble
 import lit_peft
 from lit_peft import LitPeftError
 from lit_peft.errors import causes
+from lit_peft.memory import held, peak
 
 SECONDS = 20
 MEMORY = 2 * 2**30
@@ -103,11 +104,10 @@ def limits() -> Iterator[None]:
     def late(*_: Any) -> None:
         raise Hang
 
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     before, hard = resource.getrlimit(resource.RLIMIT_AS)
     signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages + MEMORY, hard))
+    resource.setrlimit(resource.RLIMIT_AS, ((held("VmSize") or 0) + MEMORY, hard))
     try:
         yield
     finally:
@@ -725,9 +725,9 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=None, help="folder for the files of each fault")
     options = parser.parse_args()
     faulthandler.enable()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak() or 0
     tally, faults = fuzz(options.kind, options.count, options.seed, options.keep, tell=True, first=options.first)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = ((peak() or 0) - before) / 2**20
     print(f"{options.kind}: {dict(tally)}, {len(faults)} different faults, peak memory grew by {grown:.0f} MB")
     print("\n".join(faults))
     return bool(faults)

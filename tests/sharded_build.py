@@ -6,7 +6,6 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed.fsdp
@@ -16,23 +15,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lit_peft
-
-
-def own_bytes() -> int:
-    """Memory that is this process' alone: not the pages of files."""
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-
+from lit_peft.memory import held
 
 if __name__ == "__main__":
     torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     module = lit_peft.LoRA(base=sys.argv[1])
     module._device_mesh = init_device_mesh("cpu", (4, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    before, most, over = own_bytes(), 0, threading.Event()
+    before, most, over = held("RssAnon") or 0, 0, threading.Event()
 
     def watch() -> None:
         global most
         while not over.is_set():
-            most = max(most, own_bytes())
+            most = max(most, held("RssAnon") or 0)
             time.sleep(0.002)
 
     thread = threading.Thread(target=watch)

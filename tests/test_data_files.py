@@ -302,17 +302,18 @@ def test_cut_texts_are_counted(encoder: Path, tmp_path: Path) -> None:
 
 
 _MEASURE = """
-import resource, sys
+import sys
 from lit_peft import TextClassificationData
+from lit_peft.memory import peak
 def data(file):
     made = TextClassificationData(base=sys.argv[1], train=file, validation_fraction=0.01, max_length=32)
     made.setup("fit")
     next(iter(made.train_dataloader()))
     return len(made.examples("train"))
 data(sys.argv[2])
-small = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+small = peak()
 count = data(sys.argv[3])
-print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - small) // 1024)
+print(count, (peak() - small) // 2**20)
 """
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from test_callbacks import WEIGHTS, Plain
 
 import lit_peft
 from lit_peft import CausalLMData, LitPeftError
+from lit_peft.memory import held
 
 
 def run(*callbacks: Any, module: Any = None, epochs: int = 2, where: Path, resume: Any = None, **options: Any) -> Any:
@@ -372,3 +375,13 @@ def test_metrics_reach_the_logger(tmp_path: Path) -> None:
     run(AdapterNorms(1), Throughput(1), where=tmp_path, logger=CSVLogger(tmp_path))
     (written,) = tmp_path.rglob("metrics.csv")
     assert "grad_norm" in written.read_text() and "samples_per_second" in written.read_text()
+
+
+@pytest.mark.skipif(not held("VmRSS"), reason="memory is read from /proc")
+def test_the_peak_is_this_processs_own() -> None:
+    """`getrusage` tells the peak of the process that started it, if that is higher."""
+    code = "from lit_peft.memory import peak; before = peak(); x = b'x' * 2**26; print(before, peak())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before < (held("VmRSS") or 0) / 2
+    assert 2**26 * 0.9 < after - before < 2**26 * 1.2

@@ -12,16 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import WORDS
 
+from lit_peft.memory import held
+
 ROWS = 3_000
 
 
-def anonymous(process: int) -> float:
-    """The memory a process holds itself, in MB; tables mapped from disk do not count."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")), 0.0)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.skipif(not held("RssAnon"), reason="memory is read from /proc")
 def test_prediction_keeps_no_row(encoder: Path, tmp_path: Path) -> None:
     """A row's probabilities are 64 numbers and names, 4 kB: rows that are kept are 6 MB in the second half."""
     texts = [" ".join(WORDS[(at % 7 + step * (1 + at % 3)) % 18] for step in range(3 + at % 4)) for at in range(ROWS)]
@@ -36,15 +32,15 @@ def test_prediction_keeps_no_row(encoder: Path, tmp_path: Path) -> None:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, **quiet)
     partial = tmp_path / ".out.jsonl.partial-0"
-    held: list[float] = []
+    own: list[float] = []
     while process.poll() is None:
         if partial.exists() and ROWS / 2 < partial.read_bytes().count(b"\n") <= ROWS:
-            held.append(anonymous(process.pid))
+            own.append((held("RssAnon", process.pid) or 0) / 2**20)  # tables mapped from disk do not count
         time.sleep(0.05)
     assert process.returncode == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == list(range(ROWS)) and len(rows[0]["probabilities"]) == 64
-    held = [memory for memory in held if memory]
-    assert len(held) > 5
-    grown = held[-1] - held[0]
+    own = [memory for memory in own if memory]
+    assert len(own) > 5
+    grown = own[-1] - own[0]
     assert grown < 3, f"{grown:.1f} MB more at the end of the second half"

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import lit_peft
 from lit_peft import CausalLMData, LitPeftError
 from lit_peft.cli import main
+from lit_peft.memory import held
 from lit_peft.nn import LoRALinear
 from lit_peft.nn.quantized import (
     QuantizedLinear,
@@ -359,8 +360,9 @@ def test_what_cannot_be_is_said(base: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # -------------------------------------------------------------------------------------------------- the memory
 
 PEAK = """
-import re, sys, torch, transformers
+import sys, torch, transformers
 import lit_peft, torchao.quantization
+from lit_peft.memory import peak
 transformers.logging.disable_progress_bar()
 torch.manual_seed(0)
 module = lit_peft.LoRA(base=sys.argv[1], quantization=sys.argv[2] or None, target_modules="all-linear")
@@ -372,12 +374,12 @@ for _ in range(1):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024)
+print(peak() / 2**20)
 """
 
 
 @needs["torchao"]
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif(not held("VmHWM"), reason="peak memory is read from /proc")
 def test_peak_memory_is_below_the_fp32_runs(tmp_path: Path) -> None:
     folder = _save(tmp_path / "big", None, 1024, 2816, 5, 16)
     # What is freed goes back at once: the peak is of what is in use.

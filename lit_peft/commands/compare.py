@@ -7,7 +7,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Any
 from lit_peft.commands.options import Options
 from lit_peft.errors import LitPeftError, closest, first_line
 from lit_peft.kinds import check_kinds, shown
+from lit_peft.memory import held, peak
 
 METHODS = (
     "FullFineTuning",
@@ -539,7 +539,7 @@ def measure(cell: Cell, device: int | None = None) -> dict[str, Any]:
     module = _module(cell)
     module.take_labels(data)
     gc.collect()
-    before = _resident()
+    before = held("VmRSS") or peak() or 0
     recorder = Recorder(module.task.monitor[0])
     accumulated = int(cell.trainer.get("accumulate_grad_batches", 1))
     steps = cell.steps if cell.seconds is None else _steps_in(cell, device)
@@ -559,7 +559,7 @@ def measure(cell: Cell, device: int | None = None) -> dict[str, Any]:
     if not recorder.curve or recorder.curve[-1][0] < steps:
         trainer.validate(module, datamodule=data, verbose=False)
     cuda = trainer.strategy.root_device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else max(0, _peak() - before)
+    most = torch.cuda.max_memory_allocated() if cuda else max(0, (peak() or 0) - before)
     test = None
     name = module.task.monitor[0].removeprefix("val_")
     if tested:
@@ -574,7 +574,7 @@ def measure(cell: Cell, device: int | None = None) -> dict[str, Any]:
         "trainable": trainable_parameters(module.model),
         "total": sum(parameter.numel() for parameter in module.model.parameters()),
         "adapter_bytes": _adapter_bytes(module),
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": most,
         "seconds_per_step": recorder.seconds_per_step * accumulated,
         "curve": recorder.curve,
         "device": str(trainer.strategy.root_device),
@@ -618,21 +618,3 @@ def _adapter_bytes(module: Any) -> int:
         except LitPeftError:
             return sum(value.numel() * value.element_size() for value in module.state_dict().values())
         return sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
-
-
-def _resident() -> int:
-    """The memory this process has now, in bytes; its peak so far where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return _peak()
-
-
-def _peak() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
