@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_peft.errors import LitPeftError
+from lit_peft.errors import LitPeftError, closest
 from lit_peft.kinds import check_kinds
 from lit_peft.nn.quantized import is_quantized
 
@@ -129,9 +129,20 @@ class Attachment:
         self.did(lambda: setattr(owner, name, copy), lambda: setattr(owner, name, original))
 
     def train_modules(self, names: tuple[str, ...] | list[str]) -> None:
-        """Train every parameter of each module whose name is, or ends in, one of `names`."""
-        for path, _ in list(self.model.named_modules()):
-            if any(path == name or path.endswith("." + name) for name in names):
+        """Train every parameter of each module whose name is, or ends in, one of `names`.
+
+        Raises:
+            LitPeftError: no module with parameters is called by one of them.
+        """
+        paths = [path for path, module in self.model.named_modules() if any(True for _ in module.parameters())]
+        for name in names:
+            named = [path for path in paths if path == name or path.endswith("." + name)]
+            if not named:
+                raise LitPeftError(
+                    f"modules_to_save names {name!r}, and {type(self.model).__name__} has no module with parameters of "
+                    f"that name: the closest are {closest(name, [path.rpartition('.')[2] for path in paths])}."
+                )
+            for path in named:
                 for inner, _ in list(self.model.get_submodule(path).named_parameters()):
                     if f"{path}.{inner}" not in self.trained:
                         self.train(f"{path}.{inner}")

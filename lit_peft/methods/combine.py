@@ -49,6 +49,8 @@ def combine_adapters(
         raise LitPeftError(f"combination={combination!r} is not known: use {closest(combination, _COMBINATIONS, 5)}.")
     if not weights:
         raise LitPeftError("weights is empty: give the adapters to combine, e.g. {'a': 0.5, 'b': 0.5}.")
+    if r is not None and r < 1:
+        raise LitPeftError(f"r={r}: give a rank of at least 1, or leave it out for the largest of the adapters'.")
     if not 0 < density <= 1:
         raise LitPeftError(f"density={density}: give the share of entries to keep, above 0 and up to 1.")
     adapters = adapters_of(model)
