@@ -79,6 +79,12 @@ SEQ2SEQS: dict[str, dict[str, Any]] = {
     "marian": SEQ2SEQ,
 }
 ALL = {**DECODERS, **ENCODERS, **SEQ2SEQS}
+# What peft calls their tasks.
+PEFT_TASK = {
+    **dict.fromkeys(DECODERS, "CAUSAL_LM"),
+    **dict.fromkeys(ENCODERS, "SEQ_CLS"),
+    **dict.fromkeys(SEQ2SEQS, "SEQ_2_SEQ_LM"),
+}
 AUTO = {
     **dict.fromkeys(DECODERS, transformers.AutoModelForCausalLM),
     **dict.fromkeys(ENCODERS, transformers.AutoModelForSequenceClassification),

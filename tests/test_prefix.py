@@ -18,6 +18,7 @@ from models import (
     DECODERS,
     ENCODERS,
     GOLDEN,
+    PEFT_TASK,
     SEQ2SEQS,
     batch,
     checkpointing,
@@ -82,7 +83,6 @@ def show_past_key_values(model: Any) -> Any:
 def peft_model(name: str, **settings: Any) -> Any:
     from peft import PrefixTuningConfig, get_peft_model
 
-    task = "CAUSAL_LM" if name in DECODERS else "SEQ_CLS" if name in ENCODERS else "SEQ_2_SEQ_LM"
     base = make(name)
     if name == "falcon new":
         del base.config.num_key_value_heads  # the table's; Falcon's own name for it is another
@@ -91,7 +91,7 @@ def peft_model(name: str, **settings: Any) -> Any:
     if name == "t5" or name == "mt5":
         settings = {"num_layers": 2, **settings}
     torch.manual_seed(3)
-    model = get_peft_model(base, PrefixTuningConfig(task_type=task, num_virtual_tokens=4, **settings)).eval()
+    model = get_peft_model(base, PrefixTuningConfig(task_type=PEFT_TASK[name], num_virtual_tokens=4, **settings)).eval()
     scramble(model)
     if name in ENCODERS:
         show_past_key_values(base)

@@ -16,6 +16,7 @@ from models import (
     DECODERS,
     ENCODERS,
     GOLDEN,
+    PEFT_TASK,
     SHAPE,
     batch,
     checkpointing_changes_nothing,
@@ -108,11 +109,10 @@ def compare_reading(make_model: Any, kind: str, task: str, inputs: dict[str, tor
 
 @pytest.mark.parametrize("name", ALL)
 def test_reads_what_peft_writes(name: str, tmp_path: Path) -> None:
-    task = "CAUSAL_LM" if name in DECODERS else "SEQ_CLS" if name in ENCODERS else "SEQ_2_SEQ_LM"
     pad = make(name).config.pad_token_id or 0
     inputs = padded(batch(name), "left" if name in DECODERS else "right", pad)
     kind = ("prompt_tuning", "LSTM", "MLP")[list(ALL).index(name) % 3]
-    compare_reading(lambda: make(name), kind, task, inputs, tmp_path)
+    compare_reading(lambda: make(name), kind, PEFT_TASK[name], inputs, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,7 @@ from models import QUIET, batch, make, scramble
 import lit_peft
 from lit_peft import LitPeftError, LoRASettings
 from lit_peft.cli import main
-from lit_peft.data.tokenization import with_padding
+from lit_peft.data.tokenization import require_fast, with_padding
 from lit_peft.methods.rows import can_share
 from lit_peft.nn.lora import LoRALinear
 from lit_peft.optim import make_optimizer, make_schedule
@@ -110,6 +111,11 @@ def test_of_an_optimizer_and_its_schedule() -> None:
         make_schedule(optimizer, "linear", 0, math.inf)
 
 
+def test_of_a_tokenizer_that_does_not_know_where_its_tokens_are() -> None:
+    with pytest.raises(LitPeftError, match=r"data\.tokenizer 'x'"):
+        require_fast(SimpleNamespace(is_fast=False, name_or_path="x"))
+
+
 def test_of_a_tokenizer_without_tokens_to_pad_with(tokenizer_folder: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -119,6 +125,14 @@ def test_of_a_tokenizer_without_tokens_to_pad_with(tokenizer_folder: Path) -> No
     tokenizer.pad_token = tokenizer.unk_token = None
     with pytest.raises(LitPeftError, match="pad_token"):
         with_padding(tokenizer, "x")
+
+
+@pytest.mark.parametrize("names", [["lm_haed"], ["lm_head", "down"], ["act_fn"]], ids=str)
+def test_of_modules_to_save_that_are_not_there(names: list[str]) -> None:
+    model = make("llama")
+    with pytest.raises(LitPeftError, match=f"modules_to_save names '{names[-1]}'.*closest"):
+        lit_peft.attach(model, LoRASettings(modules_to_save=names))
+    assert all(p.requires_grad for p in model.parameters()) and "q_proj.lora_A" not in str(list(model.state_dict()))
 
 
 def two_loras(**second: Any) -> Any:
@@ -134,6 +148,7 @@ def two_loras(**second: Any) -> Any:
         ({}, {"combination": "mean"}, "combination='mean'"),
         ({}, {"weights": {}}, "weights is empty"),
         ({}, {"combination": "ties", "density": 0.0}, "density=0.0"),
+        *(({}, {"combination": "svd", "r": r}, f"r={r}") for r in (0, -1)),
         ({}, {"weights": {"a": 1.0, "c": 1.0}}, "'c'"),
         ({"r": 3}, {"combination": "linear"}, "one rank"),
         ({"use_dora": True}, {}, "'b' cannot be combined"),

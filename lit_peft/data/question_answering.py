@@ -11,6 +11,7 @@ from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.files import column_values, fingerprint
 from lit_peft.data.text_classification import number
+from lit_peft.data.tokenization import require_fast
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import shown
 
@@ -165,11 +166,7 @@ class QuestionAnsweringData(LitDataModule):
 
     def encode(self, rows: Rows, split: Split) -> Any:
         """Windows of tokens: one to an example for training, else all of a question."""
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise LitPeftError(
-                f"data.tokenizer {self.tokenizer.name_or_path!r} does not tell which characters a token stands for; "
-                "use a fast tokenizer (one with a tokenizer.json)."
-            )
+        require_fast(self.tokenizer)
         table = self.tokenized(
             rows,
             encode_windows,

@@ -14,6 +14,7 @@ from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.collate import IGNORE, PadCollator
 from lit_peft.data.conll import SUFFIXES, read_conll
 from lit_peft.data.files import column_values
+from lit_peft.data.tokenization import require_fast
 from lit_peft.errors import LitPeftError, closest
 
 if TYPE_CHECKING:
@@ -135,11 +136,7 @@ class TokenClassificationData(LitDataModule):
 
     def encode(self, rows: Rows, split: Split) -> Any:
         """Tokens, cut to `max_length`, with the number of each word's tag on its first token."""
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise LitPeftError(
-                f"data.tokenizer {self.tokenizer.name_or_path!r} does not tell which characters a token stands for; "
-                "use a fast tokenizer (one with a tokenizer.json)."
-            )
+        require_fast(self.tokenizer)
         tags_column, declared = (None if split == "predict" else self.tags_column), None
         if tags_column:
             declared, known = self._declared(rows.table), set(self.label_names)

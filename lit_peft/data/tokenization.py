@@ -36,6 +36,19 @@ def load_tokenizer(base: str, field: str = "data.tokenizer") -> Any:
     return with_padding(tokenizer, base, field)
 
 
+def require_fast(tokenizer: Any) -> None:
+    """Check that a tokenizer tells where in the text its tokens are.
+
+    Raises:
+        LitPeftError: it does not.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise LitPeftError(
+            f"data.tokenizer {tokenizer.name_or_path!r} does not tell which characters a token stands for; use a fast "
+            "tokenizer (one with a tokenizer.json)."
+        )
+
+
 def with_padding(tokenizer: Any, name: str, field: str = "data.tokenizer") -> Any:
     """Give a tokenizer a padding token out of those it has; see `load_tokenizer`."""
     if tokenizer.pad_token_id is None:

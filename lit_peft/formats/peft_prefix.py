@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import fill as fill_places
-from lit_peft.formats.peft_task import task_type
+from lit_peft.formats.peft_task import HEADS, task_type
 from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
 from lit_peft.methods.p_tuning_v2 import PTuningV2Settings
@@ -38,7 +38,7 @@ def writes(settings: MethodSettings) -> bool:
 
 def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]) -> PrefixSettings:
     """The settings in a folder's configuration: a table without an MLP, which has been folded away."""
-    kind = PTuningV2Settings if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
+    kind = PTuningV2Settings if str(config.get("task_type")) in HEADS else PrefixTuningSettings
     table, length = stored.get(_TABLE), config.get("num_virtual_tokens")
     if table is None or table.dim() != 2 or not isinstance(length, int) or len(table) != length:
         shape = None if table is None else tuple(table.shape)
@@ -48,7 +48,7 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
         )
     heads, saved = {name for name in stored if name != _TABLE}, config.get("modules_to_save") or ()
     check_kinds(PrefixSettings, {"modules_to_save": saved}, "adapter_config.json: ")
-    return (kind or PrefixTuningSettings)(
+    return kind(
         num_virtual_tokens=length,
         prefix_projection=False,
         encoder_prefix=False,

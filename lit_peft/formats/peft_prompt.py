@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import fill as fill_places
-from lit_peft.formats.peft_task import task_type
+from lit_peft.formats.peft_task import HEADS, task_type
 from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
 from lit_peft.methods.p_tuning import PTuningSettings
@@ -21,12 +21,6 @@ _PREFIX = "base_model."
 _PROMPT = "prompt_embeddings"
 _OWN = ("positions", "prompt_token_id")
 _SHARED = {"num_virtual_tokens", "num_transformer_submodules", "modules_to_save"}
-# The modules that peft takes for the head of a task, and stores.
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 class PromptKind:
@@ -126,7 +120,7 @@ P_TUNING = PromptKind(
 
 def _saved_by_peft(attachment: Attachment) -> list[str]:
     """The modules peft stores whole: those to save, and its task's head, found by the ends of their names."""
-    ends = (*(attachment.settings.modules_to_save or ()), *_HEADS.get(task_type(attachment.model), ()))
+    ends = (*(attachment.settings.modules_to_save or ()), *HEADS.get(task_type(attachment.model), ()))
     return [name for name, _ in attachment.model.named_modules() if name.endswith(ends)] if ends else []
 
 

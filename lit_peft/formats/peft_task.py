@@ -6,6 +6,12 @@ from typing import Any
 
 from torch import nn
 
+# The tasks with a head of their own -> the modules that peft takes for it, and stores.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _ENDS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
