@@ -32,9 +32,9 @@ TARGETS = ["q_proj", "v_proj"]
 WATCHED = """
 import gc, json, sys, threading, time
 from lit_peft.cli import main
+from lit_peft.memory import held
 def memory():
-    lines = (line.partition(":") for line in open("/proc/self/status"))
-    return {name: int(value.split()[0]) * 1024 for name, _, value in lines if name in ("VmRSS", "RssAnon")}
+    return {name: held(name) for name in ("VmRSS", "RssAnon")}
 peak = {}
 def watch():
     while True:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lit_peft.memory import held
+
 Step = Callable[[], Tensor]
 
 
@@ -79,11 +81,6 @@ def peak_mb(run: Callable[[], object]) -> float:
     """Increase of the resident memory in MB at its highest while `run` runs (Linux)."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest starts anew
-    before = _resident("VmRSS")
+    before = held("VmRSS") or 0
     run()
-    return (_resident("VmHWM") - before) / 1e6
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return ((held("VmHWM") or 0) - before) / 1e6

@@ -49,6 +49,8 @@ class PromptEncoder(nn.Module):
         num_layers: of the LSTM.
         dropout: between the LSTM's layers.
         kind: `LSTM` or `MLP`.
+        device: where the parameters live.
+        dtype: the parameters' type.
     """
 
     def __init__(
@@ -64,18 +66,18 @@ class PromptEncoder(nn.Module):
     ) -> None:
         super().__init__()
         h = hidden_size
-        self.embedding = nn.Embedding(rows, dim, device=device, dtype=dtype)
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embedding = nn.Embedding(rows, dim, **at)
         self.lstm_head: nn.LSTM | None = None
         self.mlp_head: nn.Sequential | None
         if kind == "LSTM":
-            shape: dict[str, Any] = {"num_layers": num_layers, "bidirectional": True, "batch_first": True}
-            self.lstm_head = nn.LSTM(dim, h, **shape, dropout=dropout, device=device, dtype=dtype)
+            self.lstm_head = nn.LSTM(dim, h, num_layers, dropout=dropout, bidirectional=True, batch_first=True, **at)
             sizes = [2 * h, 2 * h, dim]
         else:
             sizes = [dim, h, h, dim]
         layers: list[nn.Module] = []
         for size, following in pairwise(sizes):
-            layers += [nn.Linear(size, following, device=device, dtype=dtype), nn.ReLU()]
+            layers += [nn.Linear(size, following, **at), nn.ReLU()]
         self.mlp_head = nn.Sequential(*layers[:-1])
         self._kept: tuple[list[tuple[int, int]], Tensor] | None = None
 
