@@ -4,7 +4,6 @@ Needs the extra `serve`. `lit-peft serve` starts it; `AdapterAPI` is for a LitSe
 """
 
 # No annotations from the future here: LitServe reads what a request is from the annotation itself.
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from lit_peft.commands.options import base_options, load_base
 from lit_peft.errors import LitPeftError
 
 
@@ -37,7 +37,11 @@ class AdapterAPI(litserve.LitAPI):
         max_prompt_tokens: longer prompts are refused.
         max_batch_size: requests in one batch at most.
         batch_timeout: seconds to wait for further requests.
-        **options: further options of `lit-peft generate`: `revision`, `task`, `dtype`, `force`.
+        **options: further options of `lit-peft generate` that say how to load the base: `revision`, `task`,
+            `num_labels`, `dtype`, `quantization`, `force`.
+
+    Raises:
+        LitPeftError: a number is out of range, or an option is not known.
     """
 
     def __init__(
@@ -50,26 +54,33 @@ class AdapterAPI(litserve.LitAPI):
         batch_timeout: float = 0.02,
         **options: Any,
     ) -> None:
+        numbers = {
+            "max_new_tokens": max_new_tokens,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_batch_size": max_batch_size,
+        }
+        for name, value in numbers.items():
+            if value < 1:
+                raise LitPeftError(f"{name}={value}: give a whole number of at least 1.")
+        if not batch_timeout >= 0:
+            raise LitPeftError(f"batch_timeout={batch_timeout}: give seconds, 0 for none.")
         super().__init__(max_batch_size=max_batch_size, batch_timeout=batch_timeout, api_path="/generate")
-        defaults = {"revision": None, "task": None, "num_labels": None, "dtype": "auto", "force": False}
-        self.options = {**defaults, **options, "base": base}
+        self.options = base_options(base, **options)
         self.adapters = dict(adapters)
         self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
 
     def setup(self, device: str) -> None:
         """Load the base and every adapter, in the process that answers."""
-        from lit_peft.commands.options import load_base
         from lit_peft.data.tokenization import load_tokenizer
         from lit_peft.formats.folder import load_adapter
         from lit_peft.methods.adapters import set_adapter
 
-        options = Namespace(**self.options)
-        self.model = load_base(options).to(device)
-        self.tokenizer = load_tokenizer(options.base, "--base")
+        self.model = load_base(self.options).to(device)
+        self.tokenizer = load_tokenizer(self.options.base, "--base")
         # The new tokens follow the prompt's last one.
         self.tokenizer.padding_side = "left"
         for name, folder in self.adapters.items():
-            load_adapter(self.model, folder, check_base=not options.force, name=name)
+            load_adapter(self.model, folder, check_base=not self.options.force, name=name)
         set_adapter(self.model, None)
         self.model.eval()
 
@@ -104,6 +115,8 @@ class AdapterAPI(litserve.LitAPI):
         if request.adapter is not None and request.adapter not in self.adapters:
             return f"There is no adapter {request.adapter!r}: there are {', '.join(self.adapters) or 'none'}."
         count = len(self.tokenizer(request.prompt).input_ids)
+        if count == 0:
+            return "The prompt has no tokens: the tokenizer knows none in its text."
         if count > self.max_prompt_tokens:
             return f"The prompt has {count} tokens, and at most {self.max_prompt_tokens} are taken."
         return None

@@ -110,3 +110,38 @@ def test_what_cannot_be_served_is_said_at_once(decoder: Path, tmp_path: Path, ca
     assert main(["serve", "--base", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "adapter_config.json" in said and "max_batch_size" in said and "config.json" in said
+    for option, value in {"port": "65536", "timeout": "0", "batch_timeout": "nan", "max_new_tokens": "-1"}.items():
+        assert main(["serve", "--base", str(decoder), f"--{option}", value]) == 2
+        said = capsys.readouterr().err
+        assert option in said and value in said
+
+
+def test_a_server_of_ones_own_needs_no_more_than_a_base(decoder: Path) -> None:
+    from lit_peft.serving import AdapterAPI, Request
+
+    api = AdapterAPI(str(decoder), {}, max_new_tokens=2)
+    api.setup("cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(decoder)
+    ids = api.tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    expected = api.tokenizer.decode(out, skip_special_tokens=True)
+    assert api.predict(Request(prompt=PROMPTS[0])) == {"text": expected, "adapter": None}
+    # A text without tokens fails itself alone.
+    none, some = api.predict([Request(prompt=" "), Request(prompt=PROMPTS[0])])
+    assert "no tokens" in none["error"] and some["text"] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"quantisation": "int8"}, "'quantisation'.*'quantization'"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"batch_timeout": -1.0}, "batch_timeout=-1.0"),
+    ],
+    ids=str,
+)
+def test_a_server_of_ones_own_is_told_what_it_cannot_take(options: dict[str, Any], words: str) -> None:
+    from lit_peft.serving import AdapterAPI
+
+    with pytest.raises(lit_peft.LitPeftError, match=words):
+        AdapterAPI("x", {}, **options)

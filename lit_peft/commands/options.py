@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from lit_peft.errors import LitPeftError
+from lit_peft.errors import LitPeftError, closest
 
 
 class Options(argparse.ArgumentParser):
@@ -23,6 +23,21 @@ class Options(argparse.ArgumentParser):
         self.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: as the base is stored")
         self.add_argument("--quantization", default=None, help="int8, int4, nf4, ...: as the adapter was trained on it")
         self.add_argument("--force", action="store_true", help="use the adapter on another base than its own")
+
+
+def base_options(base: str, **given: Any) -> argparse.Namespace:
+    """The options that `load_base` reads, those not given at their defaults.
+
+    Raises:
+        LitPeftError: there is no such option.
+    """
+    parser = Options()
+    parser.takes_base()
+    known = vars(parser.parse_args([f"--base={base}"]))
+    for name in given:
+        if name not in known:
+            raise LitPeftError(f"{name!r} is not an option of a base: the closest are {closest(name, known)}.")
+    return argparse.Namespace(**{**known, **given})
 
 
 def load_base(options: argparse.Namespace) -> Any:

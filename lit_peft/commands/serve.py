@@ -26,9 +26,10 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--batch_timeout", type=float, default=0.02, help="seconds to wait for further requests")
     parser.add_argument("--timeout", type=float, default=120, help="seconds after which a request is given up")
     options = vars(parser.parse_args(arguments))
-    for name in ("max_new_tokens", "max_prompt_tokens", "max_batch_size"):
-        if options[name] < 1:
-            raise LitPeftError(f"--{name} {options[name]}: give a positive number.")
+    if not options["timeout"] > 0:
+        raise LitPeftError(f"--timeout {options['timeout']}: give seconds, more than 0.")
+    if not 0 < options["port"] < 2**16:
+        raise LitPeftError(f"--port {options['port']}: give a number from 1 to 65535.")
     if find_spec("litserve") is None:
         raise LitPeftError("`lit-peft serve` needs LitServe: run `pip install 'lit-peft[serve]'`.")
 
