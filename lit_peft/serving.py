@@ -12,7 +12,7 @@ import torch
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from lit_peft.commands.options import base_options, load_base
+from lit_peft.commands.options import base_options, check_generates, load_base
 from lit_peft.errors import LitPeftError
 
 
@@ -75,8 +75,9 @@ class AdapterAPI(litserve.LitAPI):
         from lit_peft.formats.folder import load_adapter
         from lit_peft.methods.adapters import set_adapter
 
-        self.model = load_base(self.options).to(device)
         self.tokenizer = load_tokenizer(self.options.base, "--base")
+        self.model = load_base(self.options).to(device)
+        check_generates(self.model)
         # The new tokens follow the prompt's last one.
         self.tokenizer.padding_side = "left"
         for name, folder in self.adapters.items():
@@ -153,25 +154,3 @@ class AdapterAPI(litserve.LitAPI):
         rows = [row[start : start + count] for row, count in zip(out, wanted, strict=True)]
         texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
-
-
-def check_adapters(given: Sequence[str]) -> dict[str, str]:
-    """The folders by name, from `[NAME=]FOLDER`.
-
-    Raises:
-        LitPeftError: a name is given twice, or a folder is none of an adapter.
-    """
-    from pathlib import Path
-
-    from lit_peft.formats.untrusted import read_json
-
-    found: dict[str, str] = {}
-    for number, text in enumerate(given):
-        name, _, folder = text.rpartition("=")
-        name = name or f"adapter{number}"
-        if name in found:
-            raise LitPeftError(f"--adapter {text}: the name {name!r} is given twice.")
-        if read_json(Path(folder), "adapter_config.json") is None:
-            raise LitPeftError(f"--adapter {text}: {folder} has no adapter_config.json: give the folder of an adapter.")
-        found[name] = folder
-    return found

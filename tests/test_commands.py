@@ -19,7 +19,7 @@ from models import batch, close, make, scramble
 import lit_peft
 from lit_peft import LitPeftError, LoRA, LoRASettings
 from lit_peft.cli import main
-from lit_peft.commands import export
+from lit_peft.commands import export, generate
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -108,6 +108,37 @@ def test_generate_with_adapters_by_name(decoder: Path, tmp_path: Path, capsys: p
     assert main(["generate", *given, "--use", "b"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", " \n"], "prompt is empty"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0"),
+        (["--temperature", "-1"], "--temperature -1"),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--chat"], "no chat template"),
+        (["--use", "a"], "--use a"),
+        (["--adapter", "a=nowhere"], "adapter_config.json"),
+    ],
+    ids=str,
+)
+def test_generate_says_what_is_wrong_before_it_loads_the_model(
+    given: list[str], words: str, decoder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_peft.commands.generate.load_base", lambda options: pytest.fail("the model is loaded"))
+    assert main(["generate", "--base", str(decoder), "--prompt", "the film", *given]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_generate_needs_a_model_that_generates_and_a_prompt_with_tokens(
+    encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--base", str(encoder), "--prompt", "the film"]) == 2
+    assert "does not generate" in capsys.readouterr().err
+    with pytest.raises(LitPeftError, match=r"'\?\?' has no tokens"):
+        generate._encoded(lambda *_, **__: {"input_ids": torch.zeros(1, 0)}, "??", chat=False)
+
+
 def test_generate_is_interactive_on_a_terminal(decoder: Path, tmp_path: Path) -> None:
     import os
     import pty
@@ -137,7 +168,7 @@ def test_generate_is_interactive_on_a_terminal(decoder: Path, tmp_path: Path) ->
         os.write(terminal, f"{line}\n".encode())
         # Below the line as the terminal shows it, and what transformers may have to warn of.
         answers.append(read("\n> ").replace("\r", "").strip().partition("\n")[2].rpartition("\n")[2])
-    os.write(terminal, b"\n")
+    os.write(terminal, b"\x04")  # the end of the input, as an empty line
     assert process.wait(60) == 0
     with_adapter, switched, of_base, unknown, back, again = answers
     assert with_adapter == again != of_base and of_base and switched == back == "" and "'yours'" in unknown

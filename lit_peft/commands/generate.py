@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
-from lit_peft.commands.options import Options, load_base
-from lit_peft.errors import LitPeftError
+from lit_peft.commands.options import Options, adapter_folders, check_generates, load_base
+from lit_peft.errors import LitPeftError, closest
+from lit_peft.kinds import shown
 
 
 def run(arguments: list[str]) -> None:
@@ -24,48 +27,87 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     options = parser.parse_args(arguments)
+    if options.max_new_tokens < 1:
+        raise LitPeftError(f"--max_new_tokens {options.max_new_tokens}: give a whole number of at least 1.")
+    if not 0 <= options.temperature < math.inf:
+        raise LitPeftError(
+            f"--temperature {options.temperature}: give 0 for the likeliest token each time, or a number above it."
+        )
+    folders = adapter_folders(options.adapter)
+    if options.use is not None and options.use not in folders:
+        known = f"the closest are {closest(options.use, folders)}" if folders else "there are none: give --adapter"
+        raise LitPeftError(f"--use {options.use} names no adapter: {known}.")
 
     from lit_peft.data.tokenization import load_tokenizer
     from lit_peft.formats.folder import load_adapter
-    from lit_peft.methods.adapters import adapter_names, set_adapter
+    from lit_peft.methods.adapters import set_adapter
 
-    model, tokenizer = load_base(options), load_tokenizer(options.base, "--base")
-    for number, given in enumerate(options.adapter):
-        name, _, folder = given.rpartition("=")
-        load_adapter(model, folder, check_base=not options.force, name=name or f"adapter{number}")
-    names = adapter_names(model)
-    if names or options.use is not None:
-        set_adapter(model, options.use if options.use is not None else names[0])
-    if options.prompt is not None:
-        _answer(model, tokenizer, options.prompt, options)
-    elif not sys.stdin.isatty():
-        _answer(model, tokenizer, sys.stdin.read(), options)
-    else:
-        print(f"adapters: {', '.join(names) or 'none'}. /use NAME switches, /base uses none, an empty line ends.")
-        while text := input("> ").strip():
-            try:
-                if text == "/base":
-                    set_adapter(model, None)
-                elif text.startswith("/use "):
-                    set_adapter(model, text.removeprefix("/use ").strip())
-                else:
-                    _answer(model, tokenizer, text, options)
-            except LitPeftError as problem:
-                print(problem)
+    tokenizer = load_tokenizer(options.base, "--base")
+    if options.chat and not getattr(tokenizer, "chat_template", None):
+        raise LitPeftError(
+            f"--chat: the tokenizer of {options.base!r} has no chat template; leave --chat out, or take the base "
+            "model's instruct version."
+        )
+    asks = options.prompt is None and sys.stdin.isatty()
+    if not asks:
+        inputs = _encoded(tokenizer, sys.stdin.read() if options.prompt is None else options.prompt, options.chat)
+
+    model = load_base(options)
+    check_generates(model)
+    for name, folder in folders.items():
+        load_adapter(model, folder, check_base=not options.force, name=name)
+    if folders:
+        set_adapter(model, options.use if options.use is not None else next(iter(folders)))
+    if not asks:
+        _answer(model, tokenizer, inputs, options)
+        return
+    print(f"adapters: {', '.join(folders) or 'none'}. /use NAME switches, /base uses none, an empty line ends.")
+    while text := _line():
+        try:
+            if text == "/base":
+                set_adapter(model, None)
+            elif text.startswith("/use "):
+                set_adapter(model, text.removeprefix("/use ").strip())
+            else:
+                _answer(model, tokenizer, _encoded(tokenizer, text, options.chat), options)
+        except LitPeftError as problem:
+            print(problem)
 
 
-def _answer(model: Any, tokenizer: Any, prompt: str, options: Any) -> None:
-    import torch
-    from transformers import TextStreamer
+def _line() -> str:
+    """What is typed next; nothing at the end of the input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return ""
 
-    if options.chat:
+
+def _encoded(tokenizer: Any, prompt: str, chat: bool) -> Mapping[str, Any]:
+    """A prompt's tokens, [1, length], as a model takes them.
+
+    Raises:
+        LitPeftError: there are none.
+    """
+    if not prompt.strip():
+        raise LitPeftError("The prompt is empty: give --prompt, or standard input, a text to go on from.")
+    if chat:
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {name: value.to(model.device) for name, value in inputs.items() if name != "token_type_ids"}
+    if not inputs["input_ids"].shape[1]:
+        raise LitPeftError(f"The prompt {shown(prompt)} has no tokens: the tokenizer knows none in its text.")
+    return {name: value for name, value in inputs.items() if name != "token_type_ids"}
+
+
+def _answer(model: Any, tokenizer: Any, inputs: Mapping[str, Any], options: Any) -> None:
+    import torch
+    from transformers import TextStreamer
+
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.no_grad():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lit_peft.errors import LitPeftError, closest
@@ -38,6 +40,40 @@ def base_options(base: str, **given: Any) -> argparse.Namespace:
         if name not in known:
             raise LitPeftError(f"{name!r} is not an option of a base: the closest are {closest(name, known)}.")
     return argparse.Namespace(**{**known, **given})
+
+
+def adapter_folders(given: Sequence[str]) -> dict[str, str]:
+    """The folders of `--adapter [NAME=]FOLDER` by name; those without one are adapter0, adapter1, ... by their place.
+
+    Raises:
+        LitPeftError: a name is given twice, or a folder is none of an adapter.
+    """
+    from lit_peft.formats.untrusted import read_json
+
+    found: dict[str, str] = {}
+    for number, text in enumerate(given):
+        name, _, folder = text.rpartition("=")
+        name = name or f"adapter{number}"
+        if name in found:
+            raise LitPeftError(f"--adapter {text}: the name {name!r} is given twice.")
+        if read_json(Path(folder), "adapter_config.json") is None:
+            raise LitPeftError(f"--adapter {text}: {folder} has no adapter_config.json: give the folder of an adapter.")
+        found[name] = folder
+    return found
+
+
+def check_generates(model: Any) -> None:
+    """Refuse a model that cannot write text.
+
+    Raises:
+        LitPeftError: it cannot.
+    """
+    # Models without a head for words have no `can_generate`, or one that says no.
+    if not getattr(model, "can_generate", lambda: False)():
+        raise LitPeftError(
+            f"--base {model._lit_peft_base!r} is a {type(model).__name__}, which does not generate text: give a causal "
+            "or an encoder-decoder model, or the --task to load it for."
+        )
 
 
 def load_base(options: argparse.Namespace) -> Any:

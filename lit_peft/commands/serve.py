@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from lit_peft.commands.options import Options
+from lit_peft.commands.options import Options, adapter_folders
 from lit_peft.errors import LitPeftError
 
 
@@ -35,11 +35,11 @@ def run(arguments: list[str]) -> None:
 
     import litserve
 
-    from lit_peft.serving import AdapterAPI, check_adapters
+    from lit_peft.serving import AdapterAPI
     from lit_peft.sources import resolve_base
 
     resolve_base(options["base"])
     host, port, accelerator, timeout = (options.pop(name) for name in ("host", "port", "accelerator", "timeout"))
-    api = AdapterAPI(adapters=check_adapters(options.pop("adapter")), **options)
+    api = AdapterAPI(adapters=adapter_folders(options.pop("adapter")), **options)
     server = litserve.LitServer(api, accelerator=accelerator, devices=1, timeout=timeout)
     server.run(host=host, port=port, num_api_servers=1, generate_client_file=False)
