@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -247,6 +248,45 @@ def test_adapters_are_fp32_beside_half_and_fp64_beside_fp64() -> None:
     for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         layer = LoRALinear(nn.Linear(4, 4, dtype=dtype), use_dora=True)
         assert {p.dtype for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude)} == {wanted}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rank_pattern": {"v_prj": 2}}, "rank_pattern has 'v_prj', .*'v_proj'"),
+        ({"rank_pattern": {"v_proj": 2, "k_proj": 3}}, "rank_pattern has 'k_proj'"),
+        ({"alpha_pattern": {"v_prj": 2}}, "alpha_pattern has 'v_prj', .*'v_proj'"),
+        ({"rank_pattern": {"[qv]_proj": 4, "v_proj": 2}}, "rank_pattern has 'v_proj' after"),
+        ({"exclude_modules": ["lm_head", "v_prj"]}, "exclude_modules names 'v_prj', .*'v_proj'"),
+        ({"exclude_modules": ["layers.0"]}, "exclude_modules names 'layers.0'"),
+        ({"exclude_modules": "v_proj"}, r"exclude_modules='v_proj'.*\['v_proj'\]"),
+        ({"target_modules": "q_proj"}, r"target_modules='q_proj'.*\['q_proj'\]"),
+        ({"layers_to_transform": [0, 3, -1]}, r"layers_to_transform=\[0, 3, -1\] names 3, -1.*0 to 2"),
+        ({"layers_to_transform": 3}, r"layers_to_transform=3 names 3.*0 to 2"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": ["layers", "layer"]},
+            "layers_pattern names 'layer', .*'layers'",
+        ),
+        ({"layers_pattern": "layers"}, "layers_pattern='layers'.*layers_to_transform"),
+        *(
+            ({field: value}, rf"{field} has the regular expression '\('")
+            for field in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+            for value in [{"(": 2} if field.endswith("k_pattern") or field.startswith("alpha") else "("]
+        ),
+    ],
+    ids=str,
+)
+def test_what_matches_no_module_is_refused(settings: dict[str, Any], words: str) -> None:
+    """peft warns of some of these and passes over the rest; what is trained is not what was asked for in any."""
+    model = tiny()
+    with pytest.raises(LitPeftError, match=words):
+        lit_peft.attach(model, LoRASettings(**{"target_modules": ["q_proj", "v_proj"], **settings}))
+    assert all(p.requires_grad for p in model.parameters()) and "q_proj.lora_A" not in str(list(model.state_dict()))
+
+
+def test_what_is_left_out_need_not_be_a_target() -> None:
+    model = lit_peft.attach(tiny(), LoRASettings(target_modules=["q_proj"], exclude_modules=["lm_head", "v_proj"]))
+    assert lit_peft.trainable_parameters(model) == 3 * 8 * (32 + 32)
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0])

@@ -16,7 +16,7 @@ from lit_peft.formats.untrusted import is_quick, matching
 from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.lora import LoRASettings
-from lit_peft.methods.targets import default_targets, find_targets, is_linear, pattern_value
+from lit_peft.methods.targets import default_targets, find_targets, is_linear, pattern_value, used_patterns
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALinear
 
 _FILE = "adapter_config.json"
@@ -92,8 +92,6 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             raise LitPeftError(
                 f"{_FILE}: layers_pattern={pattern[:80]!r} can take forever (nested repeats): name the list of layers."
             )
-    if values.get("layers_to_transform") == []:
-        del values["layers_to_transform"]
     if isinstance(start, str) and start not in _STARTS:
         raise LitPeftError(
             f"{_FILE}: init_lora_weights={shown(start)} changed the base weights in a way that cannot be "
@@ -107,20 +105,26 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
         for path in _modules(model, named)
         if f".{path}".endswith(ours) or any(name.startswith(f"{_PREFIX}{path}.") for name in stored)
     ]
-    values["modules_to_save"], layers = saved or None, values.get("layers_to_transform")
+    layers = values.pop("layers_to_transform", None)
     targets = find_targets(
         model,
-        values.get("target_modules") or default_targets(model),
-        values.get("exclude_modules"),
-        [layers] if isinstance(layers, int) else layers,
-        values.get("layers_pattern"),
-        values["modules_to_save"],
+        values["target_modules"] if "target_modules" in values else default_targets(model),
+        values.pop("exclude_modules", None),
+        None if layers == [] else layers,
+        values.pop("layers_pattern", None),
+        saved,
+        strict=False,
     )
-    wanted = max(pattern_value(values.get("rank_pattern", {}), path, values.get("r", 8)) for path in targets)
+    # What matches nothing, peft passes over; settings of ours may not say it.
+    values["target_modules"], values["modules_to_save"] = targets, saved or None
+    for name in ("rank_pattern", "alpha_pattern"):
+        used = used_patterns(values[name], targets)
+        values[name] = {pattern: value for pattern, value in values[name].items() if pattern in used}
+    wanted = max(pattern_value(values["rank_pattern"], path, values.get("r", 8)) for path in targets)
     stored_rank = max([0, *(t.shape[0] for name, t in stored.items() if _A.search(name) and t.dim() and t.numel())])
     if wanted > stored_rank:
         raise LitPeftError(
-            f"{_FILE}: r={values.get('r', 8)} with rank_pattern={shown(values.get('rank_pattern', {}))} is "
+            f"{_FILE}: r={values.get('r', 8)} with rank_pattern={shown(values['rank_pattern'])} is "
             f"more than the stored tensors have (rank {stored_rank}): the folder is not whole."
         )
     known: InitLoRA = "pissa" if start == "pissa" else "olora" if start == "olora" else "kaiming"

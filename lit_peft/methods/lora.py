@@ -12,7 +12,7 @@ from torch import nn
 from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of, base_name, detach
 from lit_peft.methods.mixin import MethodMixin
-from lit_peft.methods.targets import default_targets, find_targets, pattern_value
+from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_value
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear
 from lit_peft.nn.quantized import dense_linear, is_quantized
 from lit_peft.quantization import dequantize
@@ -64,6 +64,13 @@ class LoRASettings(MethodSettings):
             raise LitPeftError(f"bias={self.bias!r} is not known: use 'none', 'all' or 'lora_only'.")
         if self.loraplus_lr_ratio <= 0:
             raise LitPeftError(f"loraplus_lr_ratio={self.loraplus_lr_ratio}: give a positive number, e.g. 16.")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                check_expression(name, value)
+            elif name.endswith("_pattern"):
+                for pattern in value or ():
+                    check_expression(name, pattern)
 
     def learning_rate_factor(self, name: str) -> float:
         """B's learning rate is `loraplus_lr_ratio` times that of everything else."""
@@ -71,10 +78,17 @@ class LoRASettings(MethodSettings):
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
         """Wrap every target in a LoRA layer and train the biases that `bias` names."""
-        layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
-        targets = self.target_modules if self.target_modules is not None else default_targets(model)
-        saved = self.modules_to_save
-        for path in find_targets(model, targets, self.exclude_modules, layers, self.layers_pattern, saved):
+        paths = find_targets(
+            model,
+            self.target_modules if self.target_modules is not None else default_targets(model),
+            self.exclude_modules,
+            self.layers_to_transform,
+            self.layers_pattern,
+            self.modules_to_save,
+        )
+        check_patterns("rank_pattern", self.rank_pattern, paths)
+        check_patterns("alpha_pattern", self.alpha_pattern, paths)
+        for path in paths:
             base = model.get_submodule(path)
             kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
             layer = kind(

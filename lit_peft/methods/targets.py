@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from lit_peft.errors import LitPeftError, closest
+from lit_peft.errors import LitPeftError, closest, first_line
+from lit_peft.kinds import shown
 
 _DEFAULT_ATTENTION = (
     ("q_proj", "v_proj"),
@@ -48,9 +49,10 @@ def find_targets(
     model: nn.Module,
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None = None,
-    layers_to_transform: Sequence[int] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
     modules_to_save: Sequence[str] | None = None,
+    strict: bool = True,
 ) -> list[str]:
     """Return the full names of the modules to adapt, in the model's order.
 
@@ -62,16 +64,22 @@ def find_targets(
         layers_to_transform: keep only modules in layers of these numbers, counted from 0.
         layers_pattern: the name of the list of layers, e.g. `"layers"`; any numbered one when None.
         modules_to_save: modules trained in full, which are left out with everything in them.
+        strict: refuse each name, pattern and number that matches nothing in the model; else only what leaves no module
+            to adapt, as peft does.
 
     Raises:
-        LitPeftError: nothing matches; the message names the closest modules there are.
+        LitPeftError: something matches nothing; the message names the closest there is.
     """
     adaptable = {
         name: module
         for name, module in model.named_modules()
         if name and (is_linear(module) or isinstance(module, nn.Embedding))
     }
-    last_parts = [name.rpartition(".")[2] for name in adaptable]
+    numbers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+    if strict:
+        _check_names(model, "target_modules", [] if isinstance(target_modules, str) else target_modules, adaptable)
+        _check_names(model, "exclude_modules", exclude_modules or [], adaptable)
+        _check_layers(model, layers_to_transform, numbers, layers_pattern, adaptable)
     if target_modules == "all-linear":
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         found = [
@@ -80,26 +88,18 @@ def find_targets(
             if is_linear(module) and module is not output and not set(name.split(".")) & set(_HEADS)
         ]
     else:
-        found = [name for name in adaptable if _matches(name, target_modules)]
-        wanted = [] if isinstance(target_modules, str) else target_modules
-        for target in wanted:
-            if not any(_matches(name, [target]) for name in adaptable):
-                raise LitPeftError(
-                    f"target_modules names {target!r}, and {type(model).__name__} has no linear or embedding module "
-                    f"of that name: the closest are {closest(target.rpartition('.')[2], last_parts)}."
-                )
-    if exclude_modules:
-        found = [name for name in found if not _matches(name, exclude_modules)]
+        found = _matching(target_modules, adaptable)
+    excluded = set(_matching(exclude_modules, adaptable) if exclude_modules else ())
+    found = [name for name in found if name not in excluded]
     if modules_to_save:
         found = [name for name in found if not any(_within(name, saved) for saved in modules_to_save)]
-    if layers_to_transform is not None:
-        numbers = set(layers_to_transform)
+    if numbers is not None:
         found = [name for name in found if _layer_of(name, layers_pattern) in numbers]
     if not found:
         raise LitPeftError(
             f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}, "
-            f"layers_to_transform={layers_to_transform!r}) matches no module of {type(model).__name__}: the closest "
-            f"are {closest(str(target_modules), last_parts)}."
+            f"layers_to_transform={layers_to_transform!r}) matches no module of {type(model).__name__}: "
+            f"{_advice(target_modules, adaptable)}."
         )
     return found
 
@@ -117,16 +117,114 @@ def check_leave_out(leave_out: Sequence[int], count: int) -> None:
 
 def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The value of the first pattern (a regular expression for the name's end) that fits the module's name."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            return value
-    return default
+    first = _first_fitting(patterns, name)
+    return default if first is None else patterns[first]
 
 
-def _matches(name: str, wanted: str | Sequence[str]) -> bool:
+def check_patterns(field: str, patterns: Mapping[str, float], adapted: Sequence[str]) -> None:
+    """Check that each of the patterns for `pattern_value` gives some adapted module its value.
+
+    Raises:
+        LitPeftError: one fits no adapted module, or only such as an earlier one fits.
+    """
+    for pattern in patterns.keys() - used_patterns(patterns, adapted):
+        if any(_first_fitting([pattern], name) for name in adapted):
+            raise LitPeftError(
+                f"{field} has {pattern!r} after patterns that fit all its modules: the first that fits counts, so put "
+                "it in front of them, or leave it out."
+            )
+        ends = [name.rpartition(".")[2] for name in adapted]
+        raise LitPeftError(
+            f"{field} has {pattern!r}, which fits no module that is adapted: the closest are "
+            f"{closest(pattern.rpartition('.')[2], ends)}."
+        )
+
+
+def used_patterns(patterns: Mapping[str, float], adapted: Sequence[str]) -> set[str]:
+    """Those of the patterns for `pattern_value` that give some adapted module its value."""
+    return {first for name in adapted if (first := _first_fitting(patterns, name)) is not None}
+
+
+def check_expression(field: str, pattern: str) -> None:
+    """Raise `LitPeftError` if a setting is not a valid regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as problem:
+        raise LitPeftError(f"{field} has the regular expression {shown(pattern)}: {first_line(problem)}.") from None
+
+
+def _first_fitting(patterns: Iterable[str], name: str) -> str | None:
+    return next((pattern for pattern in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name)), None)
+
+
+def _matching(wanted: str | Sequence[str], names: Iterable[str]) -> list[str]:
+    """The names that a regular expression matches whole, or whose last parts are in a list."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == target or name.endswith("." + target) for target in wanted)
+        return [name for name in names if re.fullmatch(wanted, name)]
+    listed = set(wanted)
+    return [name for name in names if not listed.isdisjoint(_ends(name))]
+
+
+def _ends(name: str) -> list[str]:
+    """The whole name and each end of it: `a.b.c`, `b.c`, `c`."""
+    parts = name.split(".")
+    return [".".join(parts[at:]) for at in range(len(parts))]
+
+
+def _check_names(model: nn.Module, field: str, wanted: str | Sequence[str], names: Iterable[str]) -> None:
+    if isinstance(wanted, str):
+        if not _matching(wanted, names):
+            raise LitPeftError(
+                f"{field}={wanted!r} matches no module of {type(model).__name__}: {_advice(wanted, names)}."
+            )
+        return
+    ends = {end for name in names for end in _ends(name)}
+    for name in wanted:
+        if name not in ends:
+            raise LitPeftError(
+                f"{field} names {name!r}, and {type(model).__name__} has no linear or embedding module of that name: "
+                f"{_advice([name], names)}."
+            )
+
+
+def _advice(wanted: str | Sequence[str], names: Iterable[str]) -> str:
+    """What to write in the place of names or a regular expression that match nothing."""
+    last = [name.rpartition(".")[2] for name in names]
+    if isinstance(wanted, str) and _matching([wanted], names):
+        return f"a text is a regular expression for the whole name, so give a list, [{wanted!r}]"
+    first = wanted if isinstance(wanted, str) else next(iter(wanted), "")
+    return f"the closest are {closest(first.rpartition('.')[2], last)}"
+
+
+def _check_layers(
+    model: nn.Module,
+    given: int | Sequence[int] | None,
+    numbers: Sequence[int] | None,
+    layers_pattern: str | Sequence[str] | None,
+    names: Iterable[str],
+) -> None:
+    if numbers is None:
+        if layers_pattern:
+            raise LitPeftError(
+                f"layers_pattern={layers_pattern!r} says where the layers of layers_to_transform are, which is not "
+                "set: give their numbers, or leave both out."
+            )
+        return
+    for pattern in [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or ():
+        if all(_layer_of(name, pattern) is None for name in names):
+            lists = {before for name in names for before, _ in re.findall(r"([^.]+)\.(\d+)(?=\.|$)", name)}
+            raise LitPeftError(
+                f"layers_pattern names {pattern!r}, and {type(model).__name__} has no list of layers of that name: the "
+                f"closest are {closest(pattern, sorted(lists))}."
+            )
+    existing = {number for name in names if (number := _layer_of(name, layers_pattern)) is not None}
+    unknown = [number for number in numbers if number not in existing]
+    if unknown:
+        there = f"{min(existing)} to {max(existing)}" if existing else "not numbered"
+        raise LitPeftError(
+            f"layers_to_transform={given!r} names {', '.join(map(str, unknown[:5]))}, and the layers of "
+            f"{type(model).__name__} are {there}: name some of those."
+        )
 
 
 def _within(name: str, module: str) -> bool:
