@@ -55,7 +55,7 @@ def test_of_a_module(values: dict[str, Any]) -> None:
         ("CausalLMData", {"padding_side": "middle"}),
         ("CausalLMData", {"streaming": True, "group_by_length": True}),
         ("CausalLMData", {"prompt_template": "{"}),
-        ("CausalLMData", {"prompt_template": "no column"}),
+        *(("CausalLMData", {"prompt_template": text}) for text in ("no column", "{a} {}", "")),
         ("InstructionData", {"template": "alpacca"}),
         ("ReasoningData", {"max_new_tokens": 0}),
         ("ReasoningData", {"messages_column": "messages"}),
@@ -67,6 +67,43 @@ def test_of_data(kind: str, values: dict[str, Any]) -> None:
     with pytest.raises(LitPeftError) as caught:
         getattr(lit_peft, kind)(**values)
     assert all(name in str(caught.value) for name in values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "name", "other"),
+    [
+        ("CausalLMData", {"prompt_template": "{a}"}, "prompt_template", "completion_column"),
+        ("CausalLMData", {"prompt_column": "a"}, "prompt_column", "completion_column"),
+        (
+            "CausalLMData",
+            {"prompt_template": "{a}", "prompt_column": "b", "completion_column": "c"},
+            "prompt_column",
+            "prompt_template",
+        ),
+        ("CausalLMData", {"text_column": "a", "completion_column": "c"}, "text_column", "completion_column"),
+        ("CausalLMData", {"packing": True, "padding_side": "left"}, "padding_side", "packing"),
+        ("CausalLMData", {"dataset_config": "en"}, "dataset_config", "dataset"),
+        ("InstructionData", {"chat_template": "x"}, "chat_template", "messages_column"),
+        ("InstructionData", {"template": "llm_adapters", "messages_column": "a"}, "template", "messages_column"),
+        ("ReasoningData", {"chat_template": "x"}, "chat_template", "messages_column"),
+        ("TextClassificationData", {"regression": True, "labels": ["0", "1"]}, "labels", "regression"),
+        ("TextClassificationData", {"benchmark": "glue/stsb", "labels": ["0", "1"]}, "labels", "regression"),
+        ("TextClassificationData", {"benchmark": "glue/cola", "text_column": "a"}, "text_column", "glue/cola"),
+        ("TextClassificationData", {"benchmark": "glue/cola", "regression": True}, "regression", "glue/cola"),
+        ("MultipleChoiceData", {"benchmark": "super_glue/copa", "answer_column": "a"}, "answer_column", "copa"),
+        (
+            "MultipleChoiceData",
+            {"choices_column": "a", "choice_columns": ["b", "c"]},
+            "choices_column",
+            "choice_columns",
+        ),
+    ],
+    ids=str,
+)
+def test_of_data_that_would_not_read_a_setting(kind: str, values: dict[str, Any], name: str, other: str) -> None:
+    with pytest.raises(LitPeftError, match=rf"data\.{name}\b") as caught:
+        getattr(lit_peft, kind)(**values)
+    assert other in str(caught.value) and "leave" in str(caught.value)
 
 
 @pytest.mark.parametrize(

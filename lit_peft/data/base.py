@@ -228,6 +228,7 @@ class LitDataModule(pl.LightningDataModule):
                 f"data.streaming and data.{clash} are both set, and rows that are read while training goes on are not "
                 f"known before: leave {clash} out, or streaming."
             )
+        refuse_unread("without data.dataset", {"dataset_config": self.dataset_config and not self.dataset})
         if self.padding_side not in (None, "left", "right"):
             raise LitPeftError(f"data.padding_side is {self.padding_side!r}; use 'left' or 'right'.")
 
@@ -238,16 +239,16 @@ class LitDataModule(pl.LightningDataModule):
         values = [column_values(table, column) for column in columns if column]
         return lambda row: tuple(normalized(str(column[row])) for column in values)
 
-    def require_text(self, rows: Rows, columns: Iterable[str | None]) -> None:
+    def require_text(self, rows: Rows, columns: Iterable[str | None], may_be_empty: bool = False) -> None:
         """Check that every row has a text in each of those columns (None: no column).
 
         Raises:
-            LitPeftError: names the first row without.
+            LitPeftError: names the first row with none (unless `may_be_empty`), or with another thing than a text.
         """
         for column in filter(None, columns):
             texts = column_values(rows.table, column)
             for row in rows.numbers:
-                if texts[row] is None or not str(texts[row]).strip():
+                if not may_be_empty and (texts[row] is None or not str(texts[row]).strip()):
                     raise LitPeftError(f"{rows.where(row)} has no text in column {column!r}; remove the row.")
                 if isinstance(texts[row], (dict, list, bytes)):
                     raise LitPeftError(
@@ -349,16 +350,23 @@ class LitDataModule(pl.LightningDataModule):
             num_proc=self.num_proc,
             desc=description,
         )
-        if len(encoded) == len(rows) and "input_ids" in encoded.column_names:
-            import pyarrow.compute as pc
+        if len(encoded) == len(rows):
+            self._refuse_empty(encoded, rows)
+        return encoded
 
-            empty = pc.index(pc.list_value_length(encoded.data.column("input_ids")), 0).as_py()
+    def _refuse_empty(self, encoded: Dataset, rows: Rows) -> None:
+        import pyarrow.compute as pc
+
+        for name, what in {"input_ids": "tokens", "labels": "tokens to learn"}.items():
+            column = encoded.data.column(name) if name in encoded.column_names else None
+            if column is None or not str(column.type).startswith(("list", "large_list")):
+                continue
+            empty = pc.index(pc.list_value_length(column), 0).as_py()
             if empty >= 0:
                 raise LitPeftError(
-                    f"{rows.where(rows.numbers[empty])} has no tokens: the tokenizer knows none in its text; remove "
+                    f"{rows.where(rows.numbers[empty])} has no {what}: the tokenizer knows none in its text; remove "
                     "the row."
                 )
-        return encoded
 
     def collator(self, split: Split) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what joins the examples of a split into batches."""
@@ -754,6 +762,21 @@ class LitDataModule(pl.LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
+
+
+def refuse_unread(where: str, given: Mapping[str, Any]) -> None:
+    """Refuse settings that nothing would read.
+
+    Args:
+        where: when they are not read, e.g. "without data.dataset".
+        given: the settings that are not, by name; those that are false were not given.
+
+    Raises:
+        LitPeftError: names the first that was given.
+    """
+    name = next((name for name, value in given.items() if value), None)
+    if name is not None:
+        raise LitPeftError(f"data.{name} is set, and has no effect {where}: leave it out.")
 
 
 def lengths_of(examples: Any) -> list[int]:

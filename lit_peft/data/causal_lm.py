@@ -6,9 +6,10 @@ import string
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.base import Rows, Split
+from lit_peft.data.base import Rows, Split, refuse_unread
 from lit_peft.data.supervised import SupervisedData, end_of_text, join_answers, open_ended
 from lit_peft.errors import LitPeftError
+from lit_peft.kinds import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,14 +42,28 @@ class CausalLMData(SupervisedData):
     ) -> None:
         super().__init__(**common)
         self.text_column = text_column
-        self.prompt_template = prompt_template or f"{{{prompt_column}}}"
         self.completion_column = completion_column
-        try:
-            fields = [name for _, name, _, _ in string.Formatter().parse(self.prompt_template) if name]
-        except ValueError as problem:
-            raise LitPeftError(f"data.prompt_template {prompt_template!r} is not a template: {problem}.") from None
-        if not fields:
-            raise LitPeftError(f"data.prompt_template {prompt_template!r} names no column, such as '{{instruction}}'.")
+        # Without a template, the name of the prompt's column may be any.
+        self.prompt_template = prompt_template
+        if prompt_template is None:
+            fields = [prompt_column]
+        else:
+            refuse_unread("with data.prompt_template", {"prompt_column": prompt_column != "prompt"})
+            try:
+                fields = [name for _, name, _, _ in string.Formatter().parse(prompt_template) if name is not None]
+            except ValueError as problem:
+                raise LitPeftError(f"data.prompt_template {prompt_template!r} is not a template: {problem}.") from None
+            if not all(fields) or not fields:
+                raise LitPeftError(
+                    f"data.prompt_template {prompt_template!r} names no column, such as '{{instruction}}'."
+                )
+        if completion_column is None:
+            refuse_unread(
+                "without data.completion_column, where a row is the raw text in data.text_column",
+                {"prompt_template": prompt_template is not None, "prompt_column": prompt_column != "prompt"},
+            )
+        else:
+            refuse_unread("with data.completion_column", {"text_column": text_column != "text"})
         self._prompt_columns = list(dict.fromkeys(fields))
 
     def columns(self, split: Split) -> dict[str, str | None]:
@@ -70,12 +85,14 @@ class CausalLMData(SupervisedData):
             self.require_text(rows, [self.text_column])
         elif split != "predict":
             self.require_text(rows, [self.completion_column])
+        if self.completion_column is not None:
+            self.require_text(rows, self._prompt_columns, may_be_empty=True)
         return rows
 
     def encode(self, rows: Rows, split: Split) -> Any:
         """Tokens and labels, at most `max_length` of them to an example."""
         if self.completion_column is None:
-            return self.tokenized(
+            table = self.tokenized(
                 rows,
                 encode_text,
                 f"Tokenizing {split}",
@@ -83,6 +100,11 @@ class CausalLMData(SupervisedData):
                 max_length=self.max_length,
                 prompts=self.generates(split),
             )
+            if self.generates(split):
+                return self.without_cuts(table, split, "prompts")
+            if not len(table):
+                raise LitPeftError(f"{rows.field} {rows.source!r}: no row has two tokens, so there is none to predict.")
+            return table
         return self.supervised(
             rows,
             split,
@@ -96,11 +118,15 @@ class CausalLMData(SupervisedData):
 def encode_text(
     batch: dict[str, list[Any]], *, tokenizer: Any, text_column: str, max_length: int, prompts: bool
 ) -> dict[str, list[Any]]:
-    """Tokenize raw text into consecutive pieces; prompts to continue keep their last `max_length` tokens."""
+    """Tokenize raw text into consecutive pieces; prompts to continue keep their last `max_length` tokens.
+
+    Of prompts, `cut` is how many tokens were cut away.
+    """
     texts = [str(text) for text in batch[text_column]]
     rows = [open_ended(ids, tokenizer) for ids in tokenizer(texts, verbose=False)["input_ids"]]
     if prompts:
-        return {"input_ids": [ids[-max_length:] for ids in rows]}
+        cut = [max(0, len(ids) - max_length) for ids in rows]
+        return {"input_ids": [ids[-max_length:] for ids in rows], "cut": cut}
     pieces = []
     for ids in rows:
         ids = ids + end_of_text(tokenizer)
@@ -109,11 +135,25 @@ def encode_text(
     return {"input_ids": pieces, "labels": pieces}
 
 
+class _Columns(string.Formatter):
+    """Takes the whole of a field's name for a column's: `{a.b}` is a column, too."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
+        return kwargs[field_name], field_name
+
+
+def _filled(template: str, cells: dict[str, Any]) -> str:
+    try:
+        return _Columns().vformat(template, (), cells)
+    except (ValueError, TypeError) as problem:  # of what stands behind a column's name
+        raise LitPeftError(f"data.prompt_template {template!r} does not fit {shown(cells)}: {problem}.") from None
+
+
 def encode_completions(
     batch: dict[str, list[Any]],
     *,
     tokenizer: Any,
-    prompt_template: str,
+    prompt_template: str | None,
     prompt_columns: list[str],
     completion_column: str,
     prompts: bool,
@@ -122,7 +162,12 @@ def encode_completions(
     """Fill the template from the columns, and tokenize prompts and completions; see `join_answers`."""
     count = len(batch[prompt_columns[0]])
     # Empty cells are empty text.
-    cells = [{name: batch[name][at] or "" for name in prompt_columns} for at in range(count)]
-    texts = [prompt_template.format(**cell) for cell in cells]
+    cells = [
+        {name: "" if (cell := batch[name][at]) is None else cell for name in prompt_columns} for at in range(count)
+    ]
+    if prompt_template is None:
+        texts = [str(cell[prompt_columns[0]]) for cell in cells]
+    else:
+        texts = [_filled(prompt_template, cell) for cell in cells]
     answers = None if prompts else [str(text) for text in batch[completion_column]]
     return join_answers(texts, answers, tokenizer=tokenizer, prompts_only=prompts, **settings)

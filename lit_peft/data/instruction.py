@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.base import Rows, Split
+from lit_peft.data.base import Rows, Split, refuse_unread
 from lit_peft.data.collate import IGNORE
 from lit_peft.data.files import column_values
 from lit_peft.data.supervised import SupervisedData, join_answers
@@ -79,6 +79,16 @@ class InstructionData(SupervisedData):
         self.template = template
         self.messages_column = messages_column
         self.chat_template = chat_template
+        if messages_column is None:
+            refuse_unread("without data.messages_column", {"chat_template": chat_template is not None})
+        else:
+            instructions = {
+                "instruction_column": instruction_column != "instruction",
+                "input_column": input_column != "input",
+                "output_column": output_column != "output",
+                "template": template != "alpaca",
+            }
+            refuse_unread("with data.messages_column", instructions)
         if template not in TEMPLATES:
             raise LitPeftError(f"data.template {template!r} is not known: use {closest(template, TEMPLATES)}.")
 
@@ -175,7 +185,11 @@ def encode_instructions(
 ) -> dict[str, list[Any]]:
     """Fill the template, and tokenize prompts and answers; see `join_answers`."""
     instructions = [str(text) for text in batch[instruction_column]]
-    inputs = [str(text or "") for text in batch[input_column]] if input_column else [""] * len(instructions)
+    inputs = (
+        ["" if text is None else str(text) for text in batch[input_column]]
+        if input_column
+        else [""] * len(instructions)
+    )
     texts = [fill_template(*pair, template) for pair in zip(instructions, inputs, strict=True)]
     # Their files open answers with a line break or a blank; the template's own stands already.
     answers = None if prompts else [str(text).lstrip() for text in batch[output_column]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.base import LitDataModule, Rows, Split
+from lit_peft.data.base import LitDataModule, Rows, Split, refuse_unread
 from lit_peft.data.benchmarks import fill_in, find_choice_benchmark
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.files import column_values
@@ -58,6 +58,19 @@ class MultipleChoiceData(LitDataModule):
         benchmark: str | None = None,
         **common: Any,
     ) -> None:
+        given = {
+            "question_column": question_column != "question",
+            "choices_column": choices_column != "choices",
+            "choice_columns": choice_columns is not None,
+            "answer_column": answer_column != "answer",
+            "first_answer": first_answer != 0,
+            "context_column": context_column is not None,
+            "placeholder": placeholder is not None,
+        }
+        if benchmark is not None:
+            refuse_unread(f"with data.benchmark {benchmark!r}, which says that itself", given)
+        if choice_columns is not None:
+            refuse_unread("with data.choice_columns", {"choices_column": given["choices_column"]})
         self.monitor: tuple[str, str] | None = None
         self._config = ""
         known = find_choice_benchmark(benchmark) if benchmark is not None else None

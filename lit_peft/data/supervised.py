@@ -11,6 +11,7 @@ from lit_peft.data.collate import IGNORE, PadCollator
 from lit_peft.data.files import column_values
 from lit_peft.data.packing import PackCollator
 from lit_peft.errors import LitPeftError
+from lit_peft.kinds import shown
 
 
 class SupervisedData(LitDataModule):
@@ -31,6 +32,11 @@ class SupervisedData(LitDataModule):
             raise LitPeftError(
                 "data.packing and data.group_by_length are both set: packed rows are full, whatever the lengths of "
                 "their examples; leave group_by_length out."
+            )
+        if packing and self.padding_side == "left":
+            raise LitPeftError(
+                "data.packing and data.padding_side 'left' are both set, and packed rows are padded right: leave "
+                "padding_side out (prompts to continue are padded on the left then)."
             )
         if packing and self.streaming:
             raise LitPeftError(
@@ -115,16 +121,24 @@ def join_answers(
     Returns:
         `input_ids`, `labels` (-100 on the prompt, unless `train_on_inputs`), `length` before cutting; rows
         whose answer would be cut away whole are left out. Prompts alone are cut at their start.
+
+    Raises:
+        LitPeftError: an answer has no token to predict.
     """
     heads = [open_ended(ids, tokenizer) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
     if prompts_only or answers is None:
         return {"input_ids": [ids[-max_length:] for ids in heads], "length": [len(ids) for ids in heads]}
     tails = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
     out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-    for head, tail in zip(heads, tails, strict=True):
+    for head, tail, answer in zip(heads, tails, answers, strict=True):
         if len(head) >= max_length:
             continue
         tail = list(tail) + end_of_text(tokenizer)
+        # The first token of a row is not predicted.
+        if not (head + tail)[max(len(head), 1) :]:
+            raise LitPeftError(
+                f"The answer {shown(answer)} has no tokens to learn: the tokenizer knows none in it; remove the row."
+            )
         labels = (head if train_on_inputs else [IGNORE] * len(head)) + tail
         out["input_ids"].append((head + tail)[:max_length])
         out["labels"].append(labels[:max_length])

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.base import LitDataModule, Rows, Split
+from lit_peft.data.base import LitDataModule, Rows, Split, refuse_unread
 from lit_peft.data.benchmarks import fill_in, find_benchmark
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.files import column_values, fingerprint, require_columns
@@ -43,7 +43,7 @@ class TextClassificationData(LitDataModule):
         label_column: column of the label.
         labels: all labels, in the order the model is to number them; unset: those of the training rows,
             sorted. Needed to predict or test without the training file.
-        regression: labels are numbers to predict, not classes.
+        regression: labels are numbers to predict, not classes; without `labels`.
         benchmark: one of GLUE or SuperGLUE by name, such as "glue/mrpc" or "super_glue/boolq".
         **common: see `LitDataModule`.
     """
@@ -65,6 +65,13 @@ class TextClassificationData(LitDataModule):
         self._config = ""
         if benchmark is not None:
             known = find_benchmark(benchmark)
+            own = {
+                "text_column": text_column != "text",
+                "text_pair_column": text_pair_column is not None,
+                "label_column": label_column != "label",
+                "regression": regression and not known.regression,
+            }
+            refuse_unread(f"with data.benchmark {benchmark!r}, which says that itself", own)
             fill_in(known, common, known.validation)
             self._config = known.config
             self.tsv = tsv_columns(known.config)
@@ -73,6 +80,8 @@ class TextClassificationData(LitDataModule):
             text_column = self._column_of("text", known.text)
             text_pair_column = known.text_pair and self._column_of("pair", known.text_pair)
             label_column = "label"
+        if self.regression:
+            refuse_unread("in regression, whose labels are numbers", {"labels": labels is not None})
         super().__init__(**common)
         self.text_column = text_column
         self.text_pair_column = text_pair_column
