@@ -276,7 +276,12 @@ class BaseLM(pl.LightningModule):
     def _attach(self, model: nn.Module, new_tensors: Any) -> None:
         """Attach the method, the task's head trained with it: the known heads, and what the base had no weights for."""
         head = {name for name, _ in model.named_children() if name in self.task.heads}
-        head |= {str(key).rpartition(".")[0] for key in new_tensors}
+        new = {name for name, _ in model.named_parameters(remove_duplicate=False) if name in new_tensors}
+        for name in new:
+            # A module that is new as a whole; else the parameter alone, and not what the base has beside it.
+            owner = name.rpartition(".")[0]
+            inside = {f"{owner}.{inner}" for inner, _ in model.get_submodule(owner).named_parameters()}
+            head.add(owner if inside <= new else name)
         self.attach_method(model, sorted(head))
         if self.hparams.adapter_dtype is not None:
             set_adapter_dtype(model, getattr(torch, self.hparams.adapter_dtype))

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GPT2Config, LlamaConfig, RobertaConfig
+from models import scramble
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    RobertaConfig,
+)
 
 import lit_peft
 from lit_peft import CausalLMData, LitPeftError, LoRASettings
+from lit_peft.methods.attachment import attachment_of
+from lit_peft.tasks.sequence_classification import SequenceClassification
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -48,6 +61,43 @@ def test_trains_without_a_trainer(kind: str, decoder: Path) -> None:
     assert losses[-1] < losses[0] - 0.01
     after = dict(module.named_parameters())
     assert all(torch.equal(after[name], value) for name, value in frozen.items())
+
+
+class Scaled(BertForSequenceClassification):
+    """A head that is a parameter of the model itself, and one in the midst of the backbone's own."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.temperature = nn.Parameter(torch.ones(1))
+        self.bert.embeddings.shift = nn.Parameter(torch.zeros(1))
+        self.post_init()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * self.temperature + self.bert.embeddings.shift
+        return output
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "AdapterH", "PTuningV2", "PromptTuning", "HeadOnly"])
+def test_a_head_that_is_a_bare_parameter(
+    kind: str, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is trained, and nothing of the backbone with it; folders have a place for it."""
+    monkeypatch.setattr(SequenceClassification, "model_class", lambda *_: Scaled)
+    module = getattr(lit_peft, kind)(base=str(encoder), task="sequence_classification", num_labels=2)
+    module.configure_model()
+    trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
+    added = tuple(attachment_of(module.model).adapted)
+    new = {"classifier.weight", "classifier.bias", "temperature", "bert.embeddings.shift"}
+    assert {name for name in trained if not name.startswith(added)} == new
+    if kind == "HeadOnly":
+        return
+    scramble(module.model)
+    folder = module.save_adapter(tmp_path / "adapter")
+    again = Scaled.from_pretrained(str(encoder), num_labels=2)
+    lit_peft.load_adapter(again, folder).eval()
+    inputs = {"input_ids": batch()["input_ids"]}
+    torch.testing.assert_close(again(**inputs).logits, module.model.eval()(**inputs).logits, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "PrefixTuning"])

@@ -162,7 +162,7 @@ def test_of_a_tokenizer_without_tokens_to_pad_with(tokenizer_folder: Path) -> No
         with_padding(tokenizer, "x")
 
 
-@pytest.mark.parametrize("names", [["lm_haed"], ["lm_head", "down"], ["act_fn"]], ids=str)
+@pytest.mark.parametrize("names", [["lm_haed"], ["lm_head", "down"], ["act_fn"], ["weight"], [""]], ids=str)
 def test_of_modules_to_save_that_are_not_there(names: list[str]) -> None:
     model = make("llama")
     with pytest.raises(LitPeftError, match=f"modules_to_save names '{names[-1]}'.*closest"):

@@ -46,20 +46,20 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             f"adapter_config.json: num_virtual_tokens={shown(length)}, and the stored {_TABLE} has the shape {shape}: "
             "the folder is not whole."
         )
-    heads, saved = {name for name in stored if name != _TABLE}, config.get("modules_to_save") or ()
+    saved = config.get("modules_to_save") or ()
     check_kinds(PrefixSettings, {"modules_to_save": saved}, "adapter_config.json: ")
+    trained = [name.removeprefix(_PREFIX) for name in stored if name != _TABLE]
+    modules = [name for name in dict.fromkeys(saved) if any(f".{name}." in f".{path}" for path in trained)]
+    # peft knows modules alone.
+    parameters = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    single = [path for path in trained if path in parameters and not any(f".{name}." in f".{path}" for name in modules)]
     return kind(
         num_virtual_tokens=length,
         prefix_projection=False,
         encoder_prefix=False,
         cross_prefix=False,
         positions=config.get("lit_peft", {}).get("positions", "peft"),
-        modules_to_save=[
-            name
-            for name in dict.fromkeys(saved)
-            if any(f".{name}." in f".{key.removeprefix(_PREFIX)}" for key in heads)
-        ]
-        or None,
+        modules_to_save=[*modules, *single] or None,
     )
 
 
@@ -90,7 +90,7 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         "encoder_hidden_size": heads * size,
         "init_weights": None,
         "lit_peft": {"method": settings.method, "positions": settings.positions},
-        "modules_to_save": list(settings.modules_to_save) if settings.modules_to_save else None,
+        "modules_to_save": [name for name in settings.modules_to_save or () if name not in attachment.saved] or None,
         "num_attention_heads": heads,
         "num_layers": len(prefix.shapes),
         "num_transformer_submodules": 2 if twofold else 1,

@@ -125,6 +125,6 @@ def _saved_by_peft(attachment: Attachment) -> list[str]:
 
 
 def _stored_modules(stored: dict[str, Tensor]) -> list[str]:
-    """The modules whose tensors a folder holds, beside the virtual tokens."""
-    names = (name.removeprefix(_PREFIX).rpartition(".")[0] for name in stored if name != _PROMPT)
-    return list(dict.fromkeys(names))
+    """The modules whose tensors a folder holds, beside the virtual tokens; a parameter outside of any by its name."""
+    names = (name.removeprefix(_PREFIX) for name in stored if name != _PROMPT)
+    return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))

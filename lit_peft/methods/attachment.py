@@ -22,7 +22,8 @@ class MethodSettings:
     """What every method's settings share.
 
     Args:
-        modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head.
+        modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head; a
+            single parameter by its full name.
     """
 
     method: ClassVar[str] = ""
@@ -129,23 +130,28 @@ class Attachment:
         self.did(lambda: setattr(owner, name, copy), lambda: setattr(owner, name, original))
 
     def train_modules(self, names: tuple[str, ...] | list[str]) -> None:
-        """Train every parameter of each module whose name is, or ends in, one of `names`.
+        """Train every parameter of each module whose name is, or ends in, one of `names`; else the parameter so named.
 
         Raises:
-            LitPeftError: no module with parameters is called by one of them.
+            LitPeftError: no module with parameters is called by one of them, and no parameter.
         """
-        paths = [path for path, module in self.model.named_modules() if any(True for _ in module.parameters())]
+        paths = [path for path, module in self.model.named_modules() if path and any(True for _ in module.parameters())]
+        single = {base_name(path): path for path, _ in self.model.named_parameters(remove_duplicate=False)}
         for name in names:
             named = [path for path in paths if path == name or path.endswith("." + name)]
-            if not named:
+            found = [
+                f"{path}.{inner}" for path in named for inner, _ in self.model.get_submodule(path).named_parameters()
+            ]
+            if not found and name in single:
+                found = [single[name]]
+            if not found:
                 raise LitPeftError(
                     f"modules_to_save names {name!r}, and {type(self.model).__name__} has no module with parameters of "
                     f"that name: the closest are {closest(name, [path.rpartition('.')[2] for path in paths])}."
                 )
-            for path in named:
-                for inner, _ in list(self.model.get_submodule(path).named_parameters()):
-                    if f"{path}.{inner}" not in self.trained:
-                        self.train(f"{path}.{inner}")
+            for path in found:
+                if path not in self.trained:
+                    self.train(path)
 
     def did(self, again: Callable[[], object], undo: Callable[[], object]) -> None:
         """Take note of a change that was made: how to make it again, and how to undo it."""
