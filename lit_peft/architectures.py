@@ -374,3 +374,35 @@ def learned_positions(host: nn.Module) -> int | None:
         return None
     before = 0 if table.padding_idx is None else table.padding_idx + 1
     return table.num_embeddings - int(getattr(table, "offset", before))
+
+
+def room_for(num_virtual_tokens: int, host: nn.Module, model: nn.Module) -> int | None:
+    """How many positions `host`, the part of `model` that virtual tokens enter, has a table of; None without one.
+
+    Raises:
+        LitPeftError: the virtual tokens alone fill it.
+    """
+    positions = learned_positions(host)
+    if positions is not None and num_virtual_tokens >= positions:
+        raise LitPeftError(
+            f"num_virtual_tokens={num_virtual_tokens} leaves no room in the {positions} positions that "
+            f"{type(model).__name__} has: give fewer."
+        )
+    return positions
+
+
+def is_causal(config: Any) -> bool:
+    """Whether each token of a model sees only those before it, whatever its head."""
+    import transformers
+
+    kind = type(config)
+    # Of those that are encoders as well, BERT's kind, the config says which.
+    encodes = kind in transformers.AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    return kind in transformers.AutoModelForCausalLM._model_mapping and not encodes
+
+
+def counts_over_mask(host: nn.Module, config: Any) -> bool:
+    """Whether a causal model can be given positions that are counted over its attention mask, from 0."""
+    # RoBERTa's begin behind its padding's id, and it counts past padding itself.
+    own = getattr(position_table(host), "padding_idx", None) is not None
+    return is_causal(config) and "position_ids" in arguments(host) and not own

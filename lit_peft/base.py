@@ -16,8 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from torch import Tensor, nn
 
 import lit_peft
-from lit_peft.architectures import learned_positions
-from lit_peft.calls import arguments
+from lit_peft.architectures import counts_over_mask, learned_positions
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.adapter_dtype import set_adapter_dtype
@@ -172,7 +171,7 @@ class BaseLM(pl.LightningModule):
             shard(model, self.device_mesh)
         self.model = model
         self._positions = learned_positions(model)
-        self._takes_positions = _is_decoder(config) and "position_ids" in arguments(model)
+        self._takes_positions = counts_over_mask(model, config)
         self.val_metrics, self.test_metrics = (nn.ModuleDict(self.task.metrics(config)) for _ in range(2))
         self._join_averaging()
 
@@ -600,16 +599,6 @@ def _transformers() -> Any:
     import transformers
 
     return transformers
-
-
-def _is_decoder(config: Any) -> bool:
-    """Whether each token of a model sees only those before it, whatever its head (BERT-likes can be made to, too)."""
-    transformers = _transformers()
-    kind = type(config)
-    return (
-        kind in transformers.AutoModelForCausalLM._model_mapping
-        and kind not in transformers.AutoModelForMaskedLM._model_mapping
-    )
 
 
 def _flat_init(cls: type[Any]) -> Any:

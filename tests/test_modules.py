@@ -11,6 +11,7 @@ import torch
 from models import scramble
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     BertConfig,
@@ -100,9 +101,16 @@ def test_a_head_that_is_a_bare_parameter(
     torch.testing.assert_close(again(**inputs).logits, module.model.eval()(**inputs).logits, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("made_to_decode", ["", "bert", "roberta"])
 @pytest.mark.parametrize("kind", ["LoRA", "PrefixTuning"])
-def test_left_padding_changes_nothing(kind: str, decoder: Path) -> None:
-    module = getattr(lit_peft, kind)(base=str(decoder))
+def test_left_padding_changes_nothing(kind: str, made_to_decode: str, decoder: Path, tmp_path: Path) -> None:
+    if made_to_decode:
+        torch.manual_seed(0)
+        shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        settings = {"num_attention_heads": 4, "is_decoder": True, "initializer_range": 0.3, "pad_token_id": 0}
+        config = AutoConfig.for_model(made_to_decode, **shape, **settings)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    module = getattr(lit_peft, kind)(base=str(tmp_path if made_to_decode else decoder))
     module.configure_model()
     module.eval()
     plain = batch()

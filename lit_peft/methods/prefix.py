@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.architectures import Layer, has_module, kv_shape, layer_stacks, learned_positions, token_model
+from lit_peft.architectures import Layer, has_module, kv_shape, layer_stacks, room_for, token_model
 from lit_peft.calls import CACHES, arguments, by_name, cache_of
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import shown
@@ -386,12 +386,7 @@ class _Positions:
 
     def attach(self, model: nn.Module, attachment: Attachment, owner: str, attention: str) -> None:
         module = model.get_submodule(owner)
-        self.limit = learned_positions(module)
-        if self.limit is not None and self.length >= self.limit:
-            raise LitPeftError(
-                f"num_virtual_tokens={self.length} leaves no room in the {self.limit} positions that "
-                f"{type(model).__name__} has: give fewer."
-            )
+        self.limit = room_for(self.length, module, model)
         embeddings = getattr(module, "embeddings", None)
         names = arguments(embeddings) if isinstance(embeddings, nn.Module) else ()
         positions = getattr(module, "embed_positions", None)

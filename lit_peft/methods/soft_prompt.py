@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_peft.architectures import learned_positions, position_table
-from lit_peft.calls import arguments, by_name, cache_of
+from lit_peft.architectures import counts_over_mask, is_causal, room_for
+from lit_peft.calls import by_name, cache_of
 from lit_peft.errors import LitPeftError
 from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings
@@ -94,7 +94,7 @@ class _Placement:
                 "the transformers model inside of it."
             )
         top: Any = model
-        causal, pools = _is_causal(config), type(model).__name__.endswith("ForSequenceClassification")
+        causal, pools = is_causal(config), type(model).__name__.endswith("ForSequenceClassification")
         self.decoder: nn.Module | None = None
         self.host: Any
         if getattr(config, "is_encoder_decoder", False):
@@ -108,9 +108,7 @@ class _Placement:
             self.host = top.base_model.get_decoder()
         self.cuts = self.decoder is None and not (pools and self.host is top)
         self.loses = self.cuts and self.host is not top and top.can_generate()
-        self.counts = settings.positions == "mask" and "position_ids" in arguments(self.host) and causal
-        # RoBERTa's begin behind its padding's id, and it counts past padding itself.
-        self.counts &= getattr(position_table(self.host), "padding_idx", None) is None
+        self.counts = settings.positions == "mask" and counts_over_mask(self.host, config)
         embeddings = self.host.get_input_embeddings()
         if not isinstance(getattr(embeddings, "weight", None), Tensor):
             raise LitPeftError(
@@ -120,12 +118,7 @@ class _Placement:
         self.embeddings: Any = embeddings
         avoid = {getattr(config, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
         self.placeholder = next(number for number in range(4) if number not in avoid)
-        self.limit = learned_positions(self.host)
-        if self.limit is not None and self.front >= self.limit:
-            raise LitPeftError(
-                f"num_virtual_tokens={self.front} leaves no room in the {self.limit} positions that "
-                f"{type(model).__name__} has: give fewer."
-            )
+        self.limit = room_for(self.front, self.host, model)
         self.pending = self.inserted = False
         self.extra = 0
         self.marks: Tensor | None = None
@@ -293,12 +286,3 @@ class _Placement:
             return (output[0], output[1][:, extra:], *output[2:])
         output["logits"] = output["logits"][:, extra:]
         return output
-
-
-def _is_causal(config: Any) -> bool:
-    """Whether the model is one whose tokens see only those before them."""
-    from transformers.models.auto import modeling_auto as auto
-
-    # Of those that are encoders as well, the config says which.
-    encodes = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    return config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encodes
