@@ -104,23 +104,37 @@ def test_lora_gives_its_inputs_type(use_dora: bool, training: bool) -> None:
     assert out.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("scale", [None, 1.0, 2.0, 0.25])
+@pytest.mark.parametrize(("rows", "fewest", "size"), [(8, 3, 40.0), (11, 4, 1.0)])
+@pytest.mark.parametrize("scale", [None, 1.0, 2.0, 0.5, 0.25])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("trained", [True, False])
-def test_the_heads_loss_in_blocks(scale: float | None, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks, with logits that overflow an exponential of fp32 and targets of every block."""
+def test_the_heads_loss_in_blocks(
+    rows: int,
+    fewest: int,
+    size: float,
+    scale: float | None,
+    softcap: float | None,
+    biased: bool,
+    trained: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Several blocks with targets in each, the last one shorter; also logits that overflow an exponential of fp32."""
     monkeypatch.setattr(loss_module, "_BLOCK", 1)
-    monkeypatch.setattr(loss_module, "_FEWEST_ROWS", 3)
+    monkeypatch.setattr(loss_module, "_FEWEST_ROWS", fewest)
     torch.manual_seed(0)
-    hidden, weight = torch.randn(8, 12), torch.randn(9, 12) * 40
-    targets, bias = torch.randint(0, 9, (8,)), torch.randn(9)
-    hidden[3] *= 10
+    hidden, weight, targets = torch.randn(rows, 12), torch.randn(19, 12) * size, torch.randint(0, 19, (rows,))
+    bias = torch.randn(19) if biased else None
+    hidden[3] *= 10 if size > 1 else 1
     ours, theirs = hidden.clone().requires_grad_(trained), hidden.clone().requires_grad_(trained)
-    loss = head_cross_entropy(ours, weight, targets, bias, *([] if scale is None else [scale]))
-    expected = F.cross_entropy((theirs @ weight.T + bias) * (1.0 if scale is None else scale), targets, reduction="sum")
+    loss = head_cross_entropy(ours, weight, targets, bias, *([] if scale is None else [scale]), softcap=softcap)
+    logits = F.linear(theirs, weight, bias) * (1.0 if scale is None else scale)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(logits, targets, reduction="sum")
     close(loss, expected)
     if trained:
-        loss.backward()
-        expected.backward()
+        (loss * 3).backward()
+        (expected * 3).backward()
         close(ours.grad, theirs.grad)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from models import DECODERS, GROUPED, SHAPE, checkpointing, scramble
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lit_peft
 from lit_peft import AdapterHSettings, AdapterPSettings, LoRASettings, ParallelSettings, supervised_loss
 from lit_peft.methods.attachment import MethodSettings
-from lit_peft.nn import cross_entropy
 from lit_peft.tasks import supervised_ffn
 from lit_peft.tasks import supervised_loss as wiring
 
@@ -143,25 +141,6 @@ def test_calls_without_labels_and_errors_leave_the_model_alone() -> None:
     assert not model._forward_hooks and not model.lm_head._forward_hooks and not model.lm_head._forward_pre_hooks
     with supervised_loss(model, enabled=False):
         assert model(**batch()).logits is not None
-
-
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("bias", [False, True])
-def test_blocks_equal_the_formula(softcap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "_BLOCK", 1)
-    monkeypatch.setattr(cross_entropy, "_FEWEST_ROWS", 4)
-    torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(11, 8), torch.randn(19, 8), torch.randint(0, 19, (11,))
-    offset = torch.randn(19) if bias else None
-    ours, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    loss = cross_entropy.head_cross_entropy(ours, weight, targets, offset, 0.5, softcap)
-    logits = F.linear(plain, weight, offset) * 0.5
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    reference = F.cross_entropy(logits, targets, reduction="sum")
-    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
-    (loss * 3).backward()
-    (reference * 3).backward()
-    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
