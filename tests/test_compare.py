@@ -19,7 +19,9 @@ import pytest
 
 from lit_peft.cli import main
 from lit_peft.commands import compare as module
-from lit_peft.commands.compare import METHODS, Cell, Plan, Results, cell_of, search
+from lit_peft.commands import measure
+from lit_peft.commands.compare import METHODS, Plan, Results, cell_of, search
+from lit_peft.commands.measure import Cell
 from lit_peft.commands.recorder import Recorder
 from lit_peft.commands.report import Difference, difference, summarize, verdict, write_report
 
@@ -232,7 +234,7 @@ def test_a_failed_run_is_said_and_tried_again(tmp_path: Path, monkeypatch: pytes
             name: value for name, value in answer.items() if name not in ("cell", "method", "learning_rate", "seed")
         }
 
-    monkeypatch.setattr(module, "_in_process", pretend)
+    monkeypatch.setattr(module, "in_own_process", pretend)
     wanted = plan(methods={"LoRA": {}}, trials=2, seeds=1)
     done = module.compare(wanted, Results(tmp_path / "results.jsonl"))
     write_report(tmp_path, wanted, done)
@@ -339,7 +341,7 @@ def test_devices_are_each_given_to_one_run_at_a_time(tmp_path: Path, monkeypatch
         busy.remove(device)
         return {"error": "no"} if cell.method == "HeadOnly" else row(cell.method, cell.seed, 0.8)
 
-    monkeypatch.setattr(module, "_in_process", pretend)
+    monkeypatch.setattr(module, "in_own_process", pretend)
     wanted = plan(trials=2, devices=3)
     done = module.compare(wanted, Results(tmp_path / "results.jsonl"))
     assert set(used) == {0, 1, 2} and len(done) == 2 * 3 + 2 * 2
@@ -356,8 +358,8 @@ def test_a_budget_of_time_is_as_many_steps_as_fit(
 
     monkeypatch.setattr(Recorder, "seconds_per_step", property(fake))
     wanted, _ = module._plan(["--config", str(config(tmp_path, encoder, reviews)), "--seconds", "1.01"])
-    assert module._steps_in(cell_of(wanted, "LoRA", 1e-3, 0), None) == 50
+    assert measure._steps_in(cell_of(wanted, "LoRA", 1e-3, 0), None) == 50
     accumulated = dataclasses.replace(wanted, trainer={"accelerator": "cpu", "accumulate_grad_batches": 2})
-    assert module._steps_in(cell_of(accumulated, "LoRA", 1e-3, 0), None) == 25
+    assert measure._steps_in(cell_of(accumulated, "LoRA", 1e-3, 0), None) == 25
     # An epoch's last batch steps alone.
     assert taken[0] == 16 and 16 < taken[1] <= 32
