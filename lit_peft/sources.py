@@ -156,12 +156,14 @@ def hub_error(base: str, exc: BaseException, field: str = "base", dataset: bool 
     text = " ".join(f"{type(link).__name__} {link}" for link in causes(exc))
     if Path(base).expanduser().exists():
         return LitPeftError(f"{field} {base!r} could not be loaded: {first_line(exc)}")
-    if _mentions(text, "gated", "401 client", "403 client"):
+    # The hub answers 401 to who is not logged in, for what it does not have, too.
+    unknown = _mentions(text, "repositorynotfound", "not a valid model identifier", "404 client")
+    if _mentions(text, "gatedrepo", " gated ", "403 client") or (_mentions(text, "401 client") and not unknown):
         return LitPeftError(
             f"{field} {base!r} is gated or private on the hub; accept its licence there, then run `hf auth login`."
         )
     offline = _mentions(text, "offline", "localentrynotfound", "couldn't connect", "connection", "resolve host")
-    if _mentions(text, "repositorynotfound", "not a valid model identifier", "404 client") and not offline:
+    if unknown and not offline:
         return LitPeftError(
             f"{field} {base!r} is not on the hub (or is private); check the spelling, or give a local folder."
         )

@@ -134,6 +134,10 @@ def test_a_missing_package_names_its_install_command() -> None:
     [
         ("You are trying to access a gated repo", "accept its licence"),
         ("403 Client Error: Forbidden", "accept its licence"),
+        ("401 Client Error: Unauthorized", "accept its licence"),
+        ("GatedRepoError: 401 Client Error. Cannot access gated repo for url x", "accept its licence"),
+        ("RepositoryNotFoundError: 401 Client Error", "is not on the hub"),
+        ("org/aggregated is no model", "could not be loaded from the hub"),
         ("RepositoryNotFound: 404 Client Error", "is not on the hub"),
         ("org/x is not a valid model identifier", "is not on the hub"),
         ("Couldn't connect to the Hub", "hf download org/x"),
