@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import threading
@@ -41,6 +42,13 @@ _FLAGS = {
     "devices": int,
     "output": str,
 }
+
+# What a comparison says itself, of the arguments of every module and of the Trainer.
+_OWN_MODEL = ("base", "task", "learning_rate")
+_OWN_TRAINER = (
+    *("max_steps", "min_steps", "max_epochs", "min_epochs", "max_time", "fast_dev_run", "overfit_batches"),
+    *("val_check_interval", "check_val_every_n_epoch", "callbacks", "devices", "num_nodes"),
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,10 @@ class Plan:
                 )
         if not self.methods:
             raise LitPeftError("methods is empty: name at least one, or leave it out for all.")
+        for part, given, own in (("model", self.model, _OWN_MODEL), ("trainer", self.trainer, _OWN_TRAINER)):
+            for name in own:
+                if name in given:
+                    raise LitPeftError(f"{part} has {name!r}, which the comparison sets for each run: leave it out.")
         if "class_path" not in self.data:
             raise LitPeftError("data has no class_path: name a data module, e.g. class_path: TextClassificationData.")
         if not isinstance(self.data.get("init_args", {}), dict):
@@ -348,7 +360,13 @@ def _read_yaml(file: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _check(plan: Plan) -> None:
-    """Find what is wrong with data and methods before anything is run or written."""
+    """Find what is wrong with data, methods and the Trainer's arguments before anything is run or written."""
+    from lightning.pytorch import Trainer
+
+    known = inspect.signature(Trainer).parameters
+    for name in plan.trainer:
+        if name not in known:
+            raise LitPeftError(f"trainer has {name!r}, which is not known: the closest are {closest(name, known)}.")
     data = make_data(plan.base, plan.data)
     data.setup("fit")
     if "validation" not in data.rows:
