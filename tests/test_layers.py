@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lit_peft import LitPeftError
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.cross_entropy import head_cross_entropy
 from lit_peft.nn.lora import LoRALinear
+from lit_peft.nn.rows import LoRARows, ModuleRows
 
 WHOLE: dict[str, Any] = {"ln_before": True, "ln_after": True, "use_gating": True}
 
@@ -149,3 +151,52 @@ def test_the_heads_loss_is_precise_in_half_precision() -> None:
     assert half.dtype == mixed.dtype == torch.float32
     close(half, expected, 1e-6)
     close(mixed, expected, 1e-6)
+
+
+class Scaled(nn.Linear):
+    """A layer with further inputs, whose output may be of another type than its input."""
+
+    def forward(self, x: torch.Tensor, by: float = 1.0, *, plus: float = 0.0) -> torch.Tensor:
+        return (super().forward(x) * by + plus).to(torch.float64 if by == 2 else x.dtype)
+
+
+def each_row(layers: list[nn.Module], index: list[int], x: torch.Tensor, *args: float, **kwargs: float) -> torch.Tensor:
+    count = len(x) // len(index)
+    return torch.cat([layers[n](x[i * count : (i + 1) * count], *args, **kwargs) for i, n in enumerate(index)])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_through_their_own_layers(count: int) -> None:
+    torch.manual_seed(0)
+    base = Scaled(6, 5)
+    small, large = LoRALinear(base, r=2), LoRALinear(base, r=4, lora_alpha=2)
+    for layer in (small, large):
+        nn.init.normal_(layer.lora_B)
+    index = [1, 0, 3, 2, 1]
+    x = torch.randn(5 * count, 3, 6)
+    forms: list[nn.Module] = [small, large, base, base]
+    lora = LoRARows(base, [small, large, None], torch.tensor(index))
+    rows = ModuleRows(base, [(form, {}) for form in forms[:3]], torch.tensor(index))
+    for module in (lora, rows):
+        close(module(x), each_row(forms, index, x))
+        close(module(x, 3.0, plus=1.0), each_row(forms, index, x, 3.0, plus=1.0))
+        assert module(x, 2).dtype == torch.float64
+        half = copy.deepcopy(module).bfloat16()
+        assert half(x.bfloat16()).dtype == torch.bfloat16
+        close(half(x.bfloat16()).float(), each_row(forms, index, x), 5e-2)
+    assert rows.weight is base.weight and rows.in_features == 6
+    for size in (0, 4, 6 * count):
+        with pytest.raises(LitPeftError, match=f"{size} rows.* for 5"):
+            lora(torch.randn(size, 3, 6))
+
+
+def test_rows_of_forms_of_other_types_share_the_first_ones() -> None:
+    base = nn.Linear(6, 5)
+    rows = ModuleRows(base, [(nn.Sequential(base, Cast()), {})], torch.tensor([1, 0]))
+    x = torch.randn(2, 6)
+    assert rows(x).dtype == torch.float64 and torch.equal(rows(x)[1], base(x)[1].double())
+
+
+class Cast(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double()

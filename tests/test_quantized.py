@@ -193,6 +193,7 @@ def test_four_bits_of_an_odd_width() -> None:
     expected = x @ (dense + layer.delta_weight()).T
     with torch.no_grad():
         assert apart(layer(x), expected) < 1e-5
+    assert apart(layer.base_layer(x), x @ dense.T) < 1e-5
     out = layer(x)
     assert apart(out, expected) < 1e-5
     grads = [torch.autograd.grad(made.square().sum(), x)[0] for made in (out, expected)]
@@ -213,6 +214,13 @@ def test_a_plain_layer_of_a_quantized_one(bits: int) -> None:
 def test_the_scale_follows_the_codes() -> None:
     moved = quantized_linear(8, zero=True).to("meta")
     assert moved.weight.is_meta and moved.scale.is_meta and moved.zero_point is not None and moved.zero_point.is_meta
+
+
+def test_what_is_saved_of_a_quantized_layer_is_its_codes_alone() -> None:
+    layer = quantized_linear(4, zero=True)
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    eight = QuantizedLinear(torch.zeros(4, 6, dtype=torch.int8), torch.ones(4, 2), None, None)
+    assert "bits=4, group_size=32" in repr(layer) and "bits=8, group_size=3" in repr(eight)
 
 
 def test_nothing_dequantized_is_kept_for_the_backward_pass() -> None:
