@@ -208,6 +208,37 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
     refuse(file.parent, "missing")
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool], ids=str)
+def test_tensors_that_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    file = ours(tmp_path) / "adapter_model.safetensors"
+    good = load_file(file)
+    save_file({**good, min(good): good[min(good)].to(dtype)}, file)
+    refuse(file.parent, str(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_another_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    file = ours(tmp_path) / "adapter_model.safetensors"
+    stored = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    save_file(stored, file)
+    model = lit_peft.load_adapter(make("llama"), file.parent)
+    found = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert len(found) == len(stored)
+    for name, value in found.items():
+        assert torch.equal(value.data, stored[f"base_model.model.{name}.weight"].float())
+    save_file({**stored, min(stored): torch.full_like(stored[min(stored)].float(), torch.nan).to(dtype)}, file)
+    refuse(file.parent, "NaN")
+
+
+@pytest.mark.parametrize("values", [5, None, "abcd", [1e999] * 4, [10**400] * 4, [[1]] * 4], ids=lambda v: str(v)[:20])
+def test_an_odd_record_of_the_base(values: Any, tmp_path: Path) -> None:
+    folder = ours(tmp_path)
+    record = json.loads((folder / "lit_peft.json").read_text())
+    record["base"]["sample"] = dict.fromkeys(record["base"]["sample"], values)
+    (folder / "lit_peft.json").write_text(json.dumps(record).replace("Infinity", "1e999"))
+    refuse(folder, "other values")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"r": 4, "r": 5}', '{"r": NaN}', "[" * 100_000, "\ufeff{}", '"x"'])
 def test_odd_json(text: str, tmp_path: Path) -> None:
     folder = ours(tmp_path)
@@ -367,3 +398,32 @@ def test_a_head_whose_name_ends_like_another(tmp_path: Path) -> None:
     again = lit_peft.load_adapter(make("distilbert"), folder)
     assert lit_peft.trainable_parameters(again) == lit_peft.trainable_parameters(model)
     close(logits(again, "distilbert"), logits(model, "distilbert"))
+
+
+@pytest.mark.parametrize(
+    ("end", "change"),
+    [
+        ("lora_A", lambda a: torch.tensor(1.0)),
+        ("lora_A", lambda a: a[:11]),
+        ("lora_A", lambda a: a[:, 0]),
+        ("lora_B", lambda b: b[:, :1]),
+        ("lora_B", lambda b: b[:, :2]),
+        ("lora_B", lambda b: b[:95]),
+    ],
+)
+def test_adapterhub_loras_of_odd_shapes(end: str, change: Any, tmp_path: Path) -> None:
+    model = lit_peft.attach(make("gpt2"), LoRASettings(r=4, target_modules=["c_attn"]))
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
+    stored = load_file(folder / "adapter.safetensors")
+    name = next(name for name in stored if name.endswith(end))
+    save_file({**stored, name: change(stored[name]).contiguous()}, folder / "adapter.safetensors")
+    with pytest.raises(LitPeftError, match=r"does not fit this model|has shape"):
+        lit_peft.load_adapter(make("gpt2"), folder)
+
+
+def test_an_adapterhub_version_as_long_as_a_line(tmp_path: Path) -> None:
+    model = lit_peft.attach(make("llama"), LoRASettings(r=4))
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "version": "adapters." + "1" * 5000 + ".0"}))
+    close(logits(lit_peft.load_adapter(make("llama"), folder), "llama"), logits(model, "llama"))

@@ -79,7 +79,7 @@ def settings(
         named = ", ".join(active) or f"composition_mode={shown(values['composition_mode'])}"
         raise LitPeftError(f"{where} sets {named}, which would change the result and cannot be read.")
     r, alpha = values.get("r", 8), float(values.get("alpha", 8))
-    version = re.match(r"adapters\.(\d+)\.(\d+)", str(config.get("version", "")))
+    version = re.match(r"adapters\.(\d{1,9})\.(\d{1,9})", str(config.get("version", "")))
     if version and (int(version[1]), int(version[2])) < (1, 1):
         # AdapterHub before 1.1 did not scale its updates.
         alpha = r
@@ -90,16 +90,16 @@ def settings(
     for key in [key for key in stored if key.endswith(end)]:
         found = key.removesuffix(end)
         path = next((p for p in (found, prefix + found, found.removeprefix(prefix)) if has_module(model, p)), None)
-        b = stored.get(key.removesuffix("A") + "B")
-        whole = b is not None and b.dim() == 2 and stored[key].numel()
+        a, b = stored[key], stored.get(key.removesuffix("A") + "B")
+        whole = a.dim() == 2 and a.numel() and b is not None and b.dim() == 2
         if path is None or not is_linear(model.get_submodule(path)) or b is None or not whole:
             raise LitPeftError(
                 f"{folder} does not fit this model: {shown(key)} has no place in it, or no lora_B beside it."
             )
-        ranks[path], d_out = len(stored[key]), linear_features(model.get_submodule(path))[1]
+        ranks[path], d_out = len(a), linear_features(model.get_submodule(path))[1]
         if b.shape[0] != d_out or ranks[path] != r:
             count = ranks[path] // r if r > 0 else 0
-            if not 0 < count <= sum(matrices) or len(b) % count or b.shape[1] > r:
+            if not 0 < count <= sum(matrices) or len(a) != count * r or len(b) % count or b.shape[1] != r:
                 raise LitPeftError(
                     f"{folder} does not fit this model: {shown(key)} has rank {ranks[path]}, and r={r} for "
                     f"attn_matrices={shown(values.get('attn_matrices', ['q', 'v']))}."

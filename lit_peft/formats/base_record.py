@@ -116,8 +116,8 @@ def _values(weight: Tensor) -> list[float]:
     return [float(f"{value:.6g}") for value in weight.detach().reshape(-1)[places].float().tolist()]
 
 
-def _alike(ours: list[float], theirs: list[Any]) -> bool:
-    return len(ours) == len(theirs) and all(
-        isinstance(b, int | float) and math.isclose(a, b, rel_tol=2e-2, abs_tol=1e-6)
-        for a, b in zip(ours, theirs, strict=True)
-    )
+def _alike(ours: list[float], theirs: Any) -> bool:
+    try:
+        return all(math.isclose(a, b, rel_tol=2e-2, abs_tol=1e-6) for a, b in zip(ours, theirs, strict=True))
+    except (TypeError, ValueError, OverflowError):
+        return False  # not a list of as many numbers

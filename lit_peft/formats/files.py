@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_peft.errors import LitPeftError
-from lit_peft.formats.untrusted import check_finite, read_json
+from lit_peft.formats.untrusted import check_weights, read_json
 from lit_peft.kinds import shown
 
 EXTRA = "lit_peft.json"
@@ -30,7 +30,7 @@ def fill(
         ignored: names that may be stored without having a place.
 
     Raises:
-        LitPeftError: a tensor is missing, has no place, has another shape than its place, or is not finite.
+        LitPeftError: a tensor is missing, has no place, has another shape than its place, or holds no finite weights.
     """
     missing, extra = sorted(set(places) - set(stored)), sorted(set(stored) - set(places) - set(ignored))
     if missing or extra:
@@ -42,7 +42,7 @@ def fill(
             raise LitPeftError(
                 f"{folder}: {name} has shape {tuple(stored[name].shape)}, and this model needs {tuple(place.shape)}."
             )
-        check_finite(name, stored[name], folder)
+        check_weights(name, stored[name], folder)
         place.copy_(stored[name])
 
 

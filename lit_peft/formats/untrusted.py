@@ -131,9 +131,19 @@ def check_sizes(stored: Mapping[str, Tensor], sizes: Mapping[str, float | None],
             )
 
 
-def check_finite(name: str, tensor: Tensor, folder: Path) -> None:
-    """Raise `LitPeftError` if a tensor holds NaN or infinite numbers."""
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+def check_weights(name: str, tensor: Tensor, folder: Path) -> None:
+    """Check that a tensor holds weights.
+
+    Raises:
+        LitPeftError: it holds no real numbers, or NaN or infinite ones.
+    """
+    if not tensor.is_floating_point():
+        raise LitPeftError(
+            f"{folder}: {name} is of type {tensor.dtype}, and weights are floating-point numbers: the file is not one "
+            "that training wrote."
+        )
+    # torch cannot ask this of every type of 8 bits.
+    if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
         raise LitPeftError(
             f"{folder}: {name} holds NaN or infinite numbers, so the model would answer nonsense: the training that "
             "wrote it failed; use an earlier checkpoint."
