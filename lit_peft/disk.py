@@ -83,6 +83,8 @@ def replace_folder(temporary: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.old")
     try:
         if target.exists():
+            # Of an earlier replacement that was killed at its end.
+            shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         put_in_place(temporary, target)
     except BaseException:

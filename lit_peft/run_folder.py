@@ -31,11 +31,11 @@ def earlier_run(root: Path, config: dict[str, Any]) -> int | None:
         N.
     """
     folders = root.glob("version_*") if root.is_dir() else ()
-    numbers = (int(folder.name[8:]) for folder in folders if folder.name[8:].isdigit())
+    numbers = (int(folder.name[8:]) for folder in folders if folder.name[8:].isdecimal())
     for number in sorted(numbers, reverse=True):
         try:
             known = yaml.safe_load((root / f"version_{number}" / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
             continue
         if isinstance(known, dict) and all(known.get(part) == config.get(part) for part in ("model", "data")):
             return number
