@@ -209,6 +209,8 @@ def test_a_hot_swap_compiles_nothing_again() -> None:
         lit_peft.hotswap_adapter(model, name)
         close(logits(fast), expected[name])
         close(logits(model), expected[name])
+        lit_peft.hotswap_adapter(model, "slot")
+        close(logits(model), expected[name])
     assert len(compiled) == count > 0
     lit_peft.add_adapter(model, "small", LoRASettings(r=2, target_modules=QV))
     with pytest.raises(LitPeftError, match="'a2' does not fit"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,41 @@ def test_what_is_left_out_need_not_be_a_target() -> None:
 def test_a_dropout_that_is_no_probability(dropout: float) -> None:
     with pytest.raises(LitPeftError, match=f"lora_dropout={dropout}"):
         LoRALinear(nn.Linear(4, 4), lora_dropout=dropout)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"r": 0},
+        {"lora_dropout": 1.0},
+        {"lora_dropout": -0.1},
+        {"init_lora_weights": "gausian"},
+        {"rank_pattern": {"q": 0}},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(values: dict[str, Any]) -> None:
+    ((name, value),) = values.items()
+    with pytest.raises(LitPeftError, match=f"{name}={re.escape(repr(value))}"):
+        LoRASettings(**values)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"r": 17, "init_lora_weights": "pissa"}, r"r=17.*16"),
+        ({"r": 17, "init_lora_weights": "olora"}, r"r=17.*16"),
+        ({"r": 4, "lora_alpha": 0, "init_lora_weights": "pissa"}, "lora_alpha=0"),
+        ({"r": 4, "lora_alpha": -1, "init_lora_weights": "pissa"}, "lora_alpha=-1"),
+    ],
+    ids=str,
+)
+def test_starts_that_a_weight_does_not_give(settings: dict[str, Any], words: str) -> None:
+    model = tiny()
+    with pytest.raises(LitPeftError, match=words):
+        lit_peft.attach(model, LoRASettings(target_modules=["v_proj"], **settings))
+    with torch.device("meta"), pytest.raises(LitPeftError, match=words):
+        lit_peft.attach(tiny(), LoRASettings(target_modules=["v_proj"], **settings))
 
 
 @pytest.mark.parametrize("how", ["pissa", "olora"])

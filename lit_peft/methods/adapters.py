@@ -140,6 +140,8 @@ def hotswap_adapter(model: Model, name: str) -> Model:
     """
     adapters, slots = adapters_of(model), {}
     source, active = adapters.find(name), attachment_or_none(model)
+    if source is active:
+        return model
     for path, layer in active.adapted.items() if active is not None else ():
         if isinstance(layer, LoRALayer) and layer.lora_magnitude is None and not (layer.merged or layer.moved):
             slots[path] = layer

@@ -13,7 +13,7 @@ from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of, base_name, detach
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_value
-from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear
+from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear, check
 from lit_peft.nn.quantized import dense_linear, is_quantized
 from lit_peft.quantization import dequantize
 
@@ -58,8 +58,9 @@ class LoRASettings(MethodSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise LitPeftError(f"r={self.r}: the rank must be a positive integer, e.g. r=8.")
+        check(r=self.r, lora_dropout=self.lora_dropout, init_lora_weights=self.init_lora_weights)
+        if any(rank < 1 for rank in self.rank_pattern.values()):
+            raise LitPeftError(f"rank_pattern={self.rank_pattern}: the ranks must be positive integers, e.g. 8.")
         if self.bias not in ("none", "all", "lora_only"):
             raise LitPeftError(f"bias={self.bias!r} is not known: use 'none', 'all' or 'lora_only'.")
         if self.loraplus_lr_ratio <= 0:

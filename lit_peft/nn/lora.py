@@ -16,13 +16,13 @@ x ──────────┬───────────────
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError
+from lit_peft.errors import LitPeftError, closest
 from lit_peft.nn.autocast import autocast_dtype
 from lit_peft.nn.linear import adapter_dtype, linear_features
 from lit_peft.nn.lora_function import lora_linear
@@ -51,7 +51,7 @@ class LoRALayer(nn.Module):
             or `olora` (QR, arXiv:2406.01775). The last two move part of W into the update.
 
     Raises:
-        LitPeftError: `r` is not positive, or the dropout is not in [0, 1).
+        LitPeftError: as `check`; or W, quantized or too small, has no such start.
     """
 
     def __init__(
@@ -67,10 +67,7 @@ class LoRALayer(nn.Module):
         init_lora_weights: InitLoRA = "kaiming",
     ) -> None:
         super().__init__()
-        if r <= 0:
-            raise LitPeftError(f"r={r}: the rank of a LoRA update must be a positive integer, e.g. r=8.")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise LitPeftError(f"lora_dropout={lora_dropout}: give a probability from 0 up to, not including, 1.")
+        check(r=r, lora_dropout=lora_dropout, init_lora_weights=init_lora_weights)
         self.base_layer = base_layer.requires_grad_(False)
         self.in_features, self.out_features = in_features, out_features
         self.r, self.lora_alpha = r, lora_alpha
@@ -91,18 +88,15 @@ class LoRALayer(nn.Module):
 
     def reset_parameters(self, init_lora_weights: InitLoRA) -> None:
         """Start A and B anew, as `init_lora_weights` says."""
+        check(init_lora_weights=init_lora_weights)
+        if init_lora_weights in ("pissa", "olora"):
+            self._start_from_weight(init_lora_weights)
+            return
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
-            nn.init.zeros_(self.lora_B)
-        elif init_lora_weights == "kaiming":
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
-        elif init_lora_weights in ("pissa", "olora"):
-            self._start_from_weight(init_lora_weights)
         else:
-            raise LitPeftError(
-                f"init_lora_weights={init_lora_weights!r} is not known: use 'kaiming', 'gaussian', 'pissa' or 'olora'."
-            )
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
 
     @torch.no_grad()
     def _start_from_weight(self, how: str) -> None:
@@ -111,6 +105,14 @@ class LoRALayer(nn.Module):
                 f"init_lora_weights={how!r} needs the layer's weight in floating point, and this layer is quantized: "
                 "use init_lora_weights='kaiming'."
             )
+        most = min(self.in_features, self.out_features)
+        if self.r > most:
+            raise LitPeftError(
+                f"r={self.r} with init_lora_weights={how!r}: a weight of {self.out_features} by {self.in_features} has "
+                f"such a start up to r={most}: give a smaller r (or rank_pattern), or init_lora_weights='kaiming'."
+            )
+        if how == "pissa" and self.scaling <= 0:
+            raise LitPeftError(f"lora_alpha={self.lora_alpha} with init_lora_weights='pissa': give a positive number.")
         if self.weight.is_meta:
             return
         weight = self.dense_weight().float()
@@ -376,3 +378,20 @@ class LoRAEmbedding(LoRALayer):
         if self.lora_magnitude is None:
             return out + update
         return (self.lora_magnitude / self._weight_norm()).to(out.dtype) * (out + update)
+
+
+def check(
+    *, r: int | None = None, lora_dropout: float | None = None, init_lora_weights: InitLoRA | None = None
+) -> None:
+    """Check the settings of a LoRA layer that are given.
+
+    Raises:
+        LitPeftError: the rank is not positive, the dropout not in [0, 1), or the start not known.
+    """
+    if r is not None and r < 1:
+        raise LitPeftError(f"r={r}: the rank must be a positive integer, e.g. r=8.")
+    if lora_dropout is not None and not 0.0 <= lora_dropout < 1.0:
+        raise LitPeftError(f"lora_dropout={lora_dropout}: give a probability from 0 up to, not including, 1.")
+    if init_lora_weights is not None and init_lora_weights not in get_args(InitLoRA):
+        known = closest(init_lora_weights, get_args(InitLoRA), 4)
+        raise LitPeftError(f"init_lora_weights={init_lora_weights!r} is not known: use {known}.")
