@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import lit_peft
 from lit_peft.architectures import counts_over_mask, learned_positions
 from lit_peft.errors import LitPeftError, closest
+from lit_peft.generation import check_generation
 from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.adapter_dtype import set_adapter_dtype
 from lit_peft.methods.attachment import MethodSettings
@@ -49,7 +50,7 @@ class BaseLM(pl.LightningModule):
         weight_decay: of the trained matrices; biases, norms and other vectors have none.
         lr_scheduler: `linear`, `cosine` or `constant`, after the warmup.
         warmup_steps: optimizer steps of linear warmup; below 1, a share of all steps.
-        generation: arguments for `generate` at prediction, e.g. `{max_new_tokens: 64}`.
+        generation: arguments of transformers' `generate` where the task writes text, e.g. `{max_new_tokens: 64}`.
         dtype: `float32`, `bfloat16` or `float16` for the frozen base; the trainer's precision decides when unset.
         adapter_dtype: the same for what is trained: `float32` keeps master weights under precision `bf16-true`.
         quantization: `int8` or `int4` (torchao), `nf4`, `nf4-dq`, `fp4`, `fp4-dq` or `llm-int8` (bitsandbytes) for
@@ -111,6 +112,9 @@ class BaseLM(pl.LightningModule):
             if value is not None and not isinstance(getattr(torch, value, None), torch.dtype):
                 raise LitPeftError(f"{name}={value!r} is not known: use 'float32', 'bfloat16' or 'float16'.")
         check_quantization(quantization)
+        check_generation(generation or {})
+        if generation and task not in ("causal_lm", "seq2seq"):
+            raise LitPeftError(f"generation is set, and task={task!r} writes no text: leave it out.")
         self.model: Any = None
         self.val_metrics = nn.ModuleDict()
         self.test_metrics = nn.ModuleDict()

@@ -46,6 +46,28 @@ def test_of_a_module(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("generation", "words"),
+    [
+        ({"max_new_token": 3}, "'max_new_tokens'"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": "many"}, "max_new_tokens='many'"),
+        ({"num_beams": 1.5}, "num_beams=1.5"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature=-1.0"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p=1.5"),
+        ({"do_sample": True, "top_k": -1}, "top_k=-1"),
+        ({"temperature": 0.7}, "do_sample: true"),
+        ({"max_new_tokens": 8, "num_beams": 4, "do_sample": True, "temperature": 0.7, "top_p": 1, "top_k": 0}, None),
+    ],
+    ids=str,
+)
+def test_of_generation(generation: dict[str, Any], words: str | None) -> None:
+    with nullcontext() if words is None else pytest.raises(LitPeftError, match=words):
+        lit_peft.LoRA(base="x", generation=generation)
+    with pytest.raises(LitPeftError, match="generation"):
+        lit_peft.LoRA(base="x", task="sequence_classification", generation=generation)
+
+
+@pytest.mark.parametrize(
     ("kind", "values"),
     [
         *(("CausalLMData", {name: 0}) for name in ("batch_size", "max_length", "num_proc", "limit_train")),
