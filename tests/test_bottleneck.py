@@ -448,6 +448,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     refused("union", architecture="union")
     refused("unexpected", leave_out=[0])
     refused("shape", reduction_factor=8)
+    refused("shape", reduction_factor={"0": 8, "7": 4, "default": 2})
     (folder / "adapter.safetensors").unlink()
     refused("adapter.safetensors nor")
     _Code.folder = tmp_path / "run"
@@ -476,7 +477,17 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
         (AdapterHSettings, {"leave_out": [2]}, "layers are 0 to 1"),
         (AdapterHSettings, {"leave_out": [0, 1]}, "without any adapter"),
         (AdapterHSettings, {"reduction_factor": {"0": 4}}, "layer 1"),
+        (AdapterHSettings, {"reduction_factor": {"0": 4, "2": 8, "default": 2}}, r"names \['2'\].*layers are 0 to 1"),
         (AdapterHSettings, {"cross_adapter": True}, "no cross-attention"),
+        (AdapterHSettings, {"placement": "llm_adapters", "cross_adapter": True}, "cross_adapter=True has no effect"),
+        (AdapterPSettings, {"placement": "llm_adapters", "mh_adapter": True}, "mh_adapter=True has no effect"),
+        (
+            ParallelSettings,
+            {"placement": "llm_adapters", "output_adapter": False},
+            "output_adapter=False has no effect",
+        ),
+        (AdapterPSettings, {"placement": "llm_adapters", "original_ln_before": False}, "original_ln_before=False has"),
+        (AdapterHSettings, {"placement": "llm_adapters", "target_modules": "("}, r"target_modules has .* '\('"),
         (AdapterHSettings, {"placement": "llm_adapters", "target_modules": ["down_prj"]}, "'down_proj'"),
         (AdapterHSettings, {"placement": "llm_adapters", "target_modules": ["embed_tokens"]}, "linear layers only"),
     ],
@@ -488,6 +499,17 @@ def test_bad_input_names_the_fix_and_leaves_the_model_alone(kind: Any, values: d
         lit_peft.attach(model, kind(**values))
     assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_adapterhubs_factors_of_layers_that_are_not_there_are_passed_over(tmp_path: Path) -> None:
+    model = lit_peft.attach(make("bert"), AdapterPSettings(reduction_factor={"0": 8, "default": 4})).eval()
+    scramble(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["config"]["reduction_factor"]["11"] = 2
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    again = lit_peft.load_adapter(make("bert"), folder).eval()
+    assert torch.equal(again(**batch("bert")).logits, model(**batch("bert")).logits)
 
 
 def test_a_model_without_known_layers_is_refused() -> None:

@@ -412,6 +412,7 @@ def test_bad_input_names_the_fix_and_leaves_the_model_alone() -> None:
         ({"non_linearity": "sine"}, "non_linearity='sine'"),
         ({"prefix_projection": True, "prefix_projection_size": 0}, "prefix_projection_size=0"),
         ({"prefix_projection_size": 5}, "prefix_projection=False"),
+        ({"non_linearity": "relu"}, "non_linearity='relu'.*prefix_projection=False"),
         ({"leave_out": [7]}, "0 to 1"),
         ({"leave_out": [0, 1]}, "without any prefix"),
     ]:

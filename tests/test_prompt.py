@@ -357,7 +357,15 @@ def test_bad_input_names_the_fix() -> None:
     ):
         with pytest.raises(LitPeftError, match=words):
             PromptTuningSettings(**values)
-    for values in ({"encoder_reparameterization_type": "GRU"}, {"encoder_hidden_size": 0}, {"encoder_dropout": 1.0}):
+    mlp = {"encoder_reparameterization_type": "MLP"}
+    for values in (
+        {"encoder_reparameterization_type": "GRU"},
+        {"encoder_hidden_size": 0},
+        {"encoder_dropout": 1.0},
+        {"encoder_num_layers": 3, **mlp},
+        {"encoder_dropout": 0.1, **mlp},
+        {"encoder_dropout": 0.1, "encoder_num_layers": 1},
+    ):
         with pytest.raises(LitPeftError, match=next(iter(values))):
             PTuningSettings(**values)
     model = make("bert")

@@ -122,6 +122,11 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
         if any("crossattention.output.adapters." in key for key in stored):
             # In decoders of BERT's kind AdapterHub's mh_adapter means both attentions.
             settings = dataclasses.replace(settings, cross_adapter=True)
+    if isinstance(settings, BottleneckSettings) and isinstance(settings.reduction_factor, dict):
+        # AdapterHub passes over layers that are not there; settings of ours may not name them.
+        known = {"default", *map(str, range(sum(map(len, layer_stacks(model)))))}
+        factors = {name: factor for name, factor in settings.reduction_factor.items() if name in known}
+        settings = dataclasses.replace(settings, reduction_factor=factors)
     _check_sizes(settings, stored, model, folder)
     attach(model, settings)
     foreign = "lit_peft" not in config

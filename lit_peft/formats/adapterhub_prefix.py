@@ -51,7 +51,8 @@ def settings(values: dict[str, Any], folder: Path) -> PrefixSettings:
         prefix_projection=not flat,
         prefix_projection_size=None if flat else size,
         positions="adapterhub",
-        **{key: values[key] for key in _READ if values.get(key) is not None},
+        # A flat prefix has no MLP for the activation to be in.
+        **{key: values[key] for key in _READ - ({"non_linearity"} if flat else set()) if values.get(key) is not None},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from lit_peft.architectures import Layer, Sublayer, has_module, layer_stacks
 from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
-from lit_peft.methods.targets import check_leave_out, find_targets, is_linear
+from lit_peft.methods.targets import check_expression, check_leave_out, find_targets, is_linear
 from lit_peft.nn.bottleneck import Bottleneck, InitBottleneck, SublayerAdapter, check
 from lit_peft.nn.linear import adapter_dtype, linear_features
 
@@ -99,6 +99,16 @@ class BottleneckSettings(MethodSettings):
         for factor in factors.values() if isinstance(factors, dict) else [factors]:
             if factor is not None and not factor > 0:
                 raise LitPeftError(f"reduction_factor={factors}: give positive numbers, e.g. reduction_factor=16.")
+        if self.placement == "llm_adapters":
+            own = {field.name: field.default for field in fields(self)}
+            idle = next((name for name in _AT_SUBLAYERS if getattr(self, name) != own[name]), None)
+            if idle is not None:
+                raise LitPeftError(
+                    f"{idle}={getattr(self, idle)!r} has no effect with placement='llm_adapters', whose adapters stand "
+                    "at linear layers: leave it out."
+                )
+        if isinstance(self.target_modules, str):
+            check_expression("target_modules", self.target_modules)
         if not (self.mh_adapter or self.output_adapter or self.cross_adapter):
             raise LitPeftError("mh_adapter, output_adapter and cross_adapter are all false: set at least one to true.")
         if self.target_modules is not None and self.placement == "paper":
@@ -127,13 +137,12 @@ class BottleneckSettings(MethodSettings):
                 return int(size)
             factor = self.value("reduction_factor")
         if isinstance(factor, dict):
-            by_name = {str(name): value for name, value in factor.items()}
-            if str(number) not in by_name and "default" not in by_name:
+            if str(number) not in factor and "default" not in factor:
                 raise LitPeftError(
                     f"reduction_factor={factor} names neither layer {number} nor a default: add 'default', e.g. "
                     "'default': 16."
                 )
-            factor = by_name.get(str(number), by_name.get("default"))
+            factor = factor.get(str(number), factor.get("default"))
         assert factor is not None
         return max(1, int(width // factor))
 
@@ -241,6 +250,13 @@ class BottleneckSettings(MethodSettings):
         """The layers to adapt, by name."""
         layers = [layer for stack in stacks for layer in stack]
         check_leave_out(self.leave_out, len(layers))
+        named = self.reduction_factor if isinstance(self.reduction_factor, dict) else {}
+        unknown = [name for name in named if name != "default" and name not in map(str, range(len(layers)))]
+        if unknown:
+            raise LitPeftError(
+                f"reduction_factor={named} names {unknown}, and the model's layers are 0 to {len(layers) - 1}: name "
+                "some of those, and 'default' for the rest."
+            )
         return {layer.path: layer for number, layer in enumerate(layers) if number not in self.leave_out}
 
     def _bottleneck(self, near: nn.Module) -> dict[str, Any]:
@@ -261,6 +277,15 @@ class BottleneckSettings(MethodSettings):
         }
 
 
+# What says where an adapter stands at a sublayer, and how it goes with the layer's own residual and LayerNorm.
+_AT_SUBLAYERS = (
+    "original_ln_before",
+    "original_ln_after",
+    "residual_before_ln",
+    "mh_adapter",
+    "output_adapter",
+    "cross_adapter",
+)
 _LLM_ADAPTERS: dict[str, Any] = {"bottleneck_size": 256, "non_linearity": "tanh", "bias": False, "scaling": 1.0}
 
 

@@ -48,6 +48,17 @@ class PTuningSettings(SoftPromptSettings):
             raise LitPeftError(f"encoder_num_layers={self.encoder_num_layers}: give a positive number, e.g. 2.")
         if not 0 <= self.encoder_dropout < 1:
             raise LitPeftError(f"encoder_dropout={self.encoder_dropout}: give a probability below 1, e.g. 0.1.")
+        mlp = self.encoder_reparameterization_type == "MLP"
+        if mlp and self.encoder_num_layers != 2:
+            raise LitPeftError(
+                f"encoder_num_layers={self.encoder_num_layers} has no effect on the MLP, which always has its three "
+                "layers: leave it out, or use encoder_reparameterization_type='LSTM'."
+            )
+        if self.encoder_dropout and (mlp or self.encoder_num_layers == 1):
+            raise LitPeftError(
+                f"encoder_dropout={self.encoder_dropout} acts between the layers of an LSTM, and there is "
+                f"{'no LSTM' if mlp else 'one layer alone'}: leave it out, or use an LSTM of two layers."
+            )
 
     def make_prompt(self, model: nn.Module, embeddings: nn.Module) -> PromptEncoder:
         """The network, at its start, in single precision."""

@@ -90,6 +90,11 @@ class PrefixSettings(MethodSettings):
                 f"prefix_projection_size={self.prefix_projection_size} has no effect with prefix_projection=False: set "
                 "prefix_projection=True, or leave it out."
             )
+        if self.non_linearity != "tanh" and not self.prefix_projection:
+            raise LitPeftError(
+                f"non_linearity={self.non_linearity!r} has no effect with prefix_projection=False: set "
+                "prefix_projection=True, or leave it out."
+            )
         if self.positions not in ("mask", "peft", "adapterhub"):
             raise LitPeftError(f"positions={shown(self.positions)} is not known: use 'mask', 'peft' or 'adapterhub'.")
 

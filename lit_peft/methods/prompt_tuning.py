@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError
+from lit_peft.errors import LitPeftError, first_line
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.soft_prompt import SoftPromptSettings
 from lit_peft.nn.prompt import SoftPrompt
@@ -91,7 +91,7 @@ class PromptTuningSettings(SoftPromptSettings):
         except (OSError, ValueError) as problem:
             raise LitPeftError(
                 f"prompt_tuning_init={self.prompt_tuning_init!r} needs a tokenizer, and there is none at {where!r} "
-                f"({str(problem).splitlines()[0]}): give tokenizer_name_or_path."
+                f"({first_line(problem)}): give tokenizer_name_or_path."
             ) from problem
         tokens: list[list[int]] = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
         for text, ids in zip(texts, tokens, strict=True):

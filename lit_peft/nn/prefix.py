@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError
-from lit_peft.nn.bottleneck import ACTIVATIONS
+from lit_peft.nn.bottleneck import ACTIVATIONS, check
 
 
 class Prefix(nn.Module):
@@ -62,10 +62,7 @@ class Prefix(nn.Module):
         super().__init__()
         if num_virtual_tokens < 1:
             raise LitPeftError(f"num_virtual_tokens={num_virtual_tokens}: give a positive integer, e.g. 20.")
-        if not 0.0 <= dropout < 1.0:
-            raise LitPeftError(f"dropout={dropout}: give a probability from 0 up to, not including, 1.")
-        if non_linearity not in ACTIVATIONS:
-            raise LitPeftError(f"non_linearity={non_linearity!r} is not known: use one of {', '.join(ACTIVATIONS)}.")
+        check(non_linearity=non_linearity, dropout=dropout)
         at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_virtual_tokens, self.shapes, self.dropout = num_virtual_tokens, tuple(shapes), dropout
         self.non_linearity = non_linearity
@@ -86,7 +83,7 @@ class Prefix(nn.Module):
         """Compute the table of keys and values, (v, 2 · Σ heads · head_dim)."""
         if self.down is None or self.up is None:
             return self.embedding
-        out: Tensor = self.up(ACTIVATIONS[self.non_linearity](self.down(self.embedding)))
+        out: Tensor = self.up(ACTIVATIONS[self.non_linearity.lower()](self.down(self.embedding)))
         return out
 
     def start(self) -> None:
