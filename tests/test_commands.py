@@ -46,6 +46,14 @@ def test_merge_gives_the_same_logits_with_transformers_alone(
     assert main(["merge", *folders]) == 2
     assert main(["merge", *folders[:-1], str(tmp_path / "x"), "--dtype", "float33"]) == 2
     assert "not an empty folder" in (said := capsys.readouterr().err) and "float33" in said
+    for option, value in (
+        ("dtype", "int64"),
+        ("max_shard_size", "5XB"),
+        ("max_shard_size", "0GB"),
+        ("num_labels", "0"),
+    ):
+        assert main(["merge", *folders[:-1], str(tmp_path / "x"), f"--{option}", value]) == 2
+        assert f"--{option} {value}" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

@@ -37,6 +37,9 @@ def test_doctor_says_what_is_missing_and_what_fits(
     assert "fits" in said.partition("  large")[2].splitlines()[0]
     assert "does not fit" in said.rpartition("  small")[2]
     assert main(["doctor", "--method", "Lora"]) == 2
+    for option in ("batch_size", "length"):
+        assert main(["doctor", "--base", str(decoder), f"--{option}", "0"]) == 2
+        assert f"--{option} 0" in capsys.readouterr().err
 
 
 def test_what_init_writes_runs(
@@ -171,6 +174,13 @@ def test_init_asks_for_what_no_flag_gives(
     assert "class_path: AdapterP" in written and "task: sequence_classification" in written
     assert [question.split()[0].rstrip(":") for question in asked] == ["task", "base", "method", "data"]
     assert main(["init"]) == 2
+    Path("config.yaml").unlink()
+
+    def end(_: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    assert main(["init"]) == 2 and not Path("config.yaml").exists()
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -40,6 +40,9 @@ def run(arguments: list[str]) -> None:
     if options.method not in METHODS:
         near = closest(options.method, METHODS)
         raise LitPeftError(f"--method {options.method!r} is not known: the closest are {near}.")
+    for name in ("batch_size", "length"):
+        if getattr(options, name) < 1:
+            raise LitPeftError(f"--{name} {getattr(options, name)}: give a whole number of at least 1.")
     need = None
     if options.base is not None:
         need = memory(options.base, options.method, options.task, options.batch_size, options.length)
@@ -50,7 +53,8 @@ def run(arguments: list[str]) -> None:
     for device, free in devices.items():
         print(f"{device:<14}{_size(free)} free")
     for name, (purpose, install) in _OPTIONAL.items():
-        print(f"{name:<14}{engine(name)}  ({purpose})" + ("" if works(name) else f"  ->  {install}"))
+        state, works = engine(name)
+        print(f"{name:<14}{state}  ({purpose})" + ("" if works else f"  ->  {install}"))
     if need is not None:
         print(f"\n{options.method} on {options.base}, {options.batch_size} x {options.length} tokens, float32:")
         for what, size in need.items():
@@ -105,26 +109,17 @@ def available() -> dict[str, int]:
     return found
 
 
-def works(name: str) -> bool:
-    """Whether the package can be imported."""
-    try:
-        import_module(name)
-    except Exception:
-        return False
-    return True
-
-
-def engine(name: str) -> str:
-    """The package's version, "missing", or why it cannot be imported."""
+def engine(name: str) -> tuple[str, bool]:
+    """The package's version, "missing", or why it cannot be imported; and whether it can be."""
     try:
         version = metadata.version(name.replace("_", "-"))
     except metadata.PackageNotFoundError:
-        return "missing"
+        return "missing", False
     try:
         import_module(name)
     except Exception as problem:
-        return f"{version} does not work: {first_line(problem)}"
-    return version
+        return f"{version} does not work: {first_line(problem)}", False
+    return version, True
 
 
 def _size(count: int) -> str:

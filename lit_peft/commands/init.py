@@ -178,4 +178,7 @@ def _ask(name: str, usual: str, known: Any = ()) -> str:
     if not sys.stdin.isatty():
         raise LitPeftError(f"--{name} is not given, and there is no terminal to ask at: give it.")
     choices = f" ({', '.join(known)})" if known else ""
-    return input(f"{name}{choices}{f' [{usual}]' if usual else ''}: ").strip() or usual
+    try:
+        return input(f"{name}{choices}{f' [{usual}]' if usual else ''}: ").strip() or usual
+    except EOFError:
+        raise LitPeftError(f"--{name} is not given, and the input has ended: give it.") from None

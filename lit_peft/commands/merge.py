@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 
 from lit_peft.commands.options import Options, load_base
 from lit_peft.errors import LitPeftError
@@ -20,6 +21,9 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--output", required=True, help="the new folder")
     parser.add_argument("--max_shard_size", default="5GB", help="size of a weights file at most")
     options = parser.parse_args(arguments)
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)(?:KB|MB|GB|TB)", options.max_shard_size, re.IGNORECASE)
+    if size is None or not float(size[1]):
+        raise LitPeftError(f"--max_shard_size {options.max_shard_size}: give a size above 0, e.g. 500MB or 5GB.")
 
     from lit_peft.data.tokenization import load_tokenizer
     from lit_peft.formats.folder import load_adapter, new_folder

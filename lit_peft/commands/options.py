@@ -80,7 +80,7 @@ def load_base(options: argparse.Namespace) -> Any:
     """The base model that the options name.
 
     Raises:
-        LitPeftError: it cannot be loaded, or the dtype or the quantization is not known.
+        LitPeftError: it cannot be loaded, or an option has a value that cannot be.
     """
     import torch
     import transformers
@@ -90,8 +90,10 @@ def load_base(options: argparse.Namespace) -> Any:
     from lit_peft.tasks import find_task
 
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
-    if dtype != "auto" and not isinstance(dtype, torch.dtype):
+    if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise LitPeftError(f"--dtype {options.dtype} is not known: use float32, bfloat16, float16 or auto.")
+    if options.num_labels is not None and options.num_labels < 1:
+        raise LitPeftError(f"--num_labels {options.num_labels}: give a whole number of at least 1.")
     check_quantization(options.quantization)
     source = resolve_base(options.base)
     # False, not unset: transformers would ask on a terminal.
