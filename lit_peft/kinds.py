@@ -67,7 +67,7 @@ def _said(hint: Any) -> str:
     """A kind in words."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_said(part) for part in parts)
+        return " or ".join(dict.fromkeys(_said(part) for part in parts))
     if origin is Literal:
         return " or ".join(map(repr, parts))
     if origin is dict:

@@ -212,9 +212,10 @@ def test_a_hot_swap_compiles_nothing_again() -> None:
         lit_peft.hotswap_adapter(model, "slot")
         close(logits(model), expected[name])
     assert len(compiled) == count > 0
-    lit_peft.add_adapter(model, "small", LoRASettings(r=2, target_modules=QV))
-    with pytest.raises(LitPeftError, match="'a2' does not fit"):
-        lit_peft.hotswap_adapter(model, "a2")
+    for settings in (LoRASettings(r=2, target_modules=QV), LoRASettings(r=8, lora_alpha=0, target_modules=QV)):
+        lit_peft.add_adapter(model, f"small {settings.r}", settings)
+        with pytest.raises(LitPeftError, match="'a2' does not fit"):
+            lit_peft.hotswap_adapter(model, "a2")
 
 
 @pytest.mark.parametrize(

@@ -357,6 +357,7 @@ def test_files_are_as_the_umask_says_and_little_more_than_their_tensors(tmp_path
         ),
         ("bert", {"target_modules": ["query", "output.dense"], "exclude_modules": r".*attention\.output.*"}, {}),
         ("gpt2", {"target_modules": ["c_attn", "c_fc"]}, {"attn_matrices": ["q", "k", "v"], "intermediate_lora": True}),
+        ("llama", {"target_modules": QV, "lora_alpha": 0}, {"r": 4}),
         ("bart", {"target_modules": [*QV, "fc2"]}, {"output_lora": True, "selfattn_lora": True}),
         ("t5", {"target_modules": ["q", "wo"]}, {"output_lora": True}),
         ("distilbert", {"target_modules": ["lin1"]}, {"selfattn_lora": False, "intermediate_lora": True}),

@@ -206,6 +206,10 @@ def two_loras(**second: Any) -> Any:
         ({}, {"weights": {}}, "weights is empty"),
         ({}, {"combination": "ties", "density": 0.0}, "density=0.0"),
         *(({}, {"combination": "svd", "r": r}, f"r={r}") for r in (0, -1)),
+        ({}, {"combination": "cat", "r": 3}, "r=3 .*'cat'"),
+        ({}, {"combination": "linear", "r": 2}, "r=2 .*'linear'"),
+        ({}, {"weights": {"a": float("nan"), "b": 1.0}}, "'a': nan"),
+        ({}, {"weights": {"a": 1.0, "b": "1"}}, "'b': '1'"),
         ({}, {"weights": {"a": 1.0, "c": 1.0}}, "'c'"),
         ({"r": 3}, {"combination": "linear"}, "one rank"),
         ({"use_dora": True}, {}, "'b' cannot be combined"),
@@ -219,6 +223,16 @@ def test_of_a_combination(second: dict[str, Any], arguments: dict[str, Any], wor
     with pytest.raises(LitPeftError, match=words):
         lit_peft.combine_adapters(model, "mix", **{"weights": {"a": 0.5, "b": 0.5}, **arguments})
     assert lit_peft.adapter_names(model) == ["a", "b"]
+
+
+@pytest.mark.parametrize("format", [None, "peft", "adapterhub"])
+@pytest.mark.parametrize("kind", ["HeadOnly", "FullFineTuning"])
+def test_of_a_folder_for_what_is_no_adapter(kind: str, format: Any, decoder: Path, tmp_path: Path) -> None:
+    module = getattr(lit_peft, kind)(base=str(decoder))
+    module.configure_model()
+    with pytest.raises(LitPeftError, match=r"no adapter to write.*save_pretrained"):
+        module.save_adapter(tmp_path / "adapter", format)
+    assert not any(tmp_path.iterdir())
 
 
 def test_of_adapters_by_name() -> None:

@@ -156,7 +156,7 @@ def written(attachment: Attachment, name: str) -> tuple[dict[str, Any], dict[str
             "writes the update of the original ones."
         )
     rank, scales = max(layer.r for layer in layers.values()), {layer.scaling for layer in layers.values()}
-    alpha = rank * (scales.pop() if len(scales) == 1 else 1.0)
+    alpha = rank * ((scales.pop() if len(scales) == 1 else 0.0) or 1.0)
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         a, b = layer.lora_A.detach(), layer.lora_B.detach() * (layer.scaling * rank / alpha)

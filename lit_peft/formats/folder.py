@@ -79,10 +79,15 @@ def save_adapter(
 def write_adapter(
     model: nn.Module, folder: Path, format: Literal["peft", "adapterhub"] | None = None, name: str = "default"
 ) -> None:
-    """Write the files of `save_adapter` into a folder that exists; a reader may see it half written."""
+    """Write the files of `save_adapter` into a folder that exists; a reader may see it half written. Raises as it."""
     attachment = attachment_of(model)
     if format not in (None, "peft", "adapterhub"):
         raise LitPeftError(f"format={format!r} is not known: use 'peft' or 'adapterhub'.")
+    if not attachment.adapted:
+        raise LitPeftError(
+            f"{attachment.settings.method!r} has no adapter to write, but trains the model itself: save that, "
+            "model.save_pretrained(folder)."
+        )
     if format is None and not adapterhub.holds(attachment):
         format = "peft"
     if format == "peft":

@@ -132,7 +132,11 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
 
 
 def fill(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
-    """Copy a folder's tensors into the attached LoRA."""
+    """Copy a folder's tensors into the attached LoRA; what the base has otherwise is trained as well.
+
+    Raises:
+        LitPeftError: as `lit_peft.formats.files.fill`.
+    """
     found = {
         base_name(name.removeprefix(_PREFIX)): tensor
         for name, tensor in stored.items()

@@ -143,7 +143,12 @@ def hotswap_adapter(model: Model, name: str) -> Model:
     if source is active:
         return model
     for path, layer in active.adapted.items() if active is not None else ():
-        if isinstance(layer, LoRALayer) and layer.lora_magnitude is None and not (layer.merged or layer.moved):
+        if (
+            isinstance(layer, LoRALayer)
+            and layer.lora_magnitude is None
+            and not (layer.merged or layer.moved)
+            and layer.scaling
+        ):
             slots[path] = layer
     fitting = {
         path: layer
@@ -167,7 +172,11 @@ def hotswap_adapter(model: Model, name: str) -> Model:
 
 
 def delete_adapter(model: Model, name: str) -> Model:
-    """Let an adapter go; if it is the active one, the model answers as its base afterwards."""
+    """Let an adapter go; if it is the active one, the model answers as its base afterwards.
+
+    Raises:
+        LitPeftError: there is no adapter of that name.
+    """
     adapters = adapters_of(model)
     adapters.find(name)
     if adapters.active == name:
@@ -226,14 +235,22 @@ def merge_adapter(model: Model) -> Model:
 
 
 def unmerge_adapter(model: Model) -> Model:
-    """Undo `merge_adapter`: the base weights are what they were, bit for bit."""
+    """Undo `merge_adapter`: the base weights are what they were, bit for bit.
+
+    Raises:
+        LitPeftError: no LoRA is active.
+    """
     for layer in _lora_layers(model):
         layer.unmerge()
     return model
 
 
 def merge_and_unload(model: Model) -> Model:
-    """Fold the active LoRA into the base weights for good and return the plain model; other adapters are let go."""
+    """Fold the active LoRA into the base weights for good and return the plain model; other adapters are let go.
+
+    Raises:
+        LitPeftError: nothing is attached, or the attached method is not a weight update.
+    """
     adapters = adapters_of(model)
     merge(model)
     adapters.kept.clear()

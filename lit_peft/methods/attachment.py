@@ -115,7 +115,11 @@ class Attachment:
         self.did(*self.hooks[-1])
 
     def train(self, path: str) -> None:
-        """Train a copy of the parameter at `path` in its place; the original returns at detach."""
+        """Train a copy of the parameter at `path` in its place; the original returns at detach.
+
+        Raises:
+            LitPeftError: it is the weight of a quantized layer.
+        """
         parent, _, name = path.rpartition(".")
         owner = self.model.get_submodule(parent)
         original = owner.get_parameter(name)
@@ -261,7 +265,11 @@ def attach(model: Model, settings: MethodSettings) -> Model:
 
 
 def detach(model: Model) -> Model:
-    """Take the method off again: the base model, bit for bit."""
+    """Take the method off again: the base model, bit for bit.
+
+    Raises:
+        LitPeftError: nothing is attached, or it trained the base itself.
+    """
     attachment_of(model).revert()
     object.__delattr__(model, _KEY)
     return model

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError, closest
+from lit_peft.kinds import shown
 from lit_peft.methods.adapters import adapters_of, new_adapter
 from lit_peft.methods.attachment import Attachment, Model, attach, attachment_of
 from lit_peft.methods.lora import LoRASettings
@@ -49,6 +52,16 @@ def combine_adapters(
         raise LitPeftError(f"combination={combination!r} is not known: use {closest(combination, _COMBINATIONS, 5)}.")
     if not weights:
         raise LitPeftError("weights is empty: give the adapters to combine, e.g. {'a': 0.5, 'b': 0.5}.")
+    wrong = {
+        name: weight for name, weight in weights.items() if not (isinstance(weight, Real) and math.isfinite(weight))
+    }
+    if wrong:
+        raise LitPeftError(f"weights={shown(wrong)}: give each adapter a finite number, e.g. 0.5.")
+    if r is not None and combination in ("cat", "linear"):
+        raise LitPeftError(
+            f"r={r} has no effect on combination={combination!r}, whose rank follows from the adapters': leave it out, "
+            "or use 'svd'."
+        )
     if r is not None and r < 1:
         raise LitPeftError(f"r={r}: give a rank of at least 1, or leave it out for the largest of the adapters'.")
     if not 0 < density <= 1:
