@@ -300,7 +300,9 @@ class BaseLM(pl.LightningModule):
             from lit_peft.data.tokenization import load_tokenizer
 
             data = getattr(self._trainer, "datamodule", None)
-            self._tokenizer = getattr(data, "tokenizer", None) or load_tokenizer(self.hparams.base, "model.base")
+            self._tokenizer = getattr(data, "tokenizer", None) or load_tokenizer(
+                self.hparams.base, "model.base", self.hparams.revision
+            )
         return self._tokenizer
 
     # --------------------------------------------------------------------------------------------- steps

@@ -88,6 +88,8 @@ class CLI(LightningCLI):
         data = config.get("data")
         if data is not None and "base" in data.get("init_args", {}) and data.init_args.base is None:
             data.init_args.base = config.model.init_args.get("base")
+            if data.init_args.get("tokenizer") is None and data.init_args.get("revision", "not a setting") is None:
+                data.init_args.revision = config.model.init_args.get("revision")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Check model and data, then build the trainer with what every run has: bar, banner, checkpoints."""

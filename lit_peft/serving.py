@@ -75,7 +75,7 @@ class AdapterAPI(litserve.LitAPI):
         from lit_peft.formats.folder import load_adapter
         from lit_peft.methods.adapters import set_adapter
 
-        self.tokenizer = load_tokenizer(self.options.base, "--base")
+        self.tokenizer = load_tokenizer(self.options.base, "--base", self.options.revision)
         self.model = load_base(self.options).to(device)
         check_generates(self.model)
         # The new tokens follow the prompt's last one.

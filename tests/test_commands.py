@@ -147,6 +147,42 @@ def test_generate_needs_a_model_that_generates_and_a_prompt_with_tokens(
         generate._encoded(lambda *_, **__: {"input_ids": torch.zeros(1, 0)}, "??", chat=False)
 
 
+def test_a_revision_is_the_tokenizers_and_the_configurations_too(
+    decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+    for kind in (transformers.AutoTokenizer, transformers.AutoConfig):
+
+        def recorded(*given: Any, real: Any = kind.from_pretrained, name: str = kind.__name__, **more: Any) -> Any:
+            asked.append((name, more.get("revision")))
+            return real(*given, **more)
+
+        monkeypatch.setattr(kind, "from_pretrained", recorded)
+    adapter(decoder, tmp_path / "adapter")
+    base = ["--base", str(decoder), "--revision", "v1"]
+    commands = {
+        "generate": [*base, "--prompt", "the", "--max_new_tokens", "1"],
+        "merge": [*base, "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")],
+    }
+    for name, given in commands.items():
+        asked.clear()
+        assert main([name, *given]) == 0
+        assert {kind for kind, _ in asked} == {"AutoTokenizer", "AutoConfig"}
+        assert {revision for kind, revision in asked if kind == "AutoTokenizer"} == {"v1"}, name
+        assert ("AutoConfig", "v1") in asked
+    asked.clear()
+    assert LoRA(base=str(decoder), revision="v1").tokenizer is not None
+    (tmp_path / "a.txt").write_text("the film was good\n" * 3)
+    model = ["--model", "LoRA", "--model.base", str(decoder), "--model.revision", "v1"]
+    data = ["--data", "CausalLMData", "--data.train", str(tmp_path / "a.txt"), "--data.validation_fraction", "0"]
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    assert main(["fit", *model, *data, "--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"]) == 0
+    tokenizers = [revision for kind, revision in asked if kind == "AutoTokenizer"]
+    assert len(tokenizers) > 1 and set(tokenizers) == {"v1"}
+    with pytest.raises(LitPeftError, match=r"data\.revision .* data\.tokenizer"):
+        lit_peft.CausalLMData(base="a", tokenizer="b", revision="v1")
+
+
 def test_generate_is_interactive_on_a_terminal(decoder: Path, tmp_path: Path) -> None:
     import os
     import pty

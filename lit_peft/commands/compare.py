@@ -367,7 +367,7 @@ def _check(plan: Plan) -> None:
     for name in plan.trainer:
         if name not in known:
             raise LitPeftError(f"trainer has {name!r}, which is not known: the closest are {closest(name, known)}.")
-    data = make_data(plan.base, plan.data)
+    data = make_data(plan.base, plan.model, plan.data)
     data.setup("fit")
     if "validation" not in data.rows:
         raise LitPeftError("The data has no validation rows, by which the learning rate is chosen: set validation.")

@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> None:
     from lit_peft.formats.folder import load_adapter
     from lit_peft.methods.adapters import set_adapter
 
-    tokenizer = load_tokenizer(options.base, "--base")
+    tokenizer = load_tokenizer(options.base, "--base", options.revision)
     if options.chat and not getattr(tokenizer, "chat_template", None):
         raise LitPeftError(
             f"--chat: the tokenizer of {options.base!r} has no chat template; leave --chat out, or take the base "

@@ -51,8 +51,8 @@ class Cell:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def make_data(base: str, settings: Mapping[str, Any]) -> Any:
-    """The data module of a comparison's `data`.
+def make_data(base: str, model: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """The data module of a comparison's `data`, for a base and its module's further settings.
 
     Raises:
         LitPeftError: it is not known, or does not take the arguments.
@@ -60,6 +60,8 @@ def make_data(base: str, settings: Mapping[str, Any]) -> Any:
     import lit_peft.data
 
     name, init = settings["class_path"], {"base": base, **settings.get("init_args", {})}
+    if init["base"] == base and "tokenizer" not in init:
+        init.setdefault("revision", model.get("revision"))
     names = [known for known in lit_peft.data.__all__ if known != "LitDataModule"]
     if name not in names:
         raise LitPeftError(f"data.class_path={name!r} is not known: the closest are {closest(name, names)}.")
@@ -142,7 +144,7 @@ def measure(cell: Cell, device: int | None = None) -> dict[str, Any]:
     datasets.disable_progress_bars()
 
     seed_everything(cell.seed, verbose=False)
-    data = make_data(cell.base, cell.data)
+    data = make_data(cell.base, cell.model, cell.data)
     data.setup("fit")
     tested = "test" in data.rows
     if tested:
@@ -205,7 +207,7 @@ def _steps_in(cell: Cell, device: int | None) -> int:
     from lit_peft.commands.recorder import Recorder
 
     seed_everything(cell.seed, verbose=False)
-    data = make_data(cell.base, cell.data)
+    data = make_data(cell.base, cell.model, cell.data)
     data.setup("fit")
     module = make_module(cell)
     module.take_labels(data)

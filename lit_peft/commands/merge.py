@@ -35,5 +35,5 @@ def run(arguments: list[str]) -> None:
         model.save_pretrained(folder, max_shard_size=options.max_shard_size)
         # A base without a tokenizer is merged all the same.
         with contextlib.suppress(LitPeftError):
-            load_tokenizer(options.base).save_pretrained(folder)
+            load_tokenizer(options.base, "--base", options.revision).save_pretrained(folder)
     print(f"merged: {options.output}")

@@ -97,20 +97,20 @@ def load_base(options: argparse.Namespace) -> Any:
     check_quantization(options.quantization)
     source = resolve_base(options.base)
     # False, not unset: transformers would ask on a terminal.
-    settings: dict[str, Any] = {"trust_remote_code": False}
-    heads = () if options.task is None else find_task(options.task).heads
-    settings |= loading_arguments(options.quantization, torch.float32 if dtype == "auto" else dtype, heads)
+    where: dict[str, Any] = {"trust_remote_code": False}
     if options.revision is not None:
-        settings["revision"] = options.revision
+        where["revision"] = options.revision
+    heads = () if options.task is None else find_task(options.task).heads
+    settings = loading_arguments(options.quantization, torch.float32 if dtype == "auto" else dtype, heads)
     if options.num_labels is not None:
         settings["num_labels"] = options.num_labels
     try:
         if options.task is not None:
             kind: Any = getattr(transformers, find_task(options.task).auto_class)
         else:
-            config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(source.path, **where)
             kind = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0])
-        model = kind.from_pretrained(source.path, dtype=dtype, **settings).eval()
+        model = kind.from_pretrained(source.path, dtype=dtype, **where, **settings).eval()
         quantize(model, options.quantization, heads)
         model._lit_peft_base = options.base
         return model

@@ -118,6 +118,7 @@ class LitDataModule(pl.LightningDataModule):
         where: keep only rows whose columns have these values (a list: one of them); not for `predict`.
         padding_side: 'right' or 'left'; unset: right, and left for prompts to generate from.
         pad_to_multiple_of: round the length of each batch up to a multiple of this.
+        revision: branch, tag or commit of `base`, for its tokenizer; on the command line the model's when unset.
 
     Raises:
         LitPeftError: a setting is out of range.
@@ -156,9 +157,11 @@ class LitDataModule(pl.LightningDataModule):
         where: dict[str, Any] | None = None,
         padding_side: Literal["right", "left"] | None = None,
         pad_to_multiple_of: int | None = None,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         self.base = base
+        self.revision = revision
         self.sources: dict[Split, str | None] = {
             "train": train,
             "validation": validation,
@@ -229,6 +232,7 @@ class LitDataModule(pl.LightningDataModule):
                 f"known before: leave {clash} out, or streaming."
             )
         refuse_unread("without data.dataset", {"dataset_config": self.dataset_config and not self.dataset})
+        refuse_unread("with data.tokenizer", {"revision": self.revision and self.tokenizer_name})
         if self.padding_side not in (None, "left", "right"):
             raise LitPeftError(f"data.padding_side is {self.padding_side!r}; use 'left' or 'right'.")
 
@@ -308,7 +312,8 @@ class LitDataModule(pl.LightningDataModule):
             name = self.tokenizer_name or self.base
             if name is None:
                 raise LitPeftError("data.tokenizer is not set, nor data.base; name the base model.")
-            self._tokenizer = load_tokenizer(name, "data.tokenizer" if self.tokenizer_name else "data.base")
+            field = "data.tokenizer" if self.tokenizer_name else "data.base"
+            self._tokenizer = load_tokenizer(name, field, self.revision)
             # Tokenizers that know no limit say so by a huge number.
             limit = getattr(self._tokenizer, "model_max_length", None)
             if limit is not None and self.max_length > limit:

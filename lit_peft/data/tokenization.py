@@ -10,12 +10,13 @@ from lit_peft.errors import LitPeftError
 from lit_peft.sources import BaseSource, hub_error, resolve_base
 
 
-def load_tokenizer(base: str, field: str = "data.tokenizer") -> Any:
+def load_tokenizer(base: str, field: str = "data.tokenizer", revision: str | None = None) -> Any:
     """Load the tokenizer of a base model.
 
     Args:
         base: any form `lit_peft.sources.resolve_base` takes.
         field: the setting's name, for error messages.
+        revision: branch, tag or commit of a hub model.
 
     Returns:
         The tokenizer. One without a padding token pads with its end-of-text token: no token is added, so the
@@ -30,7 +31,8 @@ def load_tokenizer(base: str, field: str = "data.tokenizer") -> Any:
     alone = (Path(base) / "tokenizer_config.json").is_file()
     source = BaseSource(base, base, True) if alone else resolve_base(base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+        at = {} if revision is None else {"revision": revision}
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **at)
     except Exception as exc:  # OSError, ValueError, ImportError and KeyError, by what is missing
         raise hub_error(base, exc, field=field) from exc
     return with_padding(tokenizer, base, field)
