@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from lit_peft.formats.untrusted import is_quick, matching
 from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.lora import LoRASettings
-from lit_peft.methods.targets import default_targets, find_targets, is_linear, pattern_value, used_patterns
+from lit_peft.methods.targets import default_targets, find_targets, first_fitting, is_linear, pattern_values
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALinear
 
 _FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 _A = re.compile(r"\.lora_(embedding_)?A(\.|$)")
+_MOST_PATTERNS = 10_000
 # Starts that leave the base weights as they are, and those that are computed from them alone.
 _STARTS = {"gaussian", "orthogonal", "eva", "pissa", "olora"}
 
@@ -75,17 +76,9 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
     for name in ("target_modules", "exclude_modules"):
         pattern = values.get(name)
         if isinstance(pattern, str) and pattern != "all-linear" and not is_quick(pattern, f"{_FILE}: {name}"):
-            values[name] = matching(pattern, names, f"{_FILE}: {name}")
+            (values[name],) = matching([pattern], names, f"{_FILE}: {name}")
     for name in ("rank_pattern", "alpha_pattern"):
-        values[name] = {
-            key: value
-            for pattern, value in values.get(name, {}).items()
-            for key in (
-                [pattern]
-                if is_quick(pattern, f"{_FILE}: {name}")
-                else map(re.escape, matching(rf"(.*\.)?({pattern})", names, f"{_FILE}: {name}"))
-            )
-        }
+        values[name] = _quick_patterns(values.get(name, {}), names, f"{_FILE}: {name}")
     lists = values.get("layers_pattern") or []
     for pattern in [lists] if isinstance(lists, str) else lists:
         if not is_quick(pattern, f"{_FILE}: layers_pattern"):
@@ -118,9 +111,9 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
     # What matches nothing, peft passes over; settings of ours may not say it.
     values["target_modules"], values["modules_to_save"] = targets, saved or None
     for name in ("rank_pattern", "alpha_pattern"):
-        used = used_patterns(values[name], targets)
+        used = set(first_fitting(values[name], targets).values())
         values[name] = {pattern: value for pattern, value in values[name].items() if pattern in used}
-    wanted = max(pattern_value(values["rank_pattern"], path, values.get("r", 8)) for path in targets)
+    wanted = max(pattern_values(values["rank_pattern"], targets, values.get("r", 8)).values())
     stored_rank = max([0, *(t.shape[0] for name, t in stored.items() if _A.search(name) and t.dim() and t.numel())])
     if wanted > stored_rank:
         raise LitPeftError(
@@ -129,6 +122,32 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
         )
     known: InitLoRA = "pissa" if start == "pissa" else "olora" if start == "olora" else "kaiming"
     return LoRASettings(**values, init_lora_weights=known)
+
+
+def _quick_patterns(patterns: dict[str, float], names: list[str], where: str) -> dict[str, float]:
+    """The same patterns, those that may be slow spelt out as the names they match.
+
+    Raises:
+        LitPeftError: there are too many, or one is not valid, or takes forever.
+    """
+    if len(patterns) > _MOST_PATTERNS:
+        raise LitPeftError(f"{where} has {len(patterns):,} patterns, more than any model has modules for.")
+    slow = [pattern for pattern in patterns if not is_quick(pattern, where)]
+    found = matching([rf"(.*\.)?({pattern})" for pattern in slow], names, where) if slow else []
+    spelt = {pattern: [re.escape(name) for name in own] for pattern, own in zip(slow, found, strict=True)}
+    quick: dict[str, float] = {}
+    for pattern, value in patterns.items():
+        for key in spelt.get(pattern, [pattern]):
+            quick.setdefault(key, value)  # the first that fits counts
+    return quick
+
+
+def _in_any_order(patterns: Mapping[str, float], adapted: list[str]) -> Mapping[str, float]:
+    """Patterns that give each module the same value when they are sorted, as a file has them: names, where need be."""
+    first = first_fitting(patterns, adapted)
+    if first_fitting(sorted(patterns), adapted) == first:
+        return patterns
+    return {re.escape(path): patterns[pattern] for path, pattern in first.items()}
 
 
 def fill(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
@@ -180,12 +199,16 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
     moved = getattr(first, "moved", False)
     # The scale stays: it is alpha / r, or alpha / sqrt(r).
     rank, alpha = (2, 2**0.5 if settings.use_rslora else 2) if moved else (1, 1)
+    ranks, alphas = (
+        _in_any_order(patterns, list(attachment.adapted))
+        for patterns in (settings.rank_pattern, settings.alpha_pattern)
+    )
     return {
         **{name: getattr(settings, name) for name in READ},
         "r": settings.r * rank,
         "lora_alpha": settings.lora_alpha * alpha,
-        "rank_pattern": {name: value * rank for name, value in settings.rank_pattern.items()},
-        "alpha_pattern": {name: value * alpha for name, value in settings.alpha_pattern.items()},
+        "rank_pattern": {name: value * rank for name, value in ranks.items()},
+        "alpha_pattern": {name: value * alpha for name, value in alphas.items()},
         "init_lora_weights": True,
         "peft_type": "LORA",
         # Full names, so that the reader adapts these modules and no others.

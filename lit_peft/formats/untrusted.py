@@ -156,37 +156,43 @@ def is_quick(pattern: str, where: str) -> bool:
     Raises:
         LitPeftError: it is not valid, or too long.
     """
+    if len(pattern) > 10_000:
+        raise LitPeftError(f"{where} has a regular expression of {len(pattern):,} letters: name the modules instead.")
     try:
         repeats = _repeats(re._parser.parse(pattern), False)  # type: ignore[attr-defined]
     except (re.error, RecursionError, OverflowError) as problem:
         raise LitPeftError(f"{where} has the regular expression {pattern[:80]!r}: {first_line(problem)}.") from None
-    if len(pattern) > 10_000:
-        raise LitPeftError(f"{where} has a regular expression of {len(pattern):,} letters: name the modules instead.")
     return repeats <= _MAX_REPEATS
 
 
-def matching(pattern: str, names: list[str], where: str) -> list[str]:
-    """The names that a regular expression matches whole, found in a process of its own, which has limited time.
+def matching(patterns: list[str], names: list[str], where: str) -> list[list[str]]:
+    """For each of several regular expressions the names that it matches whole.
+
+    They are found in a process of its own, which has limited time for all of them.
 
     Raises:
         LitPeftError: it takes longer than that.
     """
-    ask = "import json, re, sys; p, names = json.load(sys.stdin); print([int(bool(re.fullmatch(p, n))) for n in names])"
+    ask = (
+        "import json, re, sys; patterns, names = json.load(sys.stdin); "
+        "print([[n for n, name in enumerate(names) if re.fullmatch(p, name)] for p in patterns])"
+    )
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", ask],
-            input=json.dumps([pattern, names]),
+            input=json.dumps([patterns, names]),
             capture_output=True,
             text=True,
             timeout=_MATCH_SECONDS,
             check=True,
         )
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        count = f"{len(patterns)} regular expressions as" if len(patterns) > 1 else "the regular expression"
         raise LitPeftError(
-            f"{where} has the regular expression {pattern[:80]!r}, which takes forever on this model's names: name the "
-            "modules instead."
+            f"{where} has {count} {patterns[0][:80]!r}, which takes forever on this model's names: name the modules "
+            "instead."
         ) from None
-    return [name for name, found in zip(names, json.loads(done.stdout), strict=True) if found]
+    return [[names[number] for number in found] for found in json.loads(done.stdout)]
 
 
 def _repeats(parsed: Any, inside_repeat: bool) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of, base_name, detach
 from lit_peft.methods.mixin import MethodMixin
-from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_value
+from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_values
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear, check
 from lit_peft.nn.quantized import dense_linear, is_quantized
 from lit_peft.quantization import dequantize
@@ -89,13 +89,15 @@ class LoRASettings(MethodSettings):
         )
         check_patterns("rank_pattern", self.rank_pattern, paths)
         check_patterns("alpha_pattern", self.alpha_pattern, paths)
+        ranks = pattern_values(self.rank_pattern, paths, self.r)
+        alphas = pattern_values(self.alpha_pattern, paths, self.lora_alpha)
         for path in paths:
             base = model.get_submodule(path)
             kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
             layer = kind(
                 base,  # type: ignore[arg-type]
-                r=int(pattern_value(self.rank_pattern, path, self.r)),
-                lora_alpha=pattern_value(self.alpha_pattern, path, self.lora_alpha),
+                r=int(ranks[path]),
+                lora_alpha=alphas[path],
                 lora_dropout=self.lora_dropout,
                 use_rslora=self.use_rslora,
                 use_dora=self.use_dora,

@@ -115,20 +115,30 @@ def check_leave_out(leave_out: Sequence[int], count: int) -> None:
         raise LitPeftError(f"leave_out={list(leave_out)} names {unknown}, and the model's layers are 0 to {count - 1}.")
 
 
-def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """The value of the first pattern (a regular expression for the name's end) that fits the module's name."""
-    first = _first_fitting(patterns, name)
-    return default if first is None else patterns[first]
+def pattern_values(patterns: Mapping[str, float], names: Sequence[str], default: float) -> dict[str, float]:
+    """The value of each name: that of the first pattern that fits it, else the default."""
+    first = first_fitting(patterns, names)
+    return {name: patterns[first[name]] if name in first else default for name in names}
+
+
+def first_fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, str]:
+    """The first of the patterns (regular expressions for a name's end) that fits each name; names that none fits are
+    left out."""
+    # Compiled here: `re` keeps fewer than a large model has modules.
+    compiled = [(pattern, re.compile(rf"(.*\.)?({pattern})")) for pattern in patterns]
+    found = {name: next((own for own, expression in compiled if expression.fullmatch(name)), None) for name in names}
+    return {name: pattern for name, pattern in found.items() if pattern is not None}
 
 
 def check_patterns(field: str, patterns: Mapping[str, float], adapted: Sequence[str]) -> None:
-    """Check that each of the patterns for `pattern_value` gives some adapted module its value.
+    """Check that each of the patterns for `pattern_values` gives some adapted module its value.
 
     Raises:
         LitPeftError: one fits no adapted module, or only such as an earlier one fits.
     """
-    for pattern in patterns.keys() - used_patterns(patterns, adapted):
-        if any(_first_fitting([pattern], name) for name in adapted):
+    used = set(first_fitting(patterns, adapted).values())
+    for pattern in (pattern for pattern in patterns if pattern not in used):
+        if first_fitting([pattern], adapted):
             raise LitPeftError(
                 f"{field} has {pattern!r} after patterns that fit all its modules: the first that fits counts, so put "
                 "it in front of them, or leave it out."
@@ -140,21 +150,12 @@ def check_patterns(field: str, patterns: Mapping[str, float], adapted: Sequence[
         )
 
 
-def used_patterns(patterns: Mapping[str, float], adapted: Sequence[str]) -> set[str]:
-    """Those of the patterns for `pattern_value` that give some adapted module its value."""
-    return {first for name in adapted if (first := _first_fitting(patterns, name)) is not None}
-
-
 def check_expression(field: str, pattern: str) -> None:
     """Raise `LitPeftError` if a setting is not a valid regular expression."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as problem:
         raise LitPeftError(f"{field} has the regular expression {shown(pattern)}: {first_line(problem)}.") from None
-
-
-def _first_fitting(patterns: Iterable[str], name: str) -> str | None:
-    return next((pattern for pattern in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name)), None)
 
 
 def _matching(wanted: str | Sequence[str], names: Iterable[str]) -> list[str]:
