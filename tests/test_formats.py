@@ -261,6 +261,25 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
         outside.rename(folder / name)
 
 
+@pytest.mark.parametrize("inner", ["", "checkpoints/last"])
+def test_the_hubs_cache_links_to_its_blobs(inner: str, tmp_path: Path) -> None:
+    folder = ours(tmp_path)
+    expected = logits(lit_peft.load_adapter(make("llama"), folder), "llama")
+
+    def linked(snapshot: Path, blobs: Path) -> Path:
+        (snapshot / inner).mkdir(parents=True)
+        blobs.mkdir(exist_ok=True)
+        for file in folder.iterdir():
+            (blobs / file.name).write_bytes(file.read_bytes())
+            os.symlink(blobs / file.name, snapshot / inner / file.name)
+        return snapshot / inner
+
+    cached = linked(tmp_path / "models--a" / "snapshots" / "1", tmp_path / "models--a" / "blobs")
+    close(logits(lit_peft.load_adapter(make("llama"), cached), "llama"), expected, 0)
+    refuse(linked(tmp_path / "models--b" / "snapshots" / "1", tmp_path / "models--a" / "blobs"), "link out of its")
+    refuse(linked(tmp_path / "c" / "mine" / "1", tmp_path / "c" / "blobs"), "link out of its folder")
+
+
 def test_pickles_never_run(tmp_path: Path) -> None:
     folder = ours(tmp_path)
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -38,7 +38,8 @@ def inside(folder: Path, name: str) -> Path | None:
     if not path.exists():
         return None
     root, real = folder.resolve(), path.resolve()
-    if not (real.is_relative_to(root) or real.is_relative_to(root.parent.parent / "blobs")):
+    cached = [above.parent / "blobs" for above in root.parents if above.name == "snapshots"]
+    if not any(real.is_relative_to(place) for place in (root, *cached)):
         raise LitPeftError(f"{path} is a link out of its folder and is not read: copy the file into the folder.")
     if not real.is_file():
         raise LitPeftError(f"{path} is not a plain file: give the folder of an adapter.")
