@@ -22,6 +22,7 @@ from lit_peft.commands import compare as module
 from lit_peft.commands import measure
 from lit_peft.commands.compare import METHODS, Plan, Results, cell_of, search
 from lit_peft.commands.measure import Cell
+from lit_peft.commands.page import page
 from lit_peft.commands.recorder import Recorder
 from lit_peft.commands.report import Difference, difference, summarize, verdict, write_report
 
@@ -208,6 +209,11 @@ def test_the_noise_is_the_paired_interval_or_the_sampling_error() -> None:
     interval = stats.ttest_rel(first, second).confidence_interval(0.95)
     assert found.value == pytest.approx(statistics.fmean(gaps))
     assert found.noise == pytest.approx((interval.high - interval.low) / 2, rel=1e-3)
+    # With many seeds it may be a little wider, and is never narrower.
+    first, second = [0.6 + 0.1 * (seed % 3) for seed in range(13)], [0.5 - 0.1 * (seed % 2) for seed in range(13)]
+    one, other = summarize(plan(), rows(LoRA=first, HeadOnly=second))
+    interval = stats.ttest_rel(first, second).confidence_interval(0.95)
+    assert 1 <= 2 * difference(one, other).noise / (interval.high - interval.low) < 1.1
     one, other = summarize(plan(seeds=1), rows(LoRA=[0.8], HeadOnly=[0.79]))
     assert difference(one, other).noise == pytest.approx(1.96 * math.sqrt((0.8 * 0.2 + 0.79 * 0.21) / 1000))
     assert not Difference(1.0, math.nan).real
@@ -220,7 +226,10 @@ def test_loss_is_better_when_lower_and_one_seed_knows_no_noise() -> None:
     found = summarize(plan(seeds=1), [lossy("LoRA", 2.1), lossy("HeadOnly", 3.0), lossy("FullFineTuning", 2.0)])
     assert [one.method for one in found] == ["FullFineTuning", "LoRA", "HeadOnly"]
     assert [one.reached for one in found] == [1.0, 1.0, None]  # 2.0 / 0.95 = 2.105
-    assert "the noise is not known" in " ".join(verdict(found)) and "above noise" not in " ".join(verdict(found))
+    said = " ".join(verdict(found))
+    assert "the noise is not known" in said and "above noise" not in said and "within noise" not in said
+    shown = page(plan(seeds=1), found, [], {})
+    assert "within noise" not in shown and "noise unknown" in shown and 'class="tag less"' not in shown
 
 
 def test_a_failed_run_is_said_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from lit_peft.commands.report import Summary
 
 # Stands for the page's text color until the plot is in the page.
-_INK = "#010203"
-_BASELINES = {FULL: _INK, HEAD: "#8a9199"}
+INK = "#010203"
+_BASELINES = {FULL: INK, HEAD: "#8a9199"}
 # Distinct on light and on dark ground, for eyes that do not tell red from green, too.
 _COLORS = ("#2f7ed8", "#e08214", "#1fa187", "#b4579e", "#6f63c9", "#c8a415", "#d1495b", "#4bb3d4")
 _SIZE, _FONT = (6.0, 4.4), 9.5
@@ -110,13 +110,13 @@ def _inked(figure: Any) -> None:
     figure.patch.set_alpha(0)
     for axes in figure.axes:
         axes.patch.set_alpha(0)
-        axes.tick_params(which="both", colors=_INK)
+        axes.tick_params(which="both", colors=INK)
         legend = axes.get_legend()
         texts = [axes.xaxis.label, axes.yaxis.label, *axes.texts, *(legend.get_texts() if legend else [])]
         for text in texts:
-            text.set_color(_INK)
+            text.set_color(INK)
         for spine in axes.spines.values():
-            spine.set_color(_INK)
+            spine.set_color(INK)
 
 
 def inline_svg(figure: Any, name: str) -> str:
@@ -137,4 +137,4 @@ def inline_svg(figure: Any, name: str) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     label = name.replace("_", " ")
-    return text.replace(_INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return text.replace(INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.commands.figures import color, inline_svg
+from lit_peft.commands.figures import INK, color, inline_svg
 from lit_peft.commands.report import FULL, HEAD, difference, setting, table, verdict
 
 if TYPE_CHECKING:
@@ -109,9 +109,9 @@ def _tiles(found: Sequence[Summary]) -> str:
         for name, what in ((FULL, "full fine-tuning"), (HEAD, "head alone"))
         if name in named
     ]
-    if FULL in named and methods:
-        alike = sum(not difference(one, named[FULL]).real for one in methods)
-        shown.append((f"{alike} of {len(methods)}", "methods within noise of full fine-tuning"))
+    gaps = [difference(one, named[FULL]) for one in methods] if FULL in named else []
+    if gaps and all(gap.real or gap.alike for gap in gaps):
+        shown.append((f"{sum(gap.alike for gap in gaps)} of {len(gaps)}", "methods within noise of full fine-tuning"))
     tiles = "".join(f'<div class="tile"><b>{value}</b><span>{html.escape(what)}</span></div>' for value, what in shown)
     return f'<div class="tiles">{tiles}</div>\n'
 
@@ -130,7 +130,7 @@ def _bars(plan: Plan, found: Sequence[Summary]) -> str:
     lines = []
     for one in found:
         std = one.std if len(one.values) > 1 else 0.0
-        ink = color(plan, one.method).replace("#010203", "var(--ink)")
+        ink = color(plan, one.method).replace(INK, "var(--ink)")
         marks = "".join(f'<i class="base" style="left:{at(named[name].mean):.2f}%"></i>' for name in (FULL, HEAD)
                         if name in named)  # fmt: skip
         marks += (
@@ -141,9 +141,9 @@ def _bars(plan: Plan, found: Sequence[Summary]) -> str:
         kind, tag = "none", "reference"
         if one is not reference:
             better = gap.value > 0 if one.mode == "max" else gap.value < 0
-            kind = "same" if better or not gap.real else "less"
-            tag = f"{gap.value:+.3f}" if gap.real else "within noise"
-            kind, tag = ("none", f"{gap.value:+.3f}, noise unknown") if gap.noise != gap.noise else (kind, tag)
+            kind = "same" if gap.alike or (gap.real and better) else "less" if gap.real else "none"
+            known = f"{gap.value:+.3f}" if gap.real else f"{gap.value:+.3f}, noise unknown"
+            tag = "within noise" if gap.alike else known
         lines.append(
             f'<div><span>{one.method}</span><span class="track">{marks}</span><span class="value">{one.mean:.4f}</span>'
             f'<span class="tag {kind}">{tag}</span></div>\n'

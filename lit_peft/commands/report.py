@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_peft.commands.compare import Plan
 
-# Student's t, two-sided 95 %, by degrees of freedom; beyond those here, the normal distribution's.
+# Student's t, two-sided 95 %, by degrees of freedom; for more than those here, that of the most: a little wider.
 _T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 _NORMAL = 1.96
 # What counts as close to full fine-tuning, and as few parameters, in percent.
@@ -70,7 +70,13 @@ class Difference:
 
     @property
     def real(self) -> bool:
+        """Whether it is above noise."""
         return abs(self.value) > self.noise  # False for nan, too
+
+    @property
+    def alike(self) -> bool:
+        """Whether it is within noise."""
+        return abs(self.value) <= self.noise
 
 
 def summarize(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[Summary]:
@@ -135,11 +141,16 @@ def difference(one: Summary, other: Summary) -> Difference:
     paired = [one.values[seed] - other.values[seed] for seed in seeds]
     noise = []
     if len(paired) > 1:
-        factor = _T.get(len(paired) - 1, _NORMAL)
+        factor = _T[min(len(paired) - 1, max(_T))]
         noise.append(factor * statistics.stdev(paired) / math.sqrt(len(paired)))
-    if one.metric.endswith("accuracy"):
+    if _is_accuracy(one):
         noise.append(_NORMAL * math.sqrt(sum(x.mean * (1 - x.mean) for x in (one, other)) / one.rows))
     return Difference(statistics.fmean(paired), max(noise, default=math.nan))
+
+
+def _is_accuracy(one: Summary) -> bool:
+    """Whether the metric is a share of right answers, whose sampling error the number of rows tells."""
+    return one.metric.endswith("accuracy")
 
 
 def verdict(found: Sequence[Summary]) -> list[str]:
@@ -151,8 +162,10 @@ def verdict(found: Sequence[Summary]) -> list[str]:
     said = []
     if len(methods) > 1:
         first, rest = methods[0], methods[1:]
-        alike = [one for one in rest if not difference(first, one).real]
-        if alike:
+        alike = [one for one in rest if difference(first, one).alike]
+        if not all(difference(first, one).real for one in rest if one not in alike):
+            said.append(f"{first.method} has the best {first.metric}; the noise of the differences is not known.")
+        elif alike:
             names = ", ".join(one.method for one in alike)
             said.append(f"{first.method} has the best {first.metric}, but the differences to {names} are within noise.")
             least = min([first, *alike], key=lambda one: one.trainable)
@@ -166,20 +179,20 @@ def verdict(found: Sequence[Summary]) -> list[str]:
         if name in by_name and methods:
             gaps = [(one, difference(one, by_name[name])) for one in methods]
             real = "; ".join(f"{one.method} {gap.value:+.3f}" for one, gap in gaps if gap.real)
-            noise = "; ".join(f"{one.method} {gap.value:+.3f}" for one, gap in gaps if not gap.real)
+            within = "; ".join(f"{one.method} {gap.value:+.3f}" for one, gap in gaps if gap.alike)
+            unknown = "; ".join(f"{one.method} {gap.value:+.3f}" for one, gap in gaps if not gap.real and not gap.alike)
             said += [f"Against {what}, above noise: {real}."] if real else []
-            said += [f"Against {what}, within noise: {noise}."] if noise else []
-    if FULL in by_name and methods:
-        full, sign = by_name[FULL], 1 if found[0].mode == "max" else -1
-        close = [x for x in methods if sign * (x.mean - full.mean) >= -_CLOSE and x.share < _FEW]
-        if found[0].metric.endswith("accuracy"):
-            names = f": {', '.join(one.method for one in close)}" if close else ""
-            said.append(
-                f"{len(close)} of {len(methods)} methods are within {100 * _CLOSE:g} points of full fine-tuning, or "
-                f"above it, at less than {_FEW:g} % of its parameters{names}."
-            )
+            said += [f"Against {what}, within noise: {within}."] if within else []
+            said += [f"Against {what}, with noise that is not known: {unknown}."] if unknown else []
+    known = _is_accuracy(found[0])
+    if FULL in by_name and methods and known:
+        close = [x for x in methods if x.mean >= by_name[FULL].mean - _CLOSE and x.share < _FEW]
+        names = f": {', '.join(one.method for one in close)}" if close else ""
+        said.append(
+            f"{len(close)} of {len(methods)} methods are within {100 * _CLOSE:g} points of full fine-tuning, or "
+            f"above it, at less than {_FEW:g} % of its parameters{names}."
+        )
     if all(len(one.values) < 2 for one in found):
-        known = found[0].metric.endswith("accuracy")
         how = "only the sampling error of the evaluated rows is known" if known else "the noise is not known"
         said.append(f"One seed each: {how}; run more seeds before choosing between close methods.")
     edges = [one.method for one in found if one.edge]
