@@ -353,6 +353,10 @@ def test_bad_input_names_the_fix() -> None:
         ({"prompt_tuning_init": "WORDS"}, "prompt_tuning_init='WORDS'"),
         ({"prompt_tuning_init": "TEXT"}, "prompt_tuning_init_text"),
         ({"prompt_tuning_init_labels": ["a"]}, "LABELS"),
+        (
+            {"prompt_tuning_init": "LABELS", "prompt_tuning_init_labels": ["a", "b"], "num_virtual_tokens": 1},
+            "num_virtual_tokens=1",
+        ),
         ({"prompt_token_id": 3, "positions": "sequence"}, "prompt_token_id=3"),
     ):
         with pytest.raises(LitPeftError, match=words):

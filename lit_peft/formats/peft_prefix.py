@@ -58,7 +58,7 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
         prefix_projection=False,
         encoder_prefix=False,
         cross_prefix=False,
-        positions=config.get("lit_peft", {}).get("positions", "peft"),
+        positions=config["lit_peft"].get("positions", "peft"),
         modules_to_save=[*modules, *single] or None,
     )
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Real
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from lit_peft.methods.lora import LoRASettings
 from lit_peft.nn.lora import LoRALayer
 
 Combination = Literal["linear", "cat", "svd", "ties", "dare"]
-_COMBINATIONS = ("linear", "cat", "svd", "ties", "dare")
 
 
 @torch.no_grad()
@@ -48,8 +47,9 @@ def combine_adapters(
     Raises:
         LitPeftError: an adapter is missing or not a plain LoRA, they adapt other modules, or a setting is wrong.
     """
-    if combination not in _COMBINATIONS:
-        raise LitPeftError(f"combination={combination!r} is not known: use {closest(combination, _COMBINATIONS, 5)}.")
+    if combination not in get_args(Combination):
+        known = closest(combination, get_args(Combination), 5)
+        raise LitPeftError(f"combination={combination!r} is not known: use {known}.")
     if not weights:
         raise LitPeftError("weights is empty: give the adapters to combine, e.g. {'a': 0.5, 'b': 0.5}.")
     wrong = {

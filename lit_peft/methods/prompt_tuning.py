@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.soft_prompt import SoftPromptSettings
 from lit_peft.nn.prompt import SoftPrompt
 
-_INITS = ("SAMPLE_VOCAB", "TEXT", "LABELS", "RANDOM")
+InitPrompt = Literal["SAMPLE_VOCAB", "TEXT", "LABELS", "RANDOM"]
 
 
 @dataclass(frozen=True)
@@ -23,24 +23,24 @@ class PromptTuningSettings(SoftPromptSettings):
     Args:
         prompt_tuning_init: where the virtual tokens start (section 3.2): `SAMPLE_VOCAB`, embeddings of tokens drawn
             from the vocabulary; `TEXT`, those of a text's tokens, repeated or cut to v; `LABELS`, one for each class
-            label, the mean over its tokens, the rest drawn from the vocabulary; `RANDOM`, uniform in [-0.5, 0.5].
+            label (of the model's own the first v), the mean over its tokens, the rest drawn from the vocabulary;
+            `RANDOM`, uniform in [-0.5, 0.5].
         prompt_tuning_init_text: the text, for `TEXT`.
         prompt_tuning_init_labels: the labels, for `LABELS`; the model's own names (`config.id2label`) when None.
         tokenizer_name_or_path: whose tokenizer splits text and labels; the base model's when None.
     """
 
     method: ClassVar[str] = "prompt_tuning"
-    prompt_tuning_init: Literal["SAMPLE_VOCAB", "TEXT", "LABELS", "RANDOM"] = "SAMPLE_VOCAB"
+    prompt_tuning_init: InitPrompt = "SAMPLE_VOCAB"
     prompt_tuning_init_text: str | None = None
     prompt_tuning_init_labels: tuple[str, ...] | list[str] | None = None
     tokenizer_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_tuning_init not in _INITS:
-            raise LitPeftError(
-                f"prompt_tuning_init={self.prompt_tuning_init!r} is not known: use one of {', '.join(_INITS)}."
-            )
+        if self.prompt_tuning_init not in get_args(InitPrompt):
+            known = ", ".join(get_args(InitPrompt))
+            raise LitPeftError(f"prompt_tuning_init={self.prompt_tuning_init!r} is not known: use one of {known}.")
         if (self.prompt_tuning_init == "TEXT") != bool(self.prompt_tuning_init_text):
             raise LitPeftError(
                 f"prompt_tuning_init={self.prompt_tuning_init!r} with prompt_tuning_init_text="
@@ -50,6 +50,12 @@ class PromptTuningSettings(SoftPromptSettings):
             raise LitPeftError(
                 f"prompt_tuning_init={self.prompt_tuning_init!r} with prompt_tuning_init_labels="
                 f"{list(self.prompt_tuning_init_labels)}: labels go with prompt_tuning_init='LABELS'."
+            )
+        if len(self.prompt_tuning_init_labels or ()) > self.num_virtual_tokens:
+            raise LitPeftError(
+                f"num_virtual_tokens={self.num_virtual_tokens} has no place for "
+                f"{len(self.prompt_tuning_init_labels or ())} prompt_tuning_init_labels: give at least as many virtual "
+                "tokens, or fewer labels."
             )
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import nn
 
 from lit_peft.errors import LitPeftError, closest, first_line
 from lit_peft.kinds import shown
+from lit_peft.nn.linear import stores_transposed
 
 _DEFAULT_ATTENTION = (
     ("q_proj", "v_proj"),
@@ -26,7 +27,7 @@ _HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out", "cls", "c
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module multiplies by a weight: `nn.Linear`, its subclasses, transformers' `Conv1D`."""
-    return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit", "Linear8bitLt")
+    return isinstance(module, nn.Linear) or stores_transposed(module)
 
 
 def default_targets(model: nn.Module) -> list[str]:

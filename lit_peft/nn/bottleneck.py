@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,11 @@ class Bottleneck(nn.Module):
         self.reset_parameters(init_weights)
 
     def reset_parameters(self, init_weights: InitBottleneck) -> None:
-        """Start `down`, `up` and the gate anew, as `init_weights` says."""
+        """Start `down`, `up` and the gate anew, as `init_weights` says.
+
+        Raises:
+            LitPeftError: it is not known.
+        """
         check(init_weights=init_weights)
         if init_weights == "mam_adapter":
             nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
@@ -303,8 +307,9 @@ def check(
         raise LitPeftError(f"scaling={scaling!r} is not known: give a number, 'learned' or 'channel'.")
     if dropout is not None and not 0.0 <= dropout < 1.0:
         raise LitPeftError(f"dropout={dropout}: give a probability from 0 up to, not including, 1.")
-    if init_weights is not None and init_weights not in ("mam_adapter", "bert", "houlsby"):
-        raise LitPeftError(f"init_weights={init_weights!r} is not known: use 'mam_adapter', 'bert' or 'houlsby'.")
+    if init_weights is not None and init_weights not in get_args(InitBottleneck):
+        known = closest(init_weights, get_args(InitBottleneck))
+        raise LitPeftError(f"init_weights={init_weights!r} is not known: use {known}.")
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -17,8 +17,13 @@ def linear_features(module: nn.Module, fan_in_fan_out: bool | None = None) -> tu
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     rows, columns = module.get_parameter("weight").shape
-    transposed = type(module).__name__ == "Conv1D" if fan_in_fan_out is None else fan_in_fan_out
+    transposed = stores_transposed(module) if fan_in_fan_out is None else fan_in_fan_out
     return (rows, columns) if transposed else (columns, rows)
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether a layer stores its weight as (in_features, out_features): transformers' `Conv1D`."""
+    return type(module).__name__ == "Conv1D"
 
 
 def adapter_dtype(weight: Tensor) -> torch.dtype:

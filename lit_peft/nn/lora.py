@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.nn.autocast import autocast_dtype
-from lit_peft.nn.linear import adapter_dtype, linear_features
+from lit_peft.nn.linear import adapter_dtype, linear_features, stores_transposed
 from lit_peft.nn.lora_function import lora_linear
 from lit_peft.nn.quantized import QuantizedLinear, dense_weight, is_quantized
 
@@ -87,7 +87,11 @@ class LoRALayer(nn.Module):
             self.lora_magnitude = nn.Parameter(self._weight_norm().to(dtype))
 
     def reset_parameters(self, init_lora_weights: InitLoRA) -> None:
-        """Start A and B anew, as `init_lora_weights` says."""
+        """Start A and B anew, as `init_lora_weights` says.
+
+        Raises:
+            LitPeftError: it is not known, or W, quantized or too small, has no such start.
+        """
         check(init_lora_weights=init_lora_weights)
         if init_lora_weights in ("pissa", "olora"):
             self._start_from_weight(init_lora_weights)
@@ -270,7 +274,7 @@ class LoRALinear(LoRALayer):
 
     def __init__(self, base_layer: nn.Module, *, fan_in_fan_out: bool | None = None, **settings: object) -> None:
         if fan_in_fan_out is None:
-            fan_in_fan_out = type(base_layer).__name__ == "Conv1D"
+            fan_in_fan_out = stores_transposed(base_layer)
         self.fan_in_fan_out = fan_in_fan_out
         d_in, d_out = linear_features(base_layer, fan_in_fan_out)
         super().__init__(base_layer, d_in, d_out, **settings)  # type: ignore[arg-type]
@@ -290,7 +294,7 @@ class LoRALinear(LoRALayer):
             FUSED
             and self.lora_magnitude is None
             and self._unmerged_weight is None
-            and (type(base) in (nn.Linear, QuantizedLinear) or type(base).__name__ == "Conv1D")
+            and (type(base) in (nn.Linear, QuantizedLinear) or stores_transposed(base))
             and type(weight) is nn.Parameter
             and not weight.requires_grad
             and (weight.dtype == x.dtype or type(base) is QuantizedLinear or autocast_dtype(x.device) is not None)
