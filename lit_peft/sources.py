@@ -455,8 +455,9 @@ def _write_model(file: Path, folder: Path) -> None:
             gguf_file=file.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,22 @@ def test_a_packaged_gguf_file_is_found(gguf_file: Path, package: Path, tmp_path:
     assert source.name == "pkg:tiny-models" and (Path(source.path) / "config.json").is_file()
     by_name = resolve_base("pkg:tiny-models/tiny.gguf", cache_dir=tmp_path / "cache")
     assert by_name.path == source.path
+
+
+def test_nobody_is_asked_whether_to_run_code_beside_a_gguf_file(
+    gguf_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tiny.gguf").write_bytes(gguf_file.read_bytes())
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    named = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    with contextlib.suppress(LitPeftError):
+        convert_gguf(folder / "tiny.gguf", tmp_path / "cache")
+    assert not asked and not (tmp_path / "ran").exists()
 
 
 def test_another_content_is_another_conversion(gguf_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
