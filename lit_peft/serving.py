@@ -10,7 +10,7 @@ from typing import Any
 import litserve
 import torch
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from lit_peft.commands.options import base_options, check_generates, load_base
 from lit_peft.errors import LitPeftError
@@ -18,6 +18,9 @@ from lit_peft.errors import LitPeftError
 
 class Request(BaseModel):
     """What a client posts: the prompt, the adapter's name (the base's own answer when unset), and how much to write."""
+
+    # A misspelt name would have the base answer.
+    model_config = ConfigDict(extra="forbid")
 
     prompt: str = Field(min_length=1)
     adapter: str | None = None

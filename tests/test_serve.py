@@ -95,11 +95,13 @@ def test_concurrent_requests_get_what_their_adapters_alone_say(decoder: Path, tm
             asked = {key: pool.submit(post, url, adapter=key[0], prompt=key[1]) for key in expected}
             wrong = pool.submit(post, url, adapter="pems", prompt="it")
             none = pool.submit(post, url, adapter="poems")
+            misspelt = pool.submit(post, url, adaptor="poems", prompt="it")
             short = pool.submit(post, url, adapter="poems", prompt=PROMPTS[0], max_new_tokens=1)
         for (name, prompt), answer in asked.items():
             assert answer.result() == (200, {"text": expected[name, prompt], "adapter": name})
         assert wrong.result()[0] == 422 and "poems" in wrong.result()[1]["error"]
         assert none.result()[0] == 422
+        assert misspelt.result()[0] == 422 and "adaptor" in str(misspelt.result()[1])
         assert len(short.result()[1]["text"].split()) <= 1
         assert post(url, prompt=" ".join(["film"] * 5000))[0] == 422
 
