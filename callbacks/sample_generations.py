@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lit_peft.errors import LitPeftError
+from lit_peft.errors import LitPeftError, first_line
 
 
 class SampleGenerations(Callback):
@@ -28,7 +28,8 @@ class SampleGenerations(Callback):
         filename: name of the file.
 
     Raises:
-        LitPeftError: there are no prompts, or, when fitting starts, no tokenizer or nothing that generates.
+        LitPeftError: there are no prompts, or, when fitting starts, no tokenizer, a prompt without
+            tokens for it, or nothing that generates.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class SampleGenerations(Callback):
             from transformers import AutoTokenizer
 
             try:
-                self._loaded = AutoTokenizer.from_pretrained(self.tokenizer)
+                self._loaded = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
             except (OSError, ValueError) as problem:
-                raise LitPeftError(f"tokenizer={self.tokenizer!r} could not be loaded: {problem}") from problem
+                raise LitPeftError(
+                    f"tokenizer={self.tokenizer!r} could not be loaded: {first_line(problem)}"
+                ) from problem
         else:
             found = (getattr(of, "tokenizer", None) for of in (pl_module, getattr(trainer, "datamodule", None)))
             self._loaded = next((tokenizer for tokenizer in found if callable(tokenizer)), None)
@@ -65,6 +68,9 @@ class SampleGenerations(Callback):
                 "SampleGenerations finds no tokenizer on the module or the data module: name one, e.g. "
                 "SampleGenerations(prompts, tokenizer='path/to/model')."
             )
+        for prompt in self.prompts:
+            if not len(self._loaded(prompt)["input_ids"]):
+                raise LitPeftError(f"prompts has {prompt!r}, in which the tokenizer finds no tokens: leave it out.")
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

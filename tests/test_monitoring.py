@@ -209,6 +209,21 @@ def test_no_tokenizer_or_nothing_that_generates_is_said(tmp_path: Path) -> None:
         run(SampleGenerations(["the film"]), module=module, where=tmp_path)
 
 
+def test_prompts_without_tokens_and_tokenizers_with_code_are_refused(
+    decoder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(LitPeftError, match="prompts has ''"):
+        ours(decoder, reviews, SampleGenerations(["the film", ""]), where=tmp_path)
+    named = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    with pytest.raises(LitPeftError, match="tokenizer=") as caught:
+        ours(decoder, reviews, SampleGenerations(["the film"], tokenizer=str(tmp_path)), where=tmp_path)
+    assert not asked and not (tmp_path / "ran").exists() and "\n" not in str(caught.value)
+
+
 # --------------------------------------------------------------------------------------------- NonFiniteGuard
 
 
