@@ -187,6 +187,21 @@ def test_what_is_wrong_with_a_row_is_told(
     assert len(str(problem.value).splitlines()) == 1 and "data.train" in str(problem.value)
 
 
+def test_a_block_of_prompts_that_are_too_long_is_passed_over(decoder: Path, tmp_path: Path) -> None:
+    short, long = {"prompt": "a film", "completion": "good"}, {"prompt": "bad " * 9, "completion": "good"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*[short] * 12, *[long] * 24, *[short] * 12]))
+    settings = {"shuffle_buffer": 1, "completion_column": "completion"}
+    made, said = data(decoder, path, **settings), []
+    made.say = said.append  # type: ignore[method-assign]
+    made.setup("fit")
+    assert len(rows(made.train_dataloader())) == 24
+    assert set(said) == {"data.train: 12 row(s) dropped: data.max_length leaves nothing of their answers."}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [long] * 12))
+    with pytest.raises(LitPeftError, match=r"none of its first rows .* data\.max_length 8"):
+        data(decoder, path, **settings).setup("fit")
+
+
 def test_a_list_and_columns_of_several_types_stream(decoder: Path, file: Path, tmp_path: Path) -> None:
     """A list is read bit by bit: objects break off where a bit ends."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]

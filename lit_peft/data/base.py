@@ -565,7 +565,11 @@ class LitDataModule(pl.LightningDataModule):
                 continue
             if split == "train" and self.streaming:
                 # Wrong settings show in the first rows.
-                self._stream_block(next(blocks(self._stream, 8), {}))
+                if not self._stream_block(next(blocks(self._stream, 8), {})):
+                    raise LitPeftError(
+                        f"data.train {self.sources['train'] or self.dataset!r}: none of its first rows has tokens to "
+                        f"learn within data.max_length {self.max_length}; raise it."
+                    )
                 continue
             rows = self._to_predict if split == "predict" else self.rows.get(split)
             if rows is None:

@@ -102,7 +102,7 @@ class CausalLMData(SupervisedData):
             )
             if self.generates(split):
                 return self.without_cuts(table, split, "prompts")
-            if not len(table):
+            if not len(table) and not self.streaming:
                 raise LitPeftError(f"{rows.field} {rows.source!r}: no row has two tokens, so there is none to predict.")
             return table
         return self.supervised(

@@ -76,7 +76,7 @@ class SupervisedData(LitDataModule):
             **settings: see `tokenized`.
 
         Raises:
-            LitPeftError: no row is left.
+            LitPeftError: no row is left, unless they are a block of a stream.
         """
         table = self.tokenized(
             rows,
@@ -88,11 +88,16 @@ class SupervisedData(LitDataModule):
             **settings,
         )
         dropped = len(rows) - len(table)
-        if not len(table):
+        # Of a stream, these are a few rows: others may have what they have not.
+        if not len(table) and not self.streaming:
             raise LitPeftError(
                 f"data.max_length is {self.max_length}, and no prompt of data.{split} leaves room for its answer; "
                 "raise it."
             )
+        if dropped:
+            self.say(f"data.{split}: {dropped:,} row(s) dropped: data.max_length leaves nothing of their answers.")
+        if not len(table):
+            return table
         lengths = column_values(table, "length")
         lost = [length - self.max_length for length in lengths if length > self.max_length]
         if lost:
@@ -102,8 +107,6 @@ class SupervisedData(LitDataModule):
                 f"data.{split}: {len(lost):,} of {len(table):,} rows cut to {self.max_length} tokens at the {end} "
                 f"(data.max_length); {sum(lost):,} tokens lost, {share:.1f} %."
             )
-        if dropped:
-            self.say(f"data.{split}: {dropped:,} row(s) dropped: data.max_length leaves nothing of their answers.")
         return table.remove_columns("length")
 
 
