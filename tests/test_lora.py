@@ -134,6 +134,7 @@ def test_bad_input_names_the_fix_and_leaves_the_model_alone() -> None:
         LoRASettings(r=4, rank_pattern={"v_proj": 2, "[qv]_proj": 3}, alpha_pattern={"v_proj": 2, "[qv]_proj": 3}),
         LoRASettings(target_modules="all-linear", use_dora=True, modules_to_save=["lm_head"]),
         LoRASettings(target_modules=["embed_tokens", "q_proj"]),
+        LoRASettings(modules_to_save=["model.norm.weight"]),
     ],
 )
 def test_peft_loads_what_we_save(settings: LoRASettings, tmp_path: Path) -> None:
