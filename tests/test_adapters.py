@@ -84,6 +84,8 @@ def test_a_thousand_switches_among_eight_change_nothing(decoder: Path) -> None:
         LoRASettings(use_dora=True, bias="all", target_modules="all-linear", modules_to_save=["norm"]),
         AdapterHSettings(reduction_factor=4),
         ParallelSettings(reduction_factor=4),
+        PrefixTuningSettings(num_virtual_tokens=3),
+        PromptTuningSettings(num_virtual_tokens=3),
     ],
     ids=lambda settings: settings.method,
 )

@@ -32,6 +32,7 @@ from models import (
 from safetensors.torch import load_file
 
 import lit_peft
+import lit_peft.formats.adapterhub_prefix as adapterhub_prefix
 from lit_peft import LitPeftError, PrefixTuningSettings, PTuningV2Settings
 from lit_peft.nn.prefix import Prefix
 
@@ -300,8 +301,40 @@ def test_adapterhub_folders_of_grouped_keys(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("lit_peft.formats.adapterhub_prefix.beyond", lambda *_: [])
     lit_peft.save_adapter(early, tmp_path / "early", format="adapterhub")
     again = lit_peft.load_adapter(make("llama"), tmp_path / "early").eval()
+    inputs = inputs_of("llama")
     with torch.no_grad():
-        assert torch.equal(again(**inputs_of("llama")).logits, early(**inputs_of("llama")).logits)
+        assert torch.equal(again(**inputs).logits, early(**inputs).logits)
+        rest = {name: value[:1, 3:] for name, value in inputs.items()}
+        expected = early(**rest, position_ids=torch.arange(3, 7)[None]).logits
+        inputs["attention_mask"][0, :3] = 0
+        close(early(**inputs).logits[:1, 3:], expected)
+
+
+@pytest.mark.parametrize("past", [0, 2])
+def test_t5s_bias_where_adapterhub_moves_the_keys_alone(past: int) -> None:
+    """The prefix is the first keys of all, and no query is moved: their distances are those of the longer sequence."""
+    settings = PTuningV2Settings(num_virtual_tokens=3, positions="adapterhub")
+    attention = lit_peft.attach(make("t5"), settings).encoder.block[0].layer[0].SelfAttention
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5 + past, 8)
+    attention.config.past = past
+    bias = attention.compute_bias(5, 5 + past, past_seen_tokens=past)
+    expected = attention.compute_bias(5, 8 + past, past_seen_tokens=past)
+    close(attention.config.bias(bias, query, key), expected)
+    assert not torch.equal(expected[..., 3:], bias)
+
+
+def test_positions_beyond_the_table_are_refused() -> None:
+    model = lit_peft.attach(make("opt"), PTuningV2Settings(num_virtual_tokens=4))
+    inputs = inputs_of("opt")
+    ids = torch.arange(7).expand(2, -1)
+    model(**inputs, position_ids=ids + 53)
+    with pytest.raises(LitPeftError, match=r"61 tokens behind a prefix of 4 .* 64 positions"):
+        model(**inputs, position_ids=ids + 54)
+
+
+def test_adapterhubs_network_is_512_wide_where_none_is_said() -> None:
+    read = adapterhub_prefix.settings({"prefix_length": 3}, Path("folder"))
+    assert read.prefix_projection_size == 512 and read.num_virtual_tokens == 3
 
 
 def test_the_mlp_is_folded_away_outside_training(monkeypatch: pytest.MonkeyPatch) -> None:

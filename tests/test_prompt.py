@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -295,13 +297,13 @@ def test_template_places(name: str, auto: str, kind: Any, tmp_path: Path) -> Non
         model(input_ids=ids[:, 1:])
 
 
-def test_starts(tokenizer_folder: Path) -> None:
+def test_starts(tokenizer_folder: Path, tmp_path: Path) -> None:
     model = make("llama")
     rows = model.get_input_embeddings().weight
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
 
     def start(**values: Any) -> torch.Tensor:
-        settings = PromptTuningSettings(tokenizer_name_or_path=str(tokenizer_folder), **values)
+        settings = PromptTuningSettings(**{"tokenizer_name_or_path": str(tokenizer_folder), **values})
         result = lit_peft.attach(model, settings).prompt_encoder.embedding.weight.detach()
         lit_peft.detach(model)
         return result
@@ -317,6 +319,14 @@ def test_starts(tokenizer_folder: Path) -> None:
     close(labels[:2], torch.stack([(rows[good] + rows[film]) / 2, rows[bad]]))
     model.config.id2label = {0: "good", 1: "bad"}
     assert torch.equal(start(prompt_tuning_init="LABELS", num_virtual_tokens=2), rows[[good, bad]])
+    # The model's own folder has the tokenizer, and what stands around every text is no label's.
+    whole = tmp_path / "tokenizer"
+    tokenizer._tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.save_pretrained(whole)
+    model.name_or_path = str(whole)
+    own = {"tokenizer_name_or_path": None}
+    assert torch.equal(start(prompt_tuning_init="LABELS", num_virtual_tokens=2, **own), rows[[good, bad]])
+    assert torch.equal(start(**init, num_virtual_tokens=7, **own), rows[[2, *text, 3]])
     random = start(prompt_tuning_init="RANDOM", num_virtual_tokens=60)
     assert random.abs().max() <= 0.5 and random.std() > 0.25
 
@@ -334,6 +344,27 @@ def test_the_result_is_kept_until_something_changes() -> None:
         assert torch.equal(encoder(), second)
     assert [name for name, _ in encoder.named_parameters()] == ["embedding.weight"]
     encoder().sum().backward()
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_tuples_hold_what_outputs_do(name: str) -> None:
+    model = lit_peft.attach(make(name), PromptTuningSettings(num_virtual_tokens=2)).eval()
+    inputs = batch(name)
+    with torch.no_grad():
+        output, values = model(**inputs), model(**inputs, return_dict=False)
+    assert torch.equal(values[0], output.loss) and torch.equal(values[1], output.logits)
+
+
+def test_virtual_tokens_stand_under_an_id_that_means_nothing() -> None:
+    for ids in itertools.permutations(range(4), 3):
+        model = make("llama")
+        model.config.pad_token_id, model.config.eos_token_id, model.config.bos_token_id = ids
+        lit_peft.attach(model, PromptTuningSettings(num_virtual_tokens=2))
+        seen: list[Any] = []
+        model.model.register_forward_pre_hook(lambda _, args, kwargs, seen=seen: seen.append(kwargs), with_kwargs=True)
+        model(input_ids=torch.full((1, 3), 9))
+        front = seen[0]["input_ids"]
+        assert front.shape == (1, 5) and not {*front[0, :2].tolist()} & {*ids}
 
 
 def test_half_precision_bases_keep_full_precision_prompts() -> None:
