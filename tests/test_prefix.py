@@ -323,6 +323,12 @@ def test_t5s_bias_where_adapterhub_moves_the_keys_alone(past: int) -> None:
     assert not torch.equal(expected[..., 3:], bias)
 
 
+def test_half_precision_bases_keep_full_precision_prefixes() -> None:
+    model = lit_peft.attach(make("llama").to(torch.bfloat16), PrefixTuningSettings(num_virtual_tokens=4))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model(**inputs_of("llama")).logits.dtype == torch.bfloat16
+
+
 def test_positions_beyond_the_table_are_refused() -> None:
     model = lit_peft.attach(make("opt"), PTuningV2Settings(num_virtual_tokens=4))
     inputs = inputs_of("opt")

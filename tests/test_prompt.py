@@ -346,6 +346,20 @@ def test_the_result_is_kept_until_something_changes() -> None:
     encoder().sum().backward()
 
 
+def test_positions_and_logits_that_are_asked_for() -> None:
+    base, model = make("llama"), lit_peft.attach(make("llama"), PromptTuningSettings(num_virtual_tokens=2)).eval()
+    ids, places = batch("llama")["input_ids"], torch.tensor([[0, 1, 2, 9, 10, 11, 12]]).expand(2, -1)
+    embeds = base.get_input_embeddings()(ids)
+    embeds = torch.cat([model.prompt_encoder().expand(2, -1, -1), embeds], 1)
+    whole = torch.cat([torch.tensor([[0, 1]]).expand(2, -1), places + 2], 1)
+    with torch.no_grad():
+        expected = base(inputs_embeds=embeds, position_ids=whole).logits[:, 2:]
+        close(model(input_ids=ids, position_ids=places).logits, expected)
+        output = model(input_ids=ids, position_ids=places, labels=ids[:, -3:], logits_to_keep=3)
+    close(output.logits, expected[:, -3:])
+    close(output.loss, F.cross_entropy(expected[:, -3:-1].flatten(0, 1), ids[:, -2:].flatten()))
+
+
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_tuples_hold_what_outputs_do(name: str) -> None:
     model = lit_peft.attach(make(name), PromptTuningSettings(num_virtual_tokens=2)).eval()
