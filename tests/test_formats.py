@@ -453,3 +453,14 @@ def test_an_adapterhub_version_as_long_as_a_line(tmp_path: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "version": "adapters." + "1" * 5000 + ".0"}))
     close(logits(lit_peft.load_adapter(make("llama"), folder), "llama"), logits(model, "llama"))
+
+
+def test_what_an_adapterhub_lora_leaves_out_is_its_usual(tmp_path: Path) -> None:
+    model = lit_peft.attach(make("llama"), LoRASettings(r=8, lora_alpha=8, target_modules=QV))
+    scramble(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for name in ("r", "alpha", "attn_matrices"):
+        del config["config"][name]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    close(logits(lit_peft.load_adapter(make("llama"), folder), "llama"), logits(model, "llama"))

@@ -12,7 +12,7 @@ from models import close
 from torch import nn
 
 import lit_peft.nn.cross_entropy as loss_module
-from lit_peft import LitPeftError
+from lit_peft import LitPeftError, LoRASettings
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.cross_entropy import head_cross_entropy
 from lit_peft.nn.lora import LoRALinear
@@ -66,7 +66,20 @@ def test_bottlenecks_that_cannot_be(values: dict[str, Any]) -> None:
         Bottleneck(12, **{"bottleneck_size": 4, **values})
 
 
+def test_what_a_layer_says_of_itself() -> None:
+    lora, dora = (repr(LoRALinear(nn.Linear(12, 10), r=2, use_dora=dora)) for dora in (False, True))
+    assert "r=2, lora_alpha=16, lora_dropout=0.0\n" in lora and "lora_dropout=0.0, use_dora=True\n" in dora
+    assert "scaling=2.5" in repr(Bottleneck(12, 4, scaling=2.5))
+    assert "scaling=learned" in repr(Bottleneck(12, 4, scaling="learned"))
+
+
+def test_the_starts_of_a_lora_are_named() -> None:
+    with pytest.raises(LitPeftError, match="'pisa' is not known: use 'pissa'\\."):
+        LoRALinear(nn.Linear(12, 10), init_lora_weights="pisa")  # type: ignore[arg-type]
+
+
 def test_the_smallest_sizes() -> None:
+    assert LoRASettings(r=1).r == 1
     assert Bottleneck(12, 1).down.weight.shape == (1, 12) and LoRALinear(nn.Linear(12, 10), r=1).r == 1
     for r in (0, -1):
         with pytest.raises(LitPeftError, match=f"r={r}"):

@@ -480,15 +480,24 @@ def test_the_table_is_the_papers_network_and_dropped_in_training(training: bool)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_virtual_tokens": 0}, {"dropout": 1.0}, {"dropout": -0.1}, {"projection_size": 0}]
+    "wrong",
+    [
+        {"num_virtual_tokens": 0},
+        {"dropout": 1.0},
+        {"dropout": -0.1},
+        {"projection_size": 0},
+        {"non_linearity": "tan"},
+    ],
 )
 def test_a_prefix_of_no_size_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(LitPeftError, match="{}={}".format(*next(iter(wrong.items())))):
+    with pytest.raises(LitPeftError, match="{}={!r}".format(*next(iter(wrong.items())))):
         Prefix(**{"num_virtual_tokens": 2, "shapes": [(2, 4)], "hidden_size": 4, **wrong})
 
 
 def test_the_smallest_prefix_and_the_usual_start() -> None:
     assert Prefix(1, [(1, 1)], projection_size=1, hidden_size=1)().shape == (1, 2)
+    whole = Prefix(2, [(2, 4)], projection_size=3, hidden_size=4, device=torch.device("meta"))
+    assert all(parameter.is_meta for parameter in whole.parameters())
     torch.manual_seed(0)
     assert Prefix(100, [(2, 50)]).embedding.std().item() == pytest.approx(0.02, rel=0.05)
 
