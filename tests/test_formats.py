@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import lit_peft
 from lit_peft import LitPeftError, LoRA, LoRASettings
+from lit_peft.nn.lora import LoRALinear
 
 QV = ["q_proj", "v_proj"]
 READ: list[tuple[str, dict[str, Any]]] = [
@@ -464,3 +465,25 @@ def test_what_an_adapterhub_lora_leaves_out_is_its_usual(tmp_path: Path) -> None
         del config["config"][name]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     close(logits(lit_peft.load_adapter(make("llama"), folder), "llama"), logits(model, "llama"))
+
+
+@pytest.mark.parametrize("letters", ["q", "v", "qk"])
+def test_adapterhub_loras_of_some_of_a_fused_projection(letters: str, tmp_path: Path) -> None:
+    model = lit_peft.attach(make("gpt2"), LoRASettings(r=4, target_modules=["c_attn"]))
+    scramble(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
+    numbers = ["qkv".index(letter) for letter in letters]
+    stored = load_file(folder / "adapter.safetensors")
+    for name, tensor in stored.items():
+        parts = tensor.chunk(3)
+        stored[name] = torch.cat([parts[number] for number in numbers])
+    save_file(stored, folder / "adapter.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["config"]["attn_matrices"] = list(letters)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                for number, part in enumerate(module.lora_B.chunk(3)):
+                    part.mul_(number in numbers)
+    close(logits(lit_peft.load_adapter(make("gpt2"), folder), "gpt2"), logits(model, "gpt2"))
