@@ -1,0 +1,143 @@
+"""Run the mutants that `mutmut run` has generated, several times faster: by forking after everything is imported.
+
+    mutmut run                       # until its first mutant: it generates them, and notes which test calls what
+    python tests/mutants.py          # all that have no result yet, in an order drawn at random
+    python tests/mutants.py REGEX    # those whose name matches
+    python tests/mutants.py REGEX 0  # and survivors once more, with all tests that are new since
+
+Run it from the project's folder. Results stand where mutmut keeps its own, so that `mutmut results` and `mutmut show`
+know them. What runs while a module is imported runs before a mutant is switched on, and is not changed by it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SURVIVED, KILLED, NO_TESTS, ENDLESS = 0, 1, 33, 36  # mutmut's numbers
+SLOW = 8.0  # seconds above which a test is left out
+PACKAGES = ("lit_peft", "torch", "transformers", "peft", "lightning", "datasets", "tokenizers", "torchmetrics", "numpy")
+
+
+class Mutants:
+    """pytest's loop over tests, replaced by one over mutants."""
+
+    def __init__(self, root: Path, pattern: str, again: bool) -> None:
+        self.root, self.again, self.failed = root, again, False
+        noted = json.loads((root / "mutmut-stats.json").read_text())
+        self.seconds: dict[str, float] = noted["duration_by_test"]
+        self.callers: dict[str, list[str]] = noted["tests_by_mangled_function_name"]
+        self.files = {file: json.loads(file.read_text()) for file in sorted(root.glob("lit_peft/*/*.meta"))}
+        self.todo = [
+            (file, name)
+            for file, content in self.files.items()
+            for name, code in content["exit_code_by_key"].items()
+            if re.search(pattern, name) and (code is None or (again and code != KILLED))
+        ]
+        random.Random(0).shuffle(self.todo)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.failed |= report.failed
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        import lit_peft
+
+        assert str(lit_peft.__file__).startswith(str(self.root)), "not the mutants' lit_peft"
+        items = {item.nodeid: item for item in session.items if self.seconds.get(item.nodeid, 0) < SLOW}
+        new = [name for name in items if name not in self.seconds] if self.again else []
+        self.import_all(list(items.values()))
+        counts: dict[int, int] = {}
+        for number, (file, name) in enumerate(self.todo, 1):
+            called = [test for test in self.callers.get(name.rpartition("__mutmut_")[0], ()) if test in items]
+            tests = sorted({*called, *new}, key=lambda test: self.seconds.get(test, SLOW))
+            code = self.run(name, [items[test] for test in tests]) if tests else NO_TESTS
+            self.files[file]["exit_code_by_key"][name] = code
+            counts[code] = counts.get(code, 0) + 1
+            if number % 25 == 0 or number == len(self.todo):
+                for written, content in self.files.items():
+                    written.write_text(json.dumps(content, indent=4))
+                killed, survived = counts.get(KILLED, 0), counts.get(SURVIVED, 0)
+                print(f"{number}/{len(self.todo)}: {killed} killed, {survived} survived, {counts}", flush=True)
+        return True
+
+    def run(self, name: str, tests: list[pytest.Item]) -> int:
+        """Run tests with a mutant in a child, until one fails; return mutmut's number for how that ended."""
+        limit = time.monotonic() + 30 + 20 * sum(self.seconds.get(test.nodeid, 1) for test in tests)
+        child = os.fork()
+        if not child:
+            self.in_child(tests, name)
+        while time.monotonic() < limit:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status) and KILLED
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return ENDLESS
+
+    def in_child(self, tests: list[pytest.Item], name: str = "", imported: Path | None = None) -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        os.environ["MUTANT_UNDER_TEST"] = name
+        code = KILLED
+        try:
+            for test, following in zip(tests, [*tests[1:], None], strict=True):
+                test.config.hook.pytest_runtest_protocol(item=test, nextitem=following)
+                if self.failed and imported is None:
+                    break
+            else:
+                code = SURVIVED
+            if imported is not None:
+                imported.write_text("\n".join(sys.modules))
+        finally:
+            os._exit(code)
+
+    def import_all(self, items: list[pytest.Item]) -> None:
+        """Import here what a sample of the tests imports in a child: no child has to do it again."""
+        quick = [item for item in items if self.seconds.get(item.nodeid, SLOW) < 1.5]
+        imported = self.root / "imported.txt"
+        child = os.fork()
+        if not child:
+            self.in_child(random.Random(0).sample(quick, min(150, len(quick))), imported=imported)
+        os.waitpid(child, 0)
+        for name in imported.read_text().split():
+            if name.partition(".")[0] in PACKAGES and name not in sys.modules:
+                importlib.import_module(name)
+        gc.collect()
+        gc.freeze()
+
+
+def main(pattern: str = ".", again: str | None = None) -> Any:
+    """Run the mutants whose name matches `pattern`; with `again`, those that were not killed once more."""
+    import tomllib
+
+    here, root = Path.cwd(), Path("mutants").resolve()
+    os.chdir(root)
+    sys.path[:] = [str(root), *(path for path in sys.path if Path(path or ".").resolve() not in (here, here / "tests"))]
+    os.environ["MUTANT_UNDER_TEST"] = ""
+    settings = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["mutmut"]
+    mutants = Mutants(root, pattern, again is not None)
+    print(f"{len(mutants.todo)} mutants", flush=True)
+    # Threads that torch had started would be missing in the children.
+    import torch
+
+    torch.set_num_threads(1)
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    return pytest.main([*options, *settings["pytest_add_cli_args_test_selection"]], plugins=[mutants])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
