@@ -502,6 +502,13 @@ def test_the_smallest_prefix_and_the_usual_start() -> None:
     assert Prefix(100, [(2, 50)]).embedding.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+def test_a_prefix_starts_as_wide_as_it_is_told() -> None:
+    torch.manual_seed(0)
+    model = lit_peft.attach(make("llama"), PTuningV2Settings(num_virtual_tokens=40, init_std=1.0))
+    (table,) = (p for p in model.parameters() if p.requires_grad)
+    assert table.std().item() == pytest.approx(1.0, rel=0.05)
+
+
 def test_a_copy_of_a_prefix_computes_its_own_table() -> None:
     prefix = Prefix(2, [(2, 4)], projection_size=3, hidden_size=4)
     like = torch.randn(1, 2, 3, 4)
