@@ -8,7 +8,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 from lit_peft.commands.compare import METHODS
-from lit_peft.commands.options import Options
+from lit_peft.commands.options import Options, check_counts
 from lit_peft.errors import LitPeftError, closest, first_line
 
 # Each optional package: what it is for, and the command that installs it.
@@ -40,9 +40,7 @@ def run(arguments: list[str]) -> None:
     if options.method not in METHODS:
         near = closest(options.method, METHODS)
         raise LitPeftError(f"--method {options.method!r} is not known: the closest are {near}.")
-    for name in ("batch_size", "length"):
-        if getattr(options, name) < 1:
-            raise LitPeftError(f"--{name} {getattr(options, name)}: give a whole number of at least 1.")
+    check_counts(options, "batch_size", "length")
     need = None
     if options.base is not None:
         need = memory(options.base, options.method, options.task, options.batch_size, options.length)

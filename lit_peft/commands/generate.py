@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from lit_peft.commands.options import Options, adapter_folders, check_generates, load_base
+from lit_peft.commands.options import Options, adapter_folders, check_counts, check_generates, load_base
 from lit_peft.errors import LitPeftError, closest
 from lit_peft.kinds import shown
 
@@ -27,8 +27,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     options = parser.parse_args(arguments)
-    if options.max_new_tokens < 1:
-        raise LitPeftError(f"--max_new_tokens {options.max_new_tokens}: give a whole number of at least 1.")
+    check_counts(options, "max_new_tokens")
     if not 0 <= options.temperature < math.inf:
         raise LitPeftError(
             f"--temperature {options.temperature}: give 0 for the likeliest token each time, or a number above it."

@@ -62,6 +62,18 @@ def adapter_folders(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def check_counts(options: argparse.Namespace, *names: str) -> None:
+    """Check that each of these options, where it is set, is at least 1.
+
+    Raises:
+        LitPeftError: names the first that is not.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise LitPeftError(f"--{name} {value}: give a whole number of at least 1.")
+
+
 def check_generates(model: Any) -> None:
     """Refuse a model that cannot write text.
 
@@ -92,8 +104,7 @@ def load_base(options: argparse.Namespace) -> Any:
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
     if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise LitPeftError(f"--dtype {options.dtype} is not known: use float32, bfloat16, float16 or auto.")
-    if options.num_labels is not None and options.num_labels < 1:
-        raise LitPeftError(f"--num_labels {options.num_labels}: give a whole number of at least 1.")
+    check_counts(options, "num_labels")
     check_quantization(options.quantization)
     source = resolve_base(options.base)
     # False, not unset: transformers would ask on a terminal.
