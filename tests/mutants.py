@@ -3,7 +3,7 @@
     mutmut run                       # until its first mutant: it generates them, and notes which test calls what
     python tests/mutants.py          # all that have no result yet, in an order drawn at random
     python tests/mutants.py REGEX    # those whose name matches
-    python tests/mutants.py REGEX 0  # and survivors once more, with all tests that are new since
+    python tests/mutants.py REGEX 60 # and survivors once more, with all tests that are new since, for 60 seconds each
 
 Run it from the project's folder. Results stand where mutmut keeps its own, so that `mutmut results` and `mutmut show`
 know them. What runs while a module is imported runs before a mutant is switched on, and is not changed by it.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import math
 import os
 import random
 import re
@@ -27,13 +28,15 @@ import pytest
 
 SURVIVED, KILLED, NO_TESTS, ENDLESS = 0, 1, 33, 36  # mutmut's numbers
 SLOW = 8.0  # seconds above which a test is left out
+FIRST = 10.0  # seconds of tests after which a mutant has survived a first run
 PACKAGES = ("lit_peft", "torch", "transformers", "peft", "lightning", "datasets", "tokenizers", "torchmetrics", "numpy")
 
 
 class Mutants:
     """pytest's loop over tests, replaced by one over mutants."""
 
-    def __init__(self, root: Path, pattern: str, again: bool) -> None:
+    def __init__(self, root: Path, pattern: str, most: float | None) -> None:
+        again, self.most = most is not None, most or FIRST
         self.root, self.again, self.failed = root, again, False
         noted = json.loads((root / "mutmut-stats.json").read_text())
         self.seconds: dict[str, float] = noted["duration_by_test"]
@@ -61,7 +64,7 @@ class Mutants:
         counts: dict[int, int] = {}
         for number, (file, name) in enumerate(self.todo, 1):
             called = [test for test in self.callers.get(name.rpartition("__mutmut_")[0], ()) if test in items]
-            tests = sorted({*called, *new}, key=lambda test: self.seconds.get(test, SLOW))
+            tests = self.order({*called, *new})
             code = self.run(name, [items[test] for test in tests]) if tests else NO_TESTS
             self.files[file]["exit_code_by_key"][name] = code
             counts[code] = counts.get(code, 0) + 1
@@ -72,9 +75,18 @@ class Mutants:
                 print(f"{number}/{len(self.todo)}: {killed} killed, {survived} survived, {counts}", flush=True)
         return True
 
+    def order(self, tests: set[str]) -> list[str]:
+        """New tests first; then one case of each test, the quickest first, then a second one of each, and so on."""
+        cases: dict[str, int] = {}
+        turns = {}
+        for test in sorted(tests, key=lambda test: (self.seconds.get(test, -1.0), test)):
+            function = test.partition("[")[0]
+            turns[test] = cases[function] = cases.get(function, 0) + (test in self.seconds)
+        return sorted(turns, key=lambda test: turns[test])
+
     def run(self, name: str, tests: list[pytest.Item]) -> int:
         """Run tests with a mutant in a child, until one fails; return mutmut's number for how that ended."""
-        limit = time.monotonic() + 30 + 20 * sum(self.seconds.get(test.nodeid, 1) for test in tests)
+        limit = time.monotonic() + 1.5 * self.most + 20
         child = os.fork()
         if not child:
             self.in_child(tests, name)
@@ -92,11 +104,14 @@ class Mutants:
         os.dup2(null, 1)
         os.dup2(null, 2)
         os.environ["MUTANT_UNDER_TEST"] = name
-        code = KILLED
+        code, end = KILLED, time.monotonic() + (math.inf if imported else self.most)
         try:
             for test, following in zip(tests, [*tests[1:], None], strict=True):
                 test.config.hook.pytest_runtest_protocol(item=test, nextitem=following)
                 if self.failed and imported is None:
+                    break
+                if time.monotonic() > end:
+                    code = SURVIVED
                     break
             else:
                 code = SURVIVED
@@ -120,8 +135,8 @@ class Mutants:
         gc.freeze()
 
 
-def main(pattern: str = ".", again: str | None = None) -> Any:
-    """Run the mutants whose name matches `pattern`; with `again`, those that were not killed once more."""
+def main(pattern: str = ".", most: str | None = None) -> Any:
+    """Run the mutants whose name matches `pattern`; with `most`, seconds, those that were not killed once more."""
     import tomllib
 
     here, root = Path.cwd(), Path("mutants").resolve()
@@ -129,7 +144,7 @@ def main(pattern: str = ".", again: str | None = None) -> Any:
     sys.path[:] = [str(root), *(path for path in sys.path if Path(path or ".").resolve() not in (here, here / "tests"))]
     os.environ["MUTANT_UNDER_TEST"] = ""
     settings = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["mutmut"]
-    mutants = Mutants(root, pattern, again is not None)
+    mutants = Mutants(root, pattern, None if most is None else float(most))
     print(f"{len(mutants.todo)} mutants", flush=True)
     # Threads that torch had started would be missing in the children.
     import torch

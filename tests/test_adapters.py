@@ -266,3 +266,20 @@ def test_merge_and_unmerge() -> None:
     close(logits(plain), expected)
     assert list(plain.state_dict()) == list(make("llama").state_dict())
     assert lit_peft.adapter_names(plain) == []
+
+
+def test_dares_draw_is_its_seeds() -> None:
+    model, made = with_loras(4, 4), []
+    for name, around, seed in (("x", 0, 3), ("y", 1, 3), ("z", 0, 4)):
+        torch.manual_seed(around)
+        lit_peft.combine_adapters(model, name, {"a0": 0.5, "a1": 0.5}, "dare", density=0.5, seed=seed)
+        made.append(logits(model))
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_an_adapter_on_a_tied_weight_is_not_merged_in_place() -> None:
+    model = lit_peft.attach(make("gpt2"), LoRASettings(target_modules=["wte"]))
+    with pytest.raises(LitPeftError, match="tied"):
+        lit_peft.merge_adapter(model)
+    apart = lit_peft.attach(make("gpt2"), LoRASettings(target_modules=["c_attn"]))
+    lit_peft.merge_adapter(apart)

@@ -31,6 +31,7 @@ from transformers.activations import ACT2FN
 
 import lit_peft
 from lit_peft import AdapterHSettings, AdapterPSettings, LitPeftError, ParallelSettings
+from lit_peft.methods.attachment import attachment_of
 from lit_peft.methods.bottleneck import BottleneckSettings
 from lit_peft.nn.bottleneck import ACTIVATIONS, Bottleneck
 
@@ -629,3 +630,62 @@ def test_layer_norms_keep_their_epsilon() -> None:
     layer, x = Bottleneck(8, 4, ln_before=True, ln_after=True, init_weights="bert"), torch.randn(2, 8)
     layer.norm_before.eps = layer.norm_after.eps = 0.5
     close(layer(x), layer.norm_after(layer.up(layer.down(layer.norm_before(x)).relu())))
+
+
+def test_a_factor_that_makes_more_than_a_folder_holds_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    folder = lit_peft.save_adapter(lit_peft.attach(make("bert"), AdapterPSettings()), tmp_path / "a", "adapterhub")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    # 32 / 0.5 is 64, as wide as the largest tensor, 32 by 2.
+    for factor, match in ((0.5, "shape"), (0.49, "the size by reduction_factor=65.3"), ({"default": 0.49}, "65.3")):
+        config["config"]["reduction_factor"] = factor
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(LitPeftError, match=match):
+            lit_peft.load_adapter(make("bert"), folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("houlsby", AdapterHSettings()),
+        ("double_seq_bn", AdapterHSettings()),
+        ("pfeiffer", AdapterPSettings()),
+        ("seq_bn", AdapterPSettings()),
+        ("parallel", ParallelSettings(reduction_factor=2, non_linearity="relu", scaling=4.0)),
+        ("par_bn", ParallelSettings(reduction_factor=2, non_linearity="relu", scaling=4.0)),
+    ],
+)
+def test_adapterhubs_own_configurations_by_name(name: str, settings: BottleneckSettings, tmp_path: Path) -> None:
+    model = lit_peft.attach(make("bert"), settings).eval()
+    scramble(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "a", "adapterhub")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "config": name}))
+    again = lit_peft.load_adapter(make("bert"), folder).eval()
+    assert torch.equal(again(**batch("bert")).logits, model(**batch("bert")).logits)
+    assert type(attachment_of(again).settings) is type(settings)
+
+
+def test_layer_norms_of_an_adapter_have_adapterhubs_names(tmp_path: Path) -> None:
+    settings = AdapterPSettings(ln_before=True, ln_after=True)
+    model = lit_peft.attach(make("bert"), settings).eval()
+    scramble(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "a", "adapterhub", name="mine")
+    places = {name.partition(".adapters.mine.")[2] for name in load_file(folder / "adapter.safetensors")}
+    # AdapterHub's `adapter_down` is a sequence: the norm, which it has under a name of its own as well, then the layer.
+    norms = ("adapter_norm_before", "adapter_norm_after", "adapter_down.0", "adapter_down.1", "adapter_up")
+    assert places == {f"{part}.{kind}" for part in norms for kind in ("weight", "bias")}
+    again = lit_peft.load_adapter(make("bert"), folder).eval()
+    assert torch.equal(again(**batch("bert")).logits, model(**batch("bert")).logits)
+
+
+def test_what_adapterhubs_configuration_cannot_say_is_named_and_kept_beside_it(tmp_path: Path) -> None:
+    settings = AdapterPSettings(placement="llm_adapters", bias=False, bottleneck_size=4)
+    model = lit_peft.attach(make("llama"), settings)
+    with pytest.raises(LitPeftError, match=r"cannot hold placement='llm_adapters', bias=False:"):
+        lit_peft.save_adapter(model, tmp_path / "theirs", format="adapterhub")
+    lit_peft.detach(model)
+    norms = lit_peft.attach(model, AdapterHSettings(train_layer_norms=True))
+    with pytest.raises(LitPeftError, match="cannot hold train_layer_norms=True:"):
+        lit_peft.save_adapter(norms, tmp_path / "theirs", format="adapterhub")
+    folder = lit_peft.save_adapter(lit_peft.attach(make("llama"), settings), tmp_path / "ours")
+    assert json.loads((folder / "adapter_config.json").read_text())["config"] == {"architecture": "lit_peft"}

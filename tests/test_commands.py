@@ -114,6 +114,11 @@ def test_generate_with_adapters_by_name(decoder: Path, tmp_path: Path, capsys: p
         assert main(["generate", *given, *more]) == 0
         assert capsys.readouterr().out.split() == expected[name].split()
     assert main(["generate", *given, "--use", "b"]) == 2
+    # Drawn from the likeliest token alone: the likeliest token.
+    for more in (["--top_k", "1"], ["--top_p", "1e-6"]):
+        capsys.readouterr()
+        assert main(["generate", *given, "--temperature", "9", *more]) == 0
+        assert capsys.readouterr().out.split() == expected["base"].split()
 
 
 @pytest.mark.parametrize(
@@ -124,6 +129,10 @@ def test_generate_with_adapters_by_name(decoder: Path, tmp_path: Path, capsys: p
         (["--max_new_tokens", "0"], "--max_new_tokens 0"),
         (["--temperature", "-1"], "--temperature -1"),
         (["--temperature", "nan"], "--temperature nan"),
+        (["--temperature", "1", "--top_p", "2"], "top_p=2.0"),
+        (["--temperature", "1", "--top_k", "-1"], "top_k=-1"),
+        (["--top_p", "0.9"], "--top_p has no effect"),
+        (["--top_k", "5"], "--top_k has no effect"),
         (["--chat"], "no chat template"),
         (["--use", "a"], "--use a"),
         (["--adapter", "a=nowhere"], "adapter_config.json"),

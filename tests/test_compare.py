@@ -272,6 +272,7 @@ def test_the_search_is_around_the_usual_rate_and_keys_tell_runs_apart() -> None:
     ("arguments", "said"),
     [
         (["--methods", "Lora"], "'LoRA'"),
+        (["--methods", "AdapterH,Lora"], "'LoRA'"),
         (["--steps", "0"], "steps=0"),
         (["--stepps", "1"], "--stepps"),
         (["--config", "none.yaml"], "'none.yaml' does not exist"),

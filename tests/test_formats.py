@@ -448,6 +448,15 @@ def test_adapterhub_loras_of_odd_shapes(end: str, change: Any, tmp_path: Path) -
         lit_peft.load_adapter(make("gpt2"), folder)
 
 
+def test_adapterhub_loras_of_fewer_matrices_than_are_said(tmp_path: Path) -> None:
+    model = lit_peft.attach(make("gpt2"), LoRASettings(r=4, target_modules=["c_attn"]))
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
+    first = {name: tensor.chunk(3)[0].clone() for name, tensor in load_file(folder / "adapter.safetensors").items()}
+    save_file(first, folder / "adapter.safetensors")
+    with pytest.raises(LitPeftError, match=r"has rank 4, and r=4 for attn_matrices=\['q', 'k', 'v'\]"):
+        lit_peft.load_adapter(make("gpt2"), folder)
+
+
 def test_an_adapterhub_version_as_long_as_a_line(tmp_path: Path) -> None:
     model = lit_peft.attach(make("llama"), LoRASettings(r=4))
     folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")

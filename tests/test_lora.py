@@ -20,6 +20,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import lit_peft
 from lit_peft import LitPeftError, LoRASettings
+from lit_peft.methods.attachment import attachment_of
 from lit_peft.nn.lora import LoRAEmbedding, LoRALinear
 from lit_peft.nn.quantized import QuantizedLinear
 
@@ -264,8 +265,8 @@ def test_adapters_are_fp32_beside_half_and_fp64_beside_fp64() -> None:
         ({"exclude_modules": ["layers.0"]}, "exclude_modules names 'layers.0'"),
         ({"exclude_modules": "v_proj"}, r"exclude_modules='v_proj'.*\['v_proj'\]"),
         ({"target_modules": "q_proj"}, r"target_modules='q_proj'.*\['q_proj'\]"),
-        ({"layers_to_transform": [0, 3, -1]}, r"layers_to_transform=\[0, 3, -1\] names 3, -1.*0 to 2"),
-        ({"layers_to_transform": 3}, r"layers_to_transform=3 names 3.*0 to 2"),
+        ({"layers_to_transform": [0, 3, -1]}, r"layers_to_transform names 3, -1, .*0 to 2"),
+        ({"layers_to_transform": 3}, r"layers_to_transform names 3, .*0 to 2"),
         (
             {"layers_to_transform": [0], "layers_pattern": ["layers", "layer"]},
             "layers_pattern names 'layer', .*'layers'",
@@ -354,3 +355,36 @@ def test_an_adapted_embedding_still_says_what_it_is() -> None:
     base = nn.Embedding(9, 4, padding_idx=3)
     layer = LoRAEmbedding(base, r=2)
     assert (layer.num_embeddings, layer.embedding_dim, layer.padding_idx) == (9, 4, 3)
+
+
+class _Renamed(nn.Module):
+    """A language model whose output projection has a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.words_out = nn.Linear(4, 4), nn.Linear(4, 9)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.words_out
+
+
+def test_all_linear_leaves_out_the_output_projection_by_what_it_is() -> None:
+    model = lit_peft.attach(_Renamed(), LoRASettings(target_modules="all-linear"))
+    assert list(attachment_of(model).adapted) == ["body"]
+    with pytest.raises(LitPeftError, match="the layers of _Renamed are not numbered"):
+        lit_peft.attach(_Renamed(), LoRASettings(target_modules=["body"], layers_to_transform=0))
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_which_biases_are_trained(bias: Any) -> None:
+    model = lit_peft.attach(make("bert"), LoRASettings(target_modules=["query"], bias=bias))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith(".bias")]
+    everywhere = [name for name, _ in make("bert").named_parameters() if name.endswith(".bias")]
+    queries = [name for name in everywhere if name.endswith("query.bias")]
+    wanted = {"none": [], "lora_only": queries, "all": everywhere}[bias]
+    assert [name.replace(".base_layer", "") for name in trained] == wanted and len(everywhere) > len(queries) == 2
+
+
+def test_the_least_rank_of_a_pattern_is_one() -> None:
+    model = lit_peft.attach(tiny(), LoRASettings(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 1}))
+    assert len(model.model.layers[0].self_attn.v_proj.lora_A) == 1

@@ -518,3 +518,20 @@ def test_a_copy_of_a_prefix_computes_its_own_table() -> None:
         assert copied._layers is None and copied._state is None
         copied.embedding.add_(1.0)
         assert not torch.equal(copied.layer(0, like)[0], prefix.layer(0, like)[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "opt", "bloom", "t5", "bart", "deberta-v2"])
+def test_embeddings_stand_for_their_tokens(name: str) -> None:
+    model, inputs = lit_peft.attach(make(name), PTuningV2Settings(num_virtual_tokens=3)).eval(), inputs_of(name)
+    ids = inputs.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids)
+    close(model(inputs_embeds=embeds, **inputs).logits, model(input_ids=ids, **inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "opt"])
+def test_the_last_position_may_be_used(name: str) -> None:
+    model = lit_peft.attach(make(name), PTuningV2Settings(num_virtual_tokens=57)).eval()
+    model(**inputs_of(name))
+    lit_peft.attach(lit_peft.detach(model), PTuningV2Settings(num_virtual_tokens=58))
+    with pytest.raises(LitPeftError, match=r"7 tokens behind a prefix of 58 are more than the 64 positions"):
+        model(**inputs_of(name))

@@ -137,9 +137,10 @@ def test_reads_what_peft_writes_for_other_heads(name: str, auto: str, task: str,
 
 
 def headed(name: str, auto: str) -> Any:
-    torch.manual_seed(0)
     config = make(name).config
     config.pad_token_id = 0
+    # After `make`, which draws when it is called for the first time.
+    torch.manual_seed(0)
     return getattr(transformers, auto).from_config(config).eval()
 
 
@@ -456,3 +457,39 @@ def test_every_setting_is_explained_on_the_command_line() -> None:
     text = lit_peft.PTuning.__init__.__doc__ or ""
     for name in inspect.signature(lit_peft.PTuning.__init__).parameters:
         assert name == "self" or f"\n    {name}: " in text, name
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "roberta", "t5", "bart"])
+@pytest.mark.parametrize("positions", ["mask", "sequence"])
+def test_embeddings_stand_for_their_tokens(name: str, positions: Any) -> None:
+    settings = PromptTuningSettings(num_virtual_tokens=3, positions=positions)
+    model, inputs = lit_peft.attach(make(name), settings).eval(), batch(name)
+    ids = inputs.pop("input_ids")
+    if name != "roberta":
+        # RoBERTa tells padding by its id, which embeddings do not have.
+        inputs["attention_mask"][0, 5:] = 0
+    embeds = make(name).get_input_embeddings()(ids)
+    close(model(inputs_embeds=embeds, **inputs).logits, model(input_ids=ids, **inputs).logits)
+
+
+def test_masks_that_virtual_tokens_cannot_join() -> None:
+    model, ids = lit_peft.attach(make("llama"), PromptTuningSettings()), batch("llama")["input_ids"]
+    for mask in (torch.ones(2, 1, 7, 7, dtype=torch.bool), {"full_attention": torch.ones(2, 7)}):
+        with pytest.raises(LitPeftError, match=r"attention_mask is not of shape \[batch, length\]"):
+            model(input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_the_last_position_may_be_used(name: str) -> None:
+    model = lit_peft.attach(make(name), PromptTuningSettings(num_virtual_tokens=57)).eval()
+    model(**batch(name))
+    lit_peft.attach(lit_peft.detach(model), PromptTuningSettings(num_virtual_tokens=58))
+    with pytest.raises(LitPeftError, match=r"7 tokens and 58 virtual tokens are more than the 64 positions"):
+        model(**batch(name))
+
+
+def test_positions_as_peft_has_them_are_its_own() -> None:
+    model = lit_peft.attach(make("gpt2"), PromptTuningSettings(num_virtual_tokens=3, positions="sequence")).eval()
+    inputs = batch("gpt2")
+    given = torch.arange(7).flip(0).expand(2, -1)
+    assert torch.equal(model(**inputs, position_ids=given).logits, model(**inputs).logits)

@@ -17,6 +17,7 @@ import lit_peft
 from lit_peft import LitPeftError, LoRASettings
 from lit_peft.cli import main
 from lit_peft.data.tokenization import require_fast, with_padding
+from lit_peft.methods.baselines import HeadOnlySettings
 from lit_peft.methods.rows import can_share
 from lit_peft.nn.lora import LoRALinear
 from lit_peft.optim import make_optimizer, make_schedule
@@ -298,3 +299,38 @@ def test_of_a_name_that_no_file_can_have(text: str, tmp_path: Path, capsys: pyte
     (tmp_path / "config.yaml").write_text(text)
     assert main(["fit", "--config", str(tmp_path / "config.yaml")]) == 2
     assert "\\0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("AdapterP", {"bottleneck_size": 0}),
+        ("AdapterP", {"non_linearity": "rely"}),
+        ("AdapterP", {"scaling": "learnt"}),
+        ("AdapterP", {"dropout": 1.0}),
+        ("AdapterP", {"init_weights": "zero"}),
+        ("AdapterP", {"reduction_factor": 0}),
+        ("AdapterP", {"placement": "here"}),
+        ("AdapterH", {"leave_out": "one"}),
+        ("PTuningV2", {"num_virtual_tokens": 0}),
+        ("PTuningV2", {"dropout": -0.1}),
+        ("PTuningV2", {"positions": "none"}),
+        ("PrefixTuning", {"prefix_projection_size": 0}),
+        ("PrefixTuning", {"non_linearity": "sine"}),
+        ("PrefixTuning", {"init_std": -0.1}),
+    ],
+    ids=str,
+)
+def test_of_a_method_before_there_is_a_model(method: str, values: dict[str, Any]) -> None:
+    ((name, value),) = values.items()
+    with pytest.raises(LitPeftError, match=f"{name}={value!r}"):
+        getattr(lit_peft, f"{method}Settings")(**values)
+
+
+def test_of_a_head_alone_where_none_is_named() -> None:
+    model = make("bert")
+    with pytest.raises(LitPeftError, match=r"BertForSequenceClassification .*modules_to_save=\['classifier'\]"):
+        lit_peft.attach(model, HeadOnlySettings())
+    assert all(p.requires_grad for p in model.parameters())
+    lit_peft.attach(model, HeadOnlySettings(modules_to_save=["classifier"]))
+    assert lit_peft.trainable_parameters(model) == 2 * 33

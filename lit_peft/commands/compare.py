@@ -328,7 +328,7 @@ def _plan(arguments: Sequence[str]) -> tuple[Plan, bool]:
     check_kinds(Plan, values, f"{given.config}: ")
     if given.methods:
         file = values.get("methods", {})
-        values["methods"] = {name: file.get(name, {}) for name in given.methods}
+        values["methods"] = {name: file.get(name, {}) for names in given.methods for name in names.split(",")}
     for name in _FLAGS:
         if getattr(given, name) is not None:
             values[name] = getattr(given, name)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lit_peft.commands.options import Options, adapter_folders, check_counts, check_generates, load_base
 from lit_peft.errors import LitPeftError, closest
+from lit_peft.generation import check_generation
 from lit_peft.kinds import shown
 
 
@@ -26,12 +27,23 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    parser.add_argument("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
+    parser.add_argument("--top_k", type=int, help="draw from this many of the likeliest tokens; 0 for all")
     options = parser.parse_args(arguments)
     check_counts(options, "max_new_tokens")
     if not 0 <= options.temperature < math.inf:
         raise LitPeftError(
             f"--temperature {options.temperature}: give 0 for the likeliest token each time, or a number above it."
         )
+    for name in ("top_p", "top_k"):
+        if getattr(options, name) is not None and not options.temperature:
+            raise LitPeftError(
+                f"--{name} has no effect where the likeliest token is taken each time: add --temperature, e.g. 0.7."
+            )
+    draw = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
+    given = {name: value for name, value in draw.items() if value is not None}
+    options.sampling = {"do_sample": True, **given} if options.temperature else {"do_sample": False}
+    check_generation(options.sampling, "The command line")
     folders = adapter_folders(options.adapter)
     if options.use is not None and options.use not in folders:
         known = f"the closest are {closest(options.use, folders)}" if folders else "there are none: give --adapter"
@@ -107,12 +119,11 @@ def _answer(model: Any, tokenizer: Any, inputs: Mapping[str, Any], options: Any)
     from transformers import TextStreamer
 
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.no_grad():
         model.generate(
             **inputs,
-            **({"do_sample": False} | sampling),
+            **options.sampling,
             max_new_tokens=options.max_new_tokens,
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id,

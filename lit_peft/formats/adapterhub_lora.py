@@ -83,7 +83,8 @@ def settings(
     if version and (int(version[1]), int(version[2])) < (1, 1):
         # AdapterHub before 1.1 did not scale its updates.
         alpha = r
-    matrices = [name in values.get("attn_matrices", ["q", "v"]) for name in "qkv"]
+    matrices = values.get("attn_matrices", ["q", "v"])
+    fused = [place for place, name in enumerate("qkv") if name in matrices]
     prefix, end = getattr(model, "base_model_prefix", "") + ".", f".loras.{config.get('name') or ''}.lora_A"
     ranks: dict[str, int] = {}
     tensors = dict(stored)
@@ -98,17 +99,13 @@ def settings(
             )
         ranks[path], d_out = len(a), linear_features(model.get_submodule(path))[1]
         if b.shape[0] != d_out or ranks[path] != r:
-            count = ranks[path] // r if r > 0 else 0
-            if not 0 < count <= sum(matrices) or len(a) != count * r or len(b) % count or b.shape[1] != r:
+            spread = _spread(b, ranks[path], r, fused)
+            if spread is None:
                 raise LitPeftError(
                     f"{folder} does not fit this model: {shown(key)} has rank {ranks[path]}, and r={r} for "
-                    f"attn_matrices={shown(values.get('attn_matrices', ['q', 'v']))}."
+                    f"attn_matrices={shown(matrices)}."
                 )
-            blocks = b.unflatten(0, (count, -1))
-            wide = b.new_zeros(3, blocks.shape[1], ranks[path])
-            for number, matrix in enumerate(m for m in range(3) if matrices[m]):
-                wide[matrix, :, number * r : (number + 1) * r] = blocks[number]
-            tensors[key.removesuffix("A") + "B"] = wide.flatten(0, 1)
+            tensors[key.removesuffix("A") + "B"] = spread
     patterns = {re.escape(path): rank for path, rank in ranks.items() if rank != r}
     return LoRASettings(
         r=r,
@@ -118,6 +115,27 @@ def settings(
         rank_pattern=patterns,
         alpha_pattern={path: alpha * rank / r for path, rank in patterns.items()},
     ), tensors
+
+
+def _spread(b: Tensor, rank: int, r: int, fused: list[int]) -> Tensor | None:
+    """B of a whole fused projection, [3 · d, rank], out of the blocks [d, r] of those of its matrices it adapts.
+
+    Args:
+        b: the blocks, one below the other.
+        rank: of A, which is that of all blocks together.
+        r: rank of one block.
+        fused: which of q, k and v (0, 1, 2) are adapted.
+
+    Returns:
+        None if the sizes do not go together.
+    """
+    if not fused or rank != len(fused) * r or len(b) % len(fused) or b.shape[1] != r:
+        return None
+    blocks = b.unflatten(0, (len(fused), -1))
+    whole = b.new_zeros(3, blocks.shape[1], rank)
+    for number, (matrix, block) in enumerate(zip(fused, blocks, strict=True)):
+        whole[matrix, :, number * r : (number + 1) * r] = block
+    return whole.flatten(0, 1)
 
 
 def written(attachment: Attachment, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -40,8 +40,17 @@ class HeadOnlySettings(MethodSettings):
     method: ClassVar[str] = "head_only"
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
-        """Add nothing; a language model, which has no task head, trains its output projection."""
+        """Add nothing; a language model, which has no task head, trains its output projection.
+
+        Raises:
+            LitPeftError: it is no language model, and `modules_to_save` names no head.
+        """
         output = getattr(model, "get_output_embeddings", lambda: None)()
+        if output is None and not self.modules_to_save:
+            raise LitPeftError(
+                f"{type(model).__name__} is no language model, and modules_to_save is not set, so nothing would be "
+                "trained: name the head, e.g. modules_to_save=['classifier']."
+            )
         for path, module in list(model.named_modules()):
             if output is not None and module is output:
                 attachment.train_modules([path])

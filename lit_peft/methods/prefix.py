@@ -83,6 +83,7 @@ class PrefixSettings(MethodSettings):
             hidden_size=1,
             non_linearity=self.non_linearity,
             dropout=self.dropout,
+            init_std=self.init_std,
             device=torch.device("meta"),
         )
         if self.prefix_projection_size is not None and not self.prefix_projection:

@@ -80,7 +80,7 @@ def find_targets(
     if strict:
         _check_names(model, "target_modules", [] if isinstance(target_modules, str) else target_modules, adaptable)
         _check_names(model, "exclude_modules", exclude_modules or [], adaptable)
-        _check_layers(model, layers_to_transform, numbers, layers_pattern, adaptable)
+        _check_layers(model, numbers, layers_pattern, adaptable)
     if target_modules == "all-linear":
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         found = [
@@ -200,7 +200,6 @@ def _advice(wanted: str | Sequence[str], names: Iterable[str]) -> str:
 
 def _check_layers(
     model: nn.Module,
-    given: int | Sequence[int] | None,
     numbers: Sequence[int] | None,
     layers_pattern: str | Sequence[str] | None,
     names: Iterable[str],
@@ -224,7 +223,7 @@ def _check_layers(
     if unknown:
         there = f"{min(existing)} to {max(existing)}" if existing else "not numbered"
         raise LitPeftError(
-            f"layers_to_transform={given!r} names {', '.join(map(str, unknown[:5]))}, and the layers of "
+            f"layers_to_transform names {', '.join(map(str, unknown[:5]))}, and the layers of "
             f"{type(model).__name__} are {there}: name some of those."
         )
 

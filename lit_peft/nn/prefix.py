@@ -43,7 +43,8 @@ class Prefix(nn.Module):
         `forward()` → (v, 2 · Σ heads · head_dim): the layers' keys and values in turn, K of layer 0, V of layer 0, …
 
     Raises:
-        LitPeftError: a size is not positive, the dropout is not in [0, 1), or the activation is not known.
+        LitPeftError: a size is not positive, `init_std` is negative, the dropout is not in [0, 1), or the activation
+            is not known.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Prefix(nn.Module):
         super().__init__()
         if num_virtual_tokens < 1:
             raise LitPeftError(f"num_virtual_tokens={num_virtual_tokens}: give a positive integer, e.g. 20.")
+        if init_std < 0:
+            raise LitPeftError(f"init_std={init_std}: give a standard deviation, e.g. 0.02, or 0 to start from zeros.")
         check(non_linearity=non_linearity, dropout=dropout)
         at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_virtual_tokens, self.shapes, self.dropout = num_virtual_tokens, tuple(shapes), dropout

@@ -1,0 +1,117 @@
+"""What stands in the folders we write: the configurations that peft and AdapterHub wrote of the same, and cards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import GOLDEN, make
+from safetensors import safe_open
+
+import lit_peft
+from lit_peft import LoRASettings, PromptTuningSettings
+from lit_peft.formats.untrusted import is_quick
+
+REFERENCES = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no reference cases: set LIT_PEFT_GOLDEN to their folder")
+# What stands otherwise in a peft folder of ours: networks that made a prompt or prefix are folded away, modules have
+# their full names, no start of a prompt and no path of a base is known, and nothing counts heads.
+OTHERWISE = {
+    "base_model_name_or_path",
+    "encoder_dropout",
+    "encoder_hidden_size",
+    "encoder_reparameterization_type",
+    "init_weights",
+    "modules_to_save",
+    "num_attention_heads",
+    "prefix_projection",
+    "target_modules",
+}
+
+
+def cases(library: str) -> list[Any]:
+    return [pytest.param(case.parent, id=case.parent.name) for case in sorted((GOLDEN / library).glob("*/case.json"))]
+
+
+def loaded(case: Path) -> Any:
+    import transformers
+
+    kind = json.loads((case / "case.json").read_text())["auto_class"]
+    return lit_peft.load_adapter(getattr(transformers, kind).from_pretrained(case / "base"), case / "adapter")
+
+
+def config(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return values
+
+
+@REFERENCES
+@pytest.mark.parametrize("case", cases("peft"))
+def test_pefts_configurations(case: Path, tmp_path: Path) -> None:
+    theirs = config(case / "adapter")
+    ours = config(lit_peft.save_adapter(loaded(case), tmp_path / "ours", format="peft"))
+    assert set(ours) - set(theirs) <= {"lit_peft"}
+    for name in set(ours) & set(theirs) - OTHERWISE:
+        assert ours[name] == theirs[name], name
+
+
+@REFERENCES
+@pytest.mark.parametrize("case", cases("adapters"))
+def test_adapterhubs_configurations(case: Path, tmp_path: Path) -> None:
+    theirs = config(case / "adapter")
+    folder = lit_peft.save_adapter(loaded(case), tmp_path / "ours", format="adapterhub", name="ref")
+    ours = config(folder)
+    for part, whole in ((ours["config"], theirs["config"]), (ours, theirs)):
+        for name in set(part) - {"config", "lit_peft", "model_name"}:
+            assert part[name] == whole[name], name
+    assert ours["model_name"] == str(case / "base")
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            assert stored.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("base", ["org/model", "/models/base", "pkg:some-base", "three/parts/long", "."])
+def test_the_card(base: str, tmp_path: Path) -> None:
+    model = make("llama")
+    model.name_or_path = base
+    lit_peft.attach(model, PromptTuningSettings(num_virtual_tokens=3, tokenizer_name_or_path=None))
+    lines = (lit_peft.save_adapter(model, tmp_path / "ours") / "README.md").read_text().splitlines()
+    front = lines[1 : lines.index("---", 1)]
+    tags = ["library_name: peft", "tags:", "- lit-peft", "- prompt-tuning"]
+    assert front == [*(["base_model: org/model"] if base == "org/model" else []), *tags]
+    assert f"Trained on `{base}` with `PromptTuningSettings`:" in lines
+    assert "| num_virtual_tokens | 3 |" in lines and not any(line.endswith("| None |") for line in lines)
+    assert f"{lit_peft.trainable_parameters(model):,} trained parameters in this folder." in lines
+
+
+def test_a_card_leaves_out_what_is_not_set(tmp_path: Path) -> None:
+    model = lit_peft.attach(make("llama"), LoRASettings(target_modules="(a|.*q)_proj"))
+    card = (lit_peft.save_adapter(model, tmp_path / "ours") / "README.md").read_text()
+    assert r"| target_modules | (a\|.*q)_proj |" in card
+    assert "rank_pattern" not in card and "None" not in card
+
+
+@pytest.mark.parametrize(
+    ("pattern", "quick"),
+    [
+        (r".*\.q_proj", True),
+        ("a*b*c*d*e*f*", True),
+        ("a*b*c*d*e*f*g*", False),
+        ("a*?b*?c*?d*?e*?f*?g*?", False),
+        ("(a*b*c*)(d*e*f*)g*", False),
+        ("a*b*c*(?=d*e*f*g*)", False),
+        ("(a*)(b*)(c*)(d*)(e*)(f*)(g*)", False),
+        ("(x*a*b*|c*d*)e*f*g*", True),
+        ("(x*a*b*c*|d*)e*f*g*", False),
+        ("(x)?(?(1)a*b*c*d*|e*f*g*)", False),
+        ("(x)?(?(1)a*b*c*|e*f*)", True),
+        ("(a*b){2}", True),
+        ("(a*b){17}", False),
+        ("(a*b){16}", True),
+        ("((a|b)*c)*", False),
+        ("(ab{3,4})*", True),
+    ],
+)
+def test_how_long_an_expression_may_take(pattern: str, quick: bool) -> None:
+    assert is_quick(pattern, "here") is quick
