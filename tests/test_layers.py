@@ -207,7 +207,9 @@ def test_rows_of_forms_of_other_types_share_the_first_ones() -> None:
     base = nn.Linear(6, 5)
     rows = ModuleRows(base, [(nn.Sequential(base, Cast()), {})], torch.tensor([1, 0]))
     x = torch.randn(2, 6)
-    assert rows(x).dtype == torch.float64 and torch.equal(rows(x)[1], base(x)[1].double())
+    assert rows(x).dtype == torch.float64
+    # Some processors round a product of one row otherwise than one of two.
+    torch.testing.assert_close(rows(x)[1], base(x)[1].double(), rtol=0, atol=1e-6)
 
 
 class Cast(nn.Module):
