@@ -11,6 +11,7 @@ know them. What runs while a module is imported runs before a mutant is switched
 
 from __future__ import annotations
 
+import ast
 import gc
 import importlib
 import json
@@ -21,10 +22,14 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
+from coverage import CoverageData
 
 SURVIVED, KILLED, NO_TESTS, ENDLESS = 0, 1, 33, 36  # mutmut's numbers
 SLOW = 8.0  # seconds above which a test is left out
@@ -41,6 +46,7 @@ class Mutants:
         noted = json.loads((root / "mutmut-stats.json").read_text())
         self.seconds: dict[str, float] = noted["duration_by_test"]
         self.callers: dict[str, list[str]] = noted["tests_by_mangled_function_name"]
+        self.lines = Lines(root)
         self.files = {file: json.loads(file.read_text()) for file in sorted(root.glob("lit_peft/*/*.meta"))}
         self.todo = [
             (file, name)
@@ -63,8 +69,10 @@ class Mutants:
         self.import_all(list(items.values()))
         counts: dict[int, int] = {}
         for number, (file, name) in enumerate(self.todo, 1):
-            called = [test for test in self.callers.get(name.rpartition("__mutmut_")[0], ()) if test in items]
-            tests = self.order({*called, *new})
+            called = self.lines.tests(file, name)
+            if called is None:
+                called = set(self.callers.get(name.rpartition("__mutmut_")[0], ()))
+            tests = self.order({*(called & items.keys()), *new})
             code = self.run(name, [items[test] for test in tests]) if tests else NO_TESTS
             self.files[file]["exit_code_by_key"][name] = code
             counts[code] = counts.get(code, 0) + 1
@@ -133,6 +141,61 @@ class Mutants:
                 importlib.import_module(name)
         gc.collect()
         gc.freeze()
+
+
+class Lines:
+    """Which tests run the statement that a mutant changes, from a run under coverage that noted them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.read = root, cache(self._read)
+        file = root.parent / ".coverage"
+        self.noted = CoverageData(str(file)) if file.exists() else None
+        if self.noted is not None:
+            self.noted.read()
+
+    def tests(self, meta: Path, name: str) -> set[str] | None:
+        """The tests' names; None where nothing was noted."""
+        if self.noted is None:
+            return None
+        file = meta.relative_to(self.root).with_suffix("")
+        functions, mutated, contexts = self.read(str(file))
+        name = name.rpartition(".")[2]
+        plain = name.rpartition("__mutmut_")[0]
+        function = functions[plain.removeprefix("x_").removeprefix("xǁ").replace("ǁ", ".")]
+        pairs = zip_longest(mutated[f"{plain}__mutmut_orig"][1:], mutated[name][1:])
+        changed = next((at for at, (old, new) in enumerate(pairs, 1) if old != new), 0)
+        lines = self.statement(function, function.lineno + changed)
+        return {test.partition("|")[0] for line in lines for test in contexts.get(line, ()) if test}
+
+    def _read(self, name: str) -> tuple[dict[str, Any], dict[str, list[str]], dict[int, list[str]]]:
+        assert self.noted is not None
+        original, mutant = self.root.parent / name, self.root / name
+        text = mutant.read_text()
+        lines = text.split("\n")
+        mutated = {f"{node.name}": lines[node.lineno - 1 : node.end_lineno] for _, node in _functions(ast.parse(text))}
+        functions = dict(_functions(ast.parse(original.read_text())))
+        return functions, mutated, self.noted.contexts_by_lineno(str(original))
+
+    def statement(self, function: Any, line: int) -> range:
+        """The lines of the innermost statement at a line; of one with a body, those in front of the body."""
+        here = function
+        while True:
+            inner = [node for node in ast.walk(here) if isinstance(node, ast.stmt) and node is not here]
+            at = [node for node in inner if node.lineno <= line <= (node.end_lineno or 0)]
+            if not at:
+                break
+            here = max(at, key=lambda node: (node.lineno, -(node.end_lineno or 0)))
+        if here is function:
+            return range(function.body[0].lineno, function.end_lineno + 1)
+        body = getattr(here, "body", None)
+        return range(here.lineno, max(here.lineno + 1, body[0].lineno) if body else here.end_lineno + 1)
+
+
+def _functions(tree: ast.Module) -> Iterator[tuple[str, Any]]:
+    for node in tree.body:
+        for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(inner, ast.FunctionDef):
+                yield f"{node.name}.{inner.name}" if isinstance(node, ast.ClassDef) else inner.name, inner
 
 
 def main(pattern: str = ".", most: str | None = None) -> Any:

@@ -25,7 +25,7 @@ from models import (
     scramble,
     trained_of,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -521,7 +521,9 @@ def test_a_model_without_known_layers_is_refused() -> None:
     assert lit_peft.trainable_parameters(model) == 16
 
 
-@pytest.mark.parametrize(("name", "version"), [("bert", "1.3.0"), ("gpt2", "1.3.0"), ("bert", "1.0.1")])
+@pytest.mark.parametrize(
+    ("name", "version"), [("bert", "1.3.0"), ("gpt2", "1.3.0"), ("bert", "1.0.1"), ("bert", "2.0.0")]
+)
 def test_adapterhub_lora(name: str, version: str, tmp_path: Path) -> None:
     """W + alpha/r · B A by hand; a fused projection has an update of its own for each of q, k and v."""
     torch.manual_seed(0)
@@ -553,6 +555,9 @@ def test_adapterhub_lora(name: str, version: str, tmp_path: Path) -> None:
         close(lit_peft.load_adapter(model, tmp_path).eval()(**inputs).logits, reference(**inputs).logits)
     (tmp_path / "adapter_config.json").write_text(text.replace('"use_gating": false', '"use_gating": true'))
     with pytest.raises(LitPeftError, match="use_gating"):
+        lit_peft.load_adapter(make(name), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text.replace('"r": 4', '"r": 4, "composition_mode": "scale"'))
+    with pytest.raises(LitPeftError, match="sets composition_mode='scale'"):
         lit_peft.load_adapter(make(name), tmp_path)
 
 
@@ -689,3 +694,37 @@ def test_what_adapterhubs_configuration_cannot_say_is_named_and_kept_beside_it(t
         lit_peft.save_adapter(norms, tmp_path / "theirs", format="adapterhub")
     folder = lit_peft.save_adapter(lit_peft.attach(make("llama"), settings), tmp_path / "ours")
     assert json.loads((folder / "adapter_config.json").read_text())["config"] == {"architecture": "lit_peft"}
+
+
+@pytest.mark.parametrize(
+    ("attention", "ffn"),
+    [
+        ("attention_text_task_adapters", "layer_text_task_adapters"),
+        ("attention_text_lang_adapters", "layer_text_lang_adapters"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["bert.", ""])
+def test_adapterhubs_old_names(attention: str, ffn: str, prefix: str, tmp_path: Path) -> None:
+    """Folders from before AdapterHub 3 name adapters by their kind; a headless model's names have no prefix."""
+    model = lit_peft.attach(make("bert"), AdapterHSettings()).eval()
+    scramble(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "a", "adapterhub")
+    stored = load_file(folder / "adapter.safetensors")
+    renamed = {}
+    for name, tensor in stored.items():
+        kind = attention if ".attention.output." in name else ffn
+        renamed[prefix + name.removeprefix("bert.").replace(".adapters.", f".{kind}.")] = tensor
+    assert set(renamed) != set(stored)
+    save_file(renamed, folder / "adapter.safetensors")
+    again = lit_peft.load_adapter(make("bert"), folder).eval()
+    assert torch.equal(again(**batch("bert")).logits, model(**batch("bert")).logits)
+
+
+def test_llm_adapters_sizes_by_layer() -> None:
+    settings = AdapterPSettings(placement="llm_adapters", reduction_factor={"0": 8, "default": 4})
+    model = lit_peft.attach(make("llama"), settings)
+    assert [layer.mlp.down_proj.adapter.down.out_features for layer in model.model.layers] == [4, 8]
+    lit_peft.detach(model)
+    left = AdapterPSettings(placement="llm_adapters", target_modules=["q_proj"], bottleneck_size=4, leave_out=[0])
+    places = [path for path in attachment_of(lit_peft.attach(model, left)).adapted]
+    assert places == ["model.layers.1.self_attn.q_proj.adapter"]

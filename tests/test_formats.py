@@ -448,6 +448,17 @@ def test_adapterhub_loras_of_odd_shapes(end: str, change: Any, tmp_path: Path) -
         lit_peft.load_adapter(make("gpt2"), folder)
 
 
+@pytest.mark.parametrize("path", ["transformer.h.0.ln_1", "transformer.h.0.nowhere", "transformer.h"])
+def test_an_adapterhub_lora_where_there_is_no_matrix(path: str, tmp_path: Path) -> None:
+    model = lit_peft.attach(make("gpt2"), LoRASettings(r=4, target_modules=["c_attn"]))
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub", name="x")
+    stored = load_file(folder / "adapter.safetensors")
+    more = {f"{path}.loras.x.lora_A": torch.ones(4, 32), f"{path}.loras.x.lora_B": torch.ones(32, 4)}
+    save_file({**stored, **more}, folder / "adapter.safetensors")
+    with pytest.raises(LitPeftError, match=f"does not fit this model: '{path}.loras.x.lora_A' has no place"):
+        lit_peft.load_adapter(make("gpt2"), folder)
+
+
 def test_adapterhub_loras_of_fewer_matrices_than_are_said(tmp_path: Path) -> None:
     model = lit_peft.attach(make("gpt2"), LoRASettings(r=4, target_modules=["c_attn"]))
     folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")

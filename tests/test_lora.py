@@ -265,6 +265,8 @@ def test_adapters_are_fp32_beside_half_and_fp64_beside_fp64() -> None:
         ({"exclude_modules": ["layers.0"]}, "exclude_modules names 'layers.0'"),
         ({"exclude_modules": "v_proj"}, r"exclude_modules='v_proj'.*\['v_proj'\]"),
         ({"target_modules": "q_proj"}, r"target_modules='q_proj'.*\['q_proj'\]"),
+        ({"target_modules": r".*q_prj"}, r"target_modules='\.\*q_prj' .*matches no .* closest are 'q_proj'"),
+        ({"target_modules": ["q_prj"]}, "target_modules names 'q_prj', .*'q_proj'"),
         ({"layers_to_transform": [0, 3, -1]}, r"layers_to_transform names 3, -1, .*0 to 2"),
         ({"layers_to_transform": 3}, r"layers_to_transform names 3, .*0 to 2"),
         (
@@ -388,3 +390,27 @@ def test_which_biases_are_trained(bias: Any) -> None:
 def test_the_least_rank_of_a_pattern_is_one() -> None:
     model = lit_peft.attach(tiny(), LoRASettings(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 1}))
     assert len(model.model.layers[0].self_attn.v_proj.lora_A) == 1
+
+
+def test_a_list_of_layers_is_found_by_its_name() -> None:
+    """A block of T5 has layers of its own, by number: 1 is the encoder's feed-forward and the decoder's cross one."""
+    settings = {"target_modules": ["wi"], "layers_to_transform": 1}
+    for pattern, wanted in (
+        (None, ["encoder.block.1.layer.1", "decoder.block.1.layer.2"]),
+        ("block", ["encoder.block.1.layer.1", "decoder.block.1.layer.2"]),
+        (["layer"], ["encoder.block.0.layer.1", "encoder.block.1.layer.1"]),
+    ):
+        model = lit_peft.attach(make("t5"), LoRASettings(layers_pattern=pattern, **settings))
+        assert [path.removesuffix(".DenseReluDense.wi") for path in attachment_of(model).adapted] == wanted
+
+
+def test_a_module_trained_in_full_is_not_adapted_as_well() -> None:
+    model = lit_peft.attach(make("llama"), LoRASettings(target_modules="all-linear", modules_to_save=["mlp"]))
+    assert {path.split(".")[3] for path in attachment_of(model).adapted} == {"self_attn"}
+    assert {path.split(".")[3] for path in attachment_of(model).trained} == {"mlp"}
+
+
+def test_b_learns_faster_by_loraplus() -> None:
+    settings = LoRASettings(loraplus_lr_ratio=4)
+    factors = [settings.learning_rate_factor(f"a.{name}") for name in ("lora_A", "lora_B", "lora_B.bias")]
+    assert factors == [1, 4, 1] and lit_peft.AdapterPSettings().learning_rate_factor("lora_B") == 1

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lit_peft
-from lit_peft import CausalLMData, LitPeftError, TextClassificationData
+from lit_peft import CausalLMData, LitPeftError, LoRASettings, TextClassificationData
+from lit_peft.methods.adapter_dtype import set_adapter_dtype
 
 METHODS = ("LoRA", "AdapterH", "AdapterP", "Parallel", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning")
 OPTIONS: dict[str, Any] = {**QUIET, "enable_checkpointing": False, "limit_val_batches": 0}
@@ -138,3 +139,20 @@ def test_a_trained_head_bias_and_norm_keep_master_weights(encoder: Path, reviews
 def test_an_unknown_type_is_said(decoder: Path) -> None:
     with pytest.raises(LitPeftError, match="adapter_dtype='fp32'"):
         lit_peft.LoRA(base=str(decoder), adapter_dtype="fp32")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_forward_that_fails_leaves_the_master_weights_in_place(bias: bool) -> None:
+    class Head(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[0] > 2:
+                raise RuntimeError("too many")
+            return super().forward(x)
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), Head(4, 2, bias=bias)).bfloat16()
+    lit_peft.attach(model, LoRASettings(target_modules=["0"], modules_to_save=["1"]))
+    set_adapter_dtype(model, torch.float32)
+    with pytest.raises(RuntimeError, match="too many"):
+        model(torch.ones(3, 4, dtype=torch.bfloat16))
+    assert model[1].weight.dtype == torch.float32 and not set(vars(model[1])) & {"weight", "bias"}
+    assert model(torch.ones(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -329,9 +329,10 @@ def test_half_precision_bases_keep_full_precision_prefixes() -> None:
     assert model(**inputs_of("llama")).logits.dtype == torch.bfloat16
 
 
-def test_positions_beyond_the_table_are_refused() -> None:
-    model = lit_peft.attach(make("opt"), PTuningV2Settings(num_virtual_tokens=4))
-    inputs = inputs_of("opt")
+@pytest.mark.parametrize("name", ["opt", "gpt2", "bert"])
+def test_positions_beyond_the_table_are_refused(name: str) -> None:
+    model = lit_peft.attach(make(name), PTuningV2Settings(num_virtual_tokens=4))
+    inputs = inputs_of(name)
     ids = torch.arange(7).expand(2, -1)
     model(**inputs, position_ids=ids + 53)
     with pytest.raises(LitPeftError, match=r"61 tokens behind a prefix of 4 .* 64 positions"):
@@ -535,3 +536,19 @@ def test_the_last_position_may_be_used(name: str) -> None:
     lit_peft.attach(lit_peft.detach(model), PTuningV2Settings(num_virtual_tokens=58))
     with pytest.raises(LitPeftError, match=r"7 tokens behind a prefix of 58 are more than the 64 positions"):
         model(**inputs_of(name))
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "bert", "llama"])
+def test_positions_that_are_given_are_moved_behind_the_prefix(name: str) -> None:
+    model, inputs = lit_peft.attach(make(name), PTuningV2Settings(num_virtual_tokens=4)).eval(), inputs_of(name)
+    ids = torch.arange(7).expand(2, -1)
+    close(model(**inputs, position_ids=ids).logits, model(**inputs).logits)
+    assert not torch.allclose(model(**inputs, position_ids=ids * 2).logits, model(**inputs).logits, atol=1e-4)
+
+
+def test_what_is_set_reaches_the_prefix() -> None:
+    settings = PrefixTuningSettings(num_virtual_tokens=3, dropout=0.3, non_linearity="relu", init_std=0.0)
+    model = lit_peft.attach(make("bert"), settings)
+    (prefix,) = (module for module in model.modules() if isinstance(module, Prefix))
+    assert (prefix.dropout, prefix.non_linearity, prefix.down.out_features) == (0.3, "relu", 32)
+    assert not prefix.embedding.any()

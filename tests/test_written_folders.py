@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import GOLDEN, make
+import torch
+from models import GOLDEN, batch, make, scramble
 from safetensors import safe_open
 
 import lit_peft
-from lit_peft import LoRASettings, PromptTuningSettings
+from lit_peft import AdapterPSettings, LoRASettings, PromptTuningSettings, PTuningV2Settings
 from lit_peft.formats.untrusted import is_quick
+from lit_peft.methods.attachment import attachment_of
 
 REFERENCES = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no reference cases: set LIT_PEFT_GOLDEN to their folder")
 # What stands otherwise in a peft folder of ours: networks that made a prompt or prefix are folded away, modules have
@@ -50,7 +52,9 @@ def config(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("case", cases("peft"))
 def test_pefts_configurations(case: Path, tmp_path: Path) -> None:
     theirs = config(case / "adapter")
-    ours = config(lit_peft.save_adapter(loaded(case), tmp_path / "ours", format="peft"))
+    model = loaded(case)
+    assert attachment_of(model).settings.method == json.loads((case / "case.json").read_text())["method"]
+    ours = config(lit_peft.save_adapter(model, tmp_path / "ours", format="peft"))
     assert set(ours) - set(theirs) <= {"lit_peft"}
     for name in set(ours) & set(theirs) - OTHERWISE:
         assert ours[name] == theirs[name], name
@@ -60,7 +64,9 @@ def test_pefts_configurations(case: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", cases("adapters"))
 def test_adapterhubs_configurations(case: Path, tmp_path: Path) -> None:
     theirs = config(case / "adapter")
-    folder = lit_peft.save_adapter(loaded(case), tmp_path / "ours", format="adapterhub", name="ref")
+    model = loaded(case)
+    assert attachment_of(model).settings.method == json.loads((case / "case.json").read_text())["method"]
+    folder = lit_peft.save_adapter(model, tmp_path / "ours", format="adapterhub", name="ref")
     ours = config(folder)
     for part, whole in ((ours["config"], theirs["config"]), (ours, theirs)):
         for name in set(part) - {"config", "lit_peft", "model_name"}:
@@ -115,3 +121,30 @@ def test_a_card_leaves_out_what_is_not_set(tmp_path: Path) -> None:
 )
 def test_how_long_an_expression_may_take(pattern: str, quick: bool) -> None:
     assert is_quick(pattern, "here") is quick
+
+
+def test_a_head_beside_an_adapterhub_folder(tmp_path: Path) -> None:
+    model = lit_peft.attach(make("bert"), AdapterPSettings(modules_to_save=["classifier"]))
+    folder = lit_peft.save_adapter(model, tmp_path / "ours", format="adapterhub", name="x")
+    with safe_open(folder / "model_head.safetensors", "pt") as stored:
+        assert stored.metadata() == {"format": "pt"} and set(stored.keys()) == {"classifier.weight", "classifier.bias"}
+    head = json.loads((folder / "head_config.json").read_text())
+    assert head["config"] is head["name"] is None and head["model_class"] == "BertForSequenceClassification"
+    again = lit_peft.load_adapter(make("bert"), folder)
+    assert set(attachment_of(again).saved) == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_tied_head_beside_an_adapterhub_folder(tmp_path: Path) -> None:
+    model = lit_peft.attach(make("gpt2"), AdapterPSettings(modules_to_save=["lm_head"]))
+    scramble(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "ours", format="adapterhub")
+    again = lit_peft.load_adapter(make("gpt2"), folder)
+    assert torch.equal(again.eval()(**batch("gpt2")).logits, model.eval()(**batch("gpt2")).logits)
+
+
+def test_a_prefixs_modules_and_parameters(tmp_path: Path) -> None:
+    for number, saved in enumerate((["classifier"], ["classifier.weight"], ["bert.pooler", "classifier.bias"])):
+        model = lit_peft.attach(make("bert"), PTuningV2Settings(modules_to_save=saved))
+        folder = lit_peft.save_adapter(model, tmp_path / str(number), format="peft")
+        settings = attachment_of(lit_peft.load_adapter(make("bert"), folder)).settings
+        assert settings.modules_to_save == saved and isinstance(settings, PTuningV2Settings)

@@ -82,7 +82,7 @@ class Attachment:
         """Put `module` at `path`; `restore` gives the module to put back."""
         parent, _, name = path.rpartition(".")
         owner = self.model.get_submodule(parent)
-        module.train(getattr(owner, "training", True))
+        module.train(owner.training)
         setattr(owner, name, module)
         self.adapted[path], self.owners[path] = module, owner
         # Straight into the dict from here on: what `setattr` checks holds, and takes most of a switch's time.
