@@ -728,3 +728,15 @@ def test_llm_adapters_sizes_by_layer() -> None:
     left = AdapterPSettings(placement="llm_adapters", target_modules=["q_proj"], bottleneck_size=4, leave_out=[0])
     places = [path for path in attachment_of(lit_peft.attach(model, left)).adapted]
     assert places == ["model.layers.1.self_attn.q_proj.adapter"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 7, 32])
+def test_adapterhub_finds_the_same_size_in_a_factor(size: int, tmp_path: Path) -> None:
+    model = lit_peft.attach(make("bert"), AdapterPSettings(bottleneck_size=size)).eval()
+    folder = lit_peft.save_adapter(model, tmp_path / "a", "adapterhub")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    # AdapterHub cuts the width over the factor down to a whole number.
+    assert int(32 // config["config"]["reduction_factor"]) == size
+    (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "lit_peft"}))
+    again = lit_peft.load_adapter(make("bert"), folder).eval()
+    assert torch.equal(again(**batch("bert")).logits, model(**batch("bert")).logits)

@@ -380,7 +380,7 @@ def test_files_are_as_the_umask_says_and_little_more_than_their_tensors(tmp_path
             {"leave_out": [0], "attn_matrices": ["k"]},
         ),
         ("bert", {"target_modules": ["query", "output.dense"], "exclude_modules": r".*attention\.output.*"}, {}),
-        ("llama", {"target_modules": ["up_proj"]}, {"output_lora": True, "intermediate_lora": False}),
+        ("llama", {"target_modules": ["up_proj"]}, {"output_lora": True, "selfattn_lora": False}),
         ("llama", {"target_modules": ["down_proj"], "lora_dropout": 0.1}, {"intermediate_lora": True, "dropout": 0.1}),
         ("gpt2", {"target_modules": ["c_attn", "c_fc"]}, {"attn_matrices": ["q", "k", "v"], "intermediate_lora": True}),
         ("llama", {"target_modules": QV, "lora_alpha": 0}, {"r": 4}),
@@ -487,7 +487,7 @@ def test_what_an_adapterhub_lora_leaves_out_is_its_usual(tmp_path: Path) -> None
     close(logits(lit_peft.load_adapter(make("llama"), folder), "llama"), logits(model, "llama"))
 
 
-@pytest.mark.parametrize("letters", ["q", "v", "qk"])
+@pytest.mark.parametrize("letters", ["q", "v", "qk", "qv"])
 def test_adapterhub_loras_of_some_of_a_fused_projection(letters: str, tmp_path: Path) -> None:
     model = lit_peft.attach(make("gpt2"), LoRASettings(r=4, target_modules=["c_attn"]))
     scramble(model)
@@ -500,6 +500,9 @@ def test_adapterhub_loras_of_some_of_a_fused_projection(letters: str, tmp_path: 
     save_file(stored, folder / "adapter.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text())
     config["config"]["attn_matrices"] = list(letters)
+    if letters == "qv":
+        # AdapterHub's usual ones, which it need not say.
+        del config["config"]["attn_matrices"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with torch.no_grad():
         for module in model.modules():
@@ -507,3 +510,25 @@ def test_adapterhub_loras_of_some_of_a_fused_projection(letters: str, tmp_path: 
                 for number, part in enumerate(module.lora_B.chunk(3)):
                     part.mul_(number in numbers)
     close(logits(lit_peft.load_adapter(make("gpt2"), folder), "gpt2"), logits(model, "gpt2"))
+
+
+def test_an_adapterhub_lora_whose_rank_is_no_number(tmp_path: Path) -> None:
+    model = lit_peft.attach(make("llama"), LoRASettings(r=4))
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["config"]["r"] = "4"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(LitPeftError, match=r"adapter/adapter_config.json: r='4' is not of its kind"):
+        lit_peft.load_adapter(make("llama"), folder)
+
+
+def test_which_way_a_base_is_another(tmp_path: Path) -> None:
+    folder = lit_peft.save_adapter(lit_peft.attach(make("llama"), LoRASettings(r=2)), tmp_path / "adapter")
+    other = make("llama")
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1.1)
+    with pytest.raises(LitPeftError, match=r"'LlamaForCausalLM', and this model is .*: its weights have other values"):
+        lit_peft.load_adapter(other, folder)
+    other.resize_token_embeddings(70)
+    with pytest.raises(LitPeftError, match="its weights have other shapes"):
+        lit_peft.load_adapter(other, folder)

@@ -20,7 +20,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import lit_peft
 from lit_peft import LitPeftError, LoRASettings
-from lit_peft.methods.attachment import attachment_of
+from lit_peft.methods.attachment import attached_model, attachment_of
 from lit_peft.nn.lora import LoRAEmbedding, LoRALinear
 from lit_peft.nn.quantized import QuantizedLinear
 
@@ -414,3 +414,11 @@ def test_b_learns_faster_by_loraplus() -> None:
     settings = LoRASettings(loraplus_lr_ratio=4)
     factors = [settings.learning_rate_factor(f"a.{name}") for name in ("lora_A", "lora_B", "lora_B.bias")]
     assert factors == [1, 4, 1] and lit_peft.AdapterPSettings().learning_rate_factor("lora_B") == 1
+
+
+def test_a_tied_parameter_is_trained_by_either_name() -> None:
+    for name in ("lm_head.weight", "transformer.wte.weight"):
+        model = lit_peft.attach(make("gpt2"), LoRASettings(modules_to_save=[name]))
+        assert attachment_of(model).trained == [name]
+        assert attached_model(nn.Sequential(nn.Linear(2, 2), model)) is model
+    assert attached_model(nn.Linear(2, 2)) is None

@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 import lit_peft
 import lit_peft.formats.adapterhub_prefix as adapterhub_prefix
 from lit_peft import LitPeftError, PrefixTuningSettings, PTuningV2Settings
+from lit_peft.methods.attachment import attachment_of
 from lit_peft.nn.prefix import Prefix
 
 CASES = sorted(
@@ -323,10 +324,11 @@ def test_t5s_bias_where_adapterhub_moves_the_keys_alone(past: int) -> None:
     assert not torch.equal(expected[..., 3:], bias)
 
 
-def test_half_precision_bases_keep_full_precision_prefixes() -> None:
-    model = lit_peft.attach(make("llama").to(torch.bfloat16), PrefixTuningSettings(num_virtual_tokens=4))
+@pytest.mark.parametrize("name", ["llama", "bloom", "falcon serial", "t5", "deberta-v2"])
+def test_half_precision_bases_keep_full_precision_prefixes(name: str) -> None:
+    model = lit_peft.attach(make(name).to(torch.bfloat16), PrefixTuningSettings(num_virtual_tokens=4))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert model(**inputs_of("llama")).logits.dtype == torch.bfloat16
+    assert model(**inputs_of(name)).logits.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "bert"])
@@ -552,3 +554,45 @@ def test_what_is_set_reaches_the_prefix() -> None:
     (prefix,) = (module for module in model.modules() if isinstance(module, Prefix))
     assert (prefix.dropout, prefix.non_linearity, prefix.down.out_features) == (0.3, "relu", 32)
     assert not prefix.embedding.any()
+    lit_peft.attach(lit_peft.detach(model), PrefixTuningSettings(prefix_projection_size=24))
+    (prefix,) = (module for module in model.modules() if isinstance(module, Prefix))
+    assert prefix.down.out_features == 24
+
+
+@pytest.mark.parametrize(
+    "settings", [{"share_att_key": True}, {"pos_att_type": []}, {"relative_attention": False}], ids=str
+)
+def test_debertas_of_every_kind(settings: dict[str, Any]) -> None:
+    """Keys and positions by one projection; no positions: the prefix is in front of the keys alone."""
+    config = make("deberta-v2").config
+    for key, value in settings.items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    inputs = inputs_of("deberta-v2")
+    base = model(**inputs).logits
+    lit_peft.attach(model, PTuningV2Settings(num_virtual_tokens=3))
+    # Values of zero under keys that no query likes.
+    (prefix,) = (module for module in model.modules() if isinstance(module, Prefix))
+    with torch.no_grad():
+        prefix.embedding.zero_()
+    assert not torch.allclose(model(**inputs).logits, base, atol=1e-5)
+    assert torch.equal(lit_peft.detach(model)(**inputs).logits, base)
+
+
+def test_t5_has_no_positions_at_its_cross_attention() -> None:
+    model = lit_peft.attach(make("t5"), PTuningV2Settings(num_virtual_tokens=3))
+    attention = model.decoder.block[0].layer[1].EncDecAttention
+    query, key = torch.zeros(1, 4, 5, 8), torch.zeros(1, 4, 7, 8)
+    assert torch.equal(attention.config.bias(torch.zeros(1, 4, 5, 7), query, key), torch.zeros(1, 4, 5, 10))
+
+
+def test_an_encoder_decoder_of_single_layers() -> None:
+    config = make("t5").config
+    config.num_layers = config.num_decoder_layers = 1
+    model = transformers.T5ForConditionalGeneration(config)
+    lit_peft.attach(model, PTuningV2Settings(num_virtual_tokens=3))
+    assert {path.rpartition(".")[2] for path in attachment_of(model).adapted} == {
+        *("encoder_prefix", "self_prefix", "cross_prefix")
+    }
+    model(**inputs_of("t5"))

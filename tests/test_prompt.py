@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 import lit_peft
 from lit_peft import LitPeftError, PromptTuningSettings, PTuningSettings
 from lit_peft.architectures import learned_positions
+from lit_peft.calls import cache_of
 from lit_peft.nn.prompt import PromptEncoder
 
 METHODS = ("prompt_tuning", "p_tuning")
@@ -493,3 +494,23 @@ def test_positions_as_peft_has_them_are_its_own() -> None:
     inputs = batch("gpt2")
     given = torch.arange(7).flip(0).expand(2, -1)
     assert torch.equal(model(**inputs, position_ids=given).logits, model(**inputs).logits)
+
+
+def test_the_loss_behind_a_cache_is_of_the_tokens_given() -> None:
+    model, inputs = lit_peft.attach(make("gpt2"), PromptTuningSettings(num_virtual_tokens=3)).eval(), batch("gpt2")
+    ids = inputs["input_ids"]
+    cache = cache_of(model(input_ids=ids[:, :3], use_cache=True))
+    output = model(input_ids=ids[:, 3:], cache=cache, labels=ids[:, 3:])
+    assert output.logits.shape[1] == 4
+    close(output.loss, F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 4:].flatten()))
+    close(output.logits, model(input_ids=ids).logits[:, 3:])
+
+
+def test_labels_that_are_shifted_already() -> None:
+    model, ids = (
+        lit_peft.attach(make("llama"), PromptTuningSettings(num_virtual_tokens=3)).eval(),
+        batch("llama")["input_ids"],
+    )
+    output = model(input_ids=ids, labels=ids, shift_labels=ids)
+    assert output.logits.shape[1] == 7
+    close(output.loss, F.cross_entropy(output.logits.flatten(0, 1), ids.flatten()))
