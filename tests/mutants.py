@@ -1,6 +1,7 @@
 """Run the mutants that `mutmut run` has generated, several times faster: by forking after everything is imported.
 
     mutmut run                       # until its first mutant: it generates them, and notes which test calls what
+    python -m pytest FILES --cov --cov-context=test      # which test runs which line: fewer tests for each mutant
     python tests/mutants.py          # all that have no result yet, in an order drawn at random
     python tests/mutants.py REGEX    # those whose name matches
     python tests/mutants.py REGEX 60 # and survivors once more, with all tests that are new since, for 60 seconds each
@@ -148,13 +149,13 @@ class Lines:
 
     def __init__(self, root: Path) -> None:
         self.root, self.read = root, cache(self._read)
-        file = root.parent / ".coverage"
-        self.noted = CoverageData(str(file)) if file.exists() else None
-        if self.noted is not None:
-            self.noted.read()
+        self.noted: CoverageData | None = CoverageData(str(root.parent / ".coverage"))
+        self.noted.read()
+        if not self.noted.measured_contexts() - {""}:
+            self.noted = None
 
     def tests(self, meta: Path, name: str) -> set[str] | None:
-        """The tests' names; None where nothing was noted."""
+        """The tests' names; None where no run noted them."""
         if self.noted is None:
             return None
         file = meta.relative_to(self.root).with_suffix("")

@@ -349,7 +349,7 @@ class _Disentangled:
     """DeBERTa's attention: the prefix comes out of the key and value projections, and has no relative position."""
 
     def __init__(self, place: _Place, module: Any, attachment: Attachment) -> None:
-        self.place, self.heads = place, module.num_attention_heads
+        self.place = place
         self.bias, self.active = module.disentangled_attention_bias, True
         attachment.set(module, "disentangled_attention_bias", self.relative)
         attachment.hook(module.register_forward_pre_hook(self.masked, with_kwargs=True))
@@ -370,8 +370,7 @@ class _Disentangled:
         return self._extended(output, 1)
 
     def _extended(self, output: Tensor, part: int) -> Tensor:
-        heads = output.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        prefix = self.place.prefix.layer(self.place.number, heads)[part]
+        prefix = self.place.prefix.layer(self.place.number, output)[part]
         return torch.cat([prefix.transpose(1, 2).flatten(2), output], dim=1)
 
     def relative(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -107,7 +107,7 @@ class Prefix(nn.Module):
 
         Args:
             number: the layer.
-            like: the layer's own keys, (batch, heads, keys, head_dim).
+            like: a tensor of the same batch, (batch, …), in the type that is wanted.
 
         Returns:
             Keys and values, (batch, heads, v, head_dim), in `like`'s type.
