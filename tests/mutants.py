@@ -66,7 +66,7 @@ class Mutants:
 
         assert str(lit_peft.__file__).startswith(str(self.root)), "not the mutants' lit_peft"
         items = {item.nodeid: item for item in session.items if self.seconds.get(item.nodeid, 0) < SLOW}
-        new = [name for name in items if name not in self.seconds] if self.again else []
+        new = [name for name in items if name not in self.seconds] if self.again and self.lines.noted is None else []
         self.import_all(list(items.values()))
         counts: dict[int, int] = {}
         for number, (file, name) in enumerate(self.todo, 1):

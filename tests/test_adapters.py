@@ -21,6 +21,7 @@ from lit_peft import (
     PrefixTuningSettings,
     PromptTuningSettings,
 )
+from lit_peft.methods.rows import can_share
 
 QV = ["q_proj", "v_proj"]
 
@@ -199,7 +200,25 @@ def test_what_cannot_share_a_batch_is_named() -> None:
     for name in ("prefix", "prompt"):
         with pytest.raises(LitPeftError, match=f"'{name}'"), lit_peft.row_adapters(model, ["a0", name]):
             pass
-        assert lit_peft.active_adapter(model) == "prompt"
+        assert lit_peft.active_adapter(model) == "prompt" and not can_share(model, name) and can_share(model, "a0")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "shares"),
+    [
+        ("bert", {"original_ln_after": False}, False),
+        ("bert", {}, True),
+        ("opt post-LN", {"original_ln_after": False}, False),
+        # Where no norm follows, none is passed over.
+        ("gpt2", {"original_ln_after": False}, True),
+        ("bert", {"original_ln_before": True, "modules_to_save": ["classifier"]}, False),
+        ("bert", {"original_ln_before": False, "modules_to_save": ["classifier"]}, True),
+    ],
+    ids=str,
+)
+def test_which_bottlenecks_share_a_batch(name: str, settings: dict[str, Any], shares: bool) -> None:
+    model = lit_peft.add_adapter(make(name), "a", AdapterPSettings(bottleneck_size=4, **settings))
+    assert can_share(model, "a") is shares
 
 
 def test_a_hot_swap_compiles_nothing_again() -> None:

@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 import lit_peft
 import lit_peft.formats.adapterhub_prefix as adapterhub_prefix
 from lit_peft import LitPeftError, PrefixTuningSettings, PTuningV2Settings
+from lit_peft.calls import cache_of
 from lit_peft.methods.attachment import attachment_of
 from lit_peft.nn.prefix import Prefix
 
@@ -596,3 +597,23 @@ def test_an_encoder_decoder_of_single_layers() -> None:
         *("encoder_prefix", "self_prefix", "cross_prefix")
     }
     model(**inputs_of("t5"))
+
+
+@pytest.mark.parametrize("positions", ["mask", "peft", "adapterhub"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "falcon serial", "t5", "bart"])
+def test_a_token_at_a_time_is_the_whole(name: str, positions: Any) -> None:
+    """Prefixes as wide as keys, so that a position that is off by one shows."""
+    settings = PTuningV2Settings(num_virtual_tokens=3, positions=positions, init_std=1.0)
+    model, inputs = lit_peft.attach(make(name), settings).eval(), inputs_of(name)
+    key = "decoder_input_ids" if name in SEQ2SEQS else "input_ids"
+    ids = inputs.pop(key)
+    inputs.pop("attention_mask")
+    if name in SEQ2SEQS:
+        inputs["encoder_outputs"] = model.get_encoder()(inputs.pop("input_ids"))
+    with torch.no_grad():
+        whole, cache, parts = model(**{key: ids}, **inputs).logits, None, []
+        for at in range(ids.shape[1]):
+            output = model(**{key: ids[:, at : at + 1]}, **inputs, cache=cache, use_cache=True)
+            cache = cache_of(output)
+            parts.append(output.logits)
+    close(torch.cat(parts, 1), whole)

@@ -514,3 +514,30 @@ def test_labels_that_are_shifted_already() -> None:
     output = model(input_ids=ids, labels=ids, shift_labels=ids)
     assert output.logits.shape[1] == 7
     close(output.loss, F.cross_entropy(output.logits.flatten(0, 1), ids.flatten()))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoders_virtual_tokens_stand_before_padding_as_in_peft(name: str) -> None:
+    settings = PromptTuningSettings(num_virtual_tokens=3, positions="sequence")
+    model, inputs = lit_peft.attach(make(name), settings).eval(), padded(batch(name), "left")
+    base, count = make(name), len(inputs["input_ids"])
+    embeds = base.get_input_embeddings()(inputs.pop("input_ids"))
+    with torch.no_grad():
+        output = model(inputs_embeds=embeds, **inputs)
+        embeds = torch.cat([model.prompt_encoder().expand(count, -1, -1), embeds], 1)
+        inputs["attention_mask"] = F.pad(inputs["attention_mask"], (3, 0), value=1)
+        close(output.logits, base(inputs_embeds=embeds, **inputs).logits)
+
+
+def test_a_tokenizers_own_code_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def load(where: str, **kwargs: Any) -> None:
+        given.update(kwargs)
+        raise OSError("enough")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
+    with pytest.raises(LitPeftError, match="enough"):
+        settings = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a", "tokenizer_name_or_path": "x"}
+        lit_peft.attach(make("llama"), PromptTuningSettings(**settings))
+    assert given["trust_remote_code"] is False
