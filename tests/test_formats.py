@@ -17,7 +17,8 @@ from models import GOLDEN, batch, close, make, scramble
 from safetensors.torch import load_file, save_file
 
 import lit_peft
-from lit_peft import LitPeftError, LoRA, LoRASettings
+from lit_peft import AdapterHSettings, LitPeftError, LoRA, LoRASettings
+from lit_peft.methods.attachment import attachment_of
 from lit_peft.nn.lora import LoRALinear
 
 QV = ["q_proj", "v_proj"]
@@ -67,8 +68,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"r": 10**9}, "1000000000"),
     ({"r": "8"}, "r='8'"),
     ({"target_modules": 5}, "target_modules=5"),
-    ({"target_modules": r"([\w.]+)+!"}, "forever"),
-    ({"rank_pattern": {r"([\w.]+)+!": 4}}, "forever"),
+    ({"target_modules": r"([\w.]+)+!"}, "has the regular expression '.*forever"),
+    ({"rank_pattern": {r"([\w.]+)+!": 4, r"([\w.]+)+\?": 4}}, "has 2 regular expressions as '.*forever"),
     ({"rank_pattern": {rf"(a+)+{number}": 4 for number in range(3000)}, "r": 10**9}, "r=1000000000"),
     ({"rank_pattern": {f"q{number}": 4 for number in range(20_000)}}, "20,000 patterns"),
     ({"exclude_modules": "q" * 10_000_000}, "10,000,000 letters"),
@@ -529,6 +530,53 @@ def test_which_way_a_base_is_another(tmp_path: Path) -> None:
         other.model.embed_tokens.weight.mul_(1.1)
     with pytest.raises(LitPeftError, match=r"'LlamaForCausalLM', and this model is .*: its weights have other values"):
         lit_peft.load_adapter(other, folder)
+    file = folder / "lit_peft.json"
+    recorded = json.loads(file.read_text())
+    file.write_text(json.dumps({**recorded, "base": {**recorded["base"], "revision": "abc"}}))
+    with pytest.raises(LitPeftError, match=r"was trained on 'LlamaForCausalLM' \(revision abc\), and this model is"):
+        lit_peft.load_adapter(other, folder)
     other.resize_token_embeddings(70)
     with pytest.raises(LitPeftError, match="its weights have other shapes"):
         lit_peft.load_adapter(other, folder)
+
+
+def test_an_adapterhub_lora_in_full(tmp_path: Path) -> None:
+    """Its configuration to the last key; a model without the head reads it, and names without the prefix are read."""
+    model = lit_peft.attach(make("llama"), LoRASettings(r=4, target_modules=QV, lora_dropout=0.1))
+    scramble(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub", name="mine")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["config"] == {
+        **{"alpha": 16, "architecture": "lora", "attn_matrices": ["q", "v"], "composition_mode": "add", "dropout": 0.1},
+        **{"init_weights": "lora", "intermediate_lora": False, "leave_out": [], "output_lora": False, "r": 4},
+        **{"selfattn_lora": True, "use_gating": False},
+    }
+    read = lit_peft.load_adapter(make("llama"), folder)
+    assert attachment_of(read).settings.lora_dropout == 0.1
+    headless = lit_peft.load_adapter(make("llama").model, folder, check_base=False).eval()
+    ids = batch("llama")["input_ids"]
+    assert torch.equal(headless(ids).last_hidden_state, read.eval().model(ids).last_hidden_state)
+    stored = load_file(folder / "adapter.safetensors")
+    plain = {name.removeprefix("model.").replace(".mine.", ".."): value for name, value in stored.items()}
+    save_file(plain, folder / "adapter.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "name": None}))
+    close(logits(lit_peft.load_adapter(make("llama"), folder), "llama"), logits(read, "llama"))
+
+
+@pytest.mark.parametrize(
+    ("own", "method"),
+    [
+        ("text", None),
+        ({"reduction_factor": 2}, None),
+        ({"method": "adapter_q"}, "adapter_q"),
+        ({"method": ["adapter_h"]}, "adapter_h"),
+        ({"method": "adapter_h", "colour": 3}, "adapter_h"),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_a_later_version_is_refused(own: Any, method: str | None, tmp_path: Path) -> None:
+    folder = lit_peft.save_adapter(lit_peft.attach(make("bert"), AdapterHSettings()), tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lit_peft": own}))
+    with pytest.raises(LitPeftError, match=f"adapter_config.json has the method .*{method}.* update lit_peft"):
+        lit_peft.load_adapter(make("bert"), folder)

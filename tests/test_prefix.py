@@ -617,3 +617,62 @@ def test_a_token_at_a_time_is_the_whole(name: str, positions: Any) -> None:
             cache = cache_of(output)
             parts.append(output.logits)
     close(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("llama", {"per_query_head": True}, "per_query_head=True"),
+        ("llama", {"leave_out": [1]}, r"leave_out=\[1\]"),
+        ("t5", {}, r"a prefix at the encoder or at cross-attention \(encoder_prefix, cross_prefix\)"),
+        ("bart", {"encoder_prefix": False}, "a prefix at the encoder or at cross-attention"),
+        ("t5", {"encoder_prefix": False, "cross_prefix": False}, ".* encoder-decoder with an even number of layers"),
+    ],
+    ids=str,
+)
+def test_what_pefts_format_has_no_place_for(name: str, settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    model = lit_peft.attach(make(name), PTuningV2Settings(num_virtual_tokens=3, **settings))
+    with pytest.raises(LitPeftError, match=f"peft's format cannot hold {said}"):
+        lit_peft.save_adapter(model, tmp_path / "adapter", format="peft")
+    assert not (tmp_path / "adapter").exists()
+    lit_peft.save_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_virtual_tokens": "3"}, "num_virtual_tokens='3', .* the folder is not whole"),
+        ({"num_virtual_tokens": 4}, r"num_virtual_tokens=4, .* \(3, 128\): the folder is not whole"),
+        ({"modules_to_save": 5}, "adapter_config.json: modules_to_save=5 is not of its kind"),
+    ],
+    ids=str,
+)
+def test_a_peft_prefix_of_odd_settings(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    model = lit_peft.attach(make("bert"), PTuningV2Settings(num_virtual_tokens=3))
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="peft")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(LitPeftError, match=said):
+        lit_peft.load_adapter(make("bert"), folder)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(LitPeftError, match="the stored prompt_embeddings has the shape None"):
+        lit_peft.load_adapter(make("bert"), folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prefix_length": "3"}, "prefix_length='3' and bottleneck_size=512"),
+        ({"bottleneck_size": None, "flat": False}, "prefix_length=3 and bottleneck_size=None"),
+        ({"use_gating": True, "wings": 2}, "sets use_gating, wings, which"),
+    ],
+    ids=str,
+)
+def test_an_adapterhub_prefix_of_odd_settings(changes: dict[str, Any], said: str) -> None:
+    config = {"prefix_length": 3, "bottleneck_size": 512, "flat": True, "non_linearity": "relu", "use_gating": False}
+    settings = adapterhub_prefix.settings(config, Path("folder"))
+    assert isinstance(settings, PTuningV2Settings) and settings.non_linearity == "tanh"
+    assert adapterhub_prefix.settings({**config, "flat": False}, Path("folder")).non_linearity == "relu"
+    with pytest.raises(LitPeftError, match=f"folder/adapter_config.json (has|sets)? ?{said}"):
+        adapterhub_prefix.settings({**config, **changes}, Path("folder"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,9 @@ def test_a_card_leaves_out_what_is_not_set(tmp_path: Path) -> None:
         ("(a*b){16}", True),
         ("((a|b)*c)*", False),
         ("(ab{3,4})*", True),
+        ("(?!a*b*c*)d*e*f*g*", False),
+        ("(?<=a)b*|c*", True),
+        *([("(?>a*b*c*)d*e*f*g*", False), ("a*+b*+c*+d*+e*+f*+g*+", False)] if sys.version_info >= (3, 11) else []),
     ],
 )
 def test_how_long_an_expression_may_take(pattern: str, quick: bool) -> None:
