@@ -302,3 +302,32 @@ def test_an_adapter_on_a_tied_weight_is_not_merged_in_place() -> None:
         lit_peft.merge_adapter(model)
     apart = lit_peft.attach(make("gpt2"), LoRASettings(target_modules=["c_attn"]))
     lit_peft.merge_adapter(apart)
+
+
+def test_an_attached_method_is_an_adapter_of_its_own() -> None:
+    model = make("llama")
+    with pytest.raises(LitPeftError, match="no adapter 'x' on this model: there are none"):
+        lit_peft.set_adapter(model, "x")
+    lit_peft.attach(model, LoRASettings(r=2, target_modules=QV))
+    assert lit_peft.active_adapter(model) == "default"
+    lit_peft.add_adapter(model, "more", LoRASettings(r=2, target_modules=QV))
+    assert lit_peft.adapter_names(model) == ["default", "more"]
+    lit_peft.set_adapter(model, "default")
+    lit_peft.detach(model)
+    assert lit_peft.adapter_names(model) == ["more"] and lit_peft.active_adapter(model) is None
+
+
+def test_an_adapter_that_comes_back_is_in_the_models_mode() -> None:
+    model = with_loras(2, 2)
+    for training in (False, True):
+        lit_peft.set_adapter(model, "a1")
+        model.train(training)
+        layer = lit_peft.set_adapter(model, "a0").model.layers[0].self_attn.q_proj
+        assert layer.training is training and layer is not model.get_submodule("model.layers.0.self_attn.k_proj")
+
+
+def test_combined_adapters_stand_at_the_same_modules() -> None:
+    model = with_loras(2)
+    lit_peft.add_adapter(model, "b", LoRASettings(r=2, target_modules=["q_proj"]))
+    with pytest.raises(LitPeftError, match=r"model\.layers\.0\.self_attn\.v_proj"):
+        lit_peft.combine_adapters(model, "both", {"a0": 1.0, "b": 1.0})

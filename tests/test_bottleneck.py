@@ -740,3 +740,9 @@ def test_adapterhub_finds_the_same_size_in_a_factor(size: int, tmp_path: Path) -
     (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "lit_peft"}))
     again = lit_peft.load_adapter(make("bert"), folder).eval()
     assert torch.equal(again(**batch("bert")).logits, model(**batch("bert")).logits)
+
+
+@pytest.mark.parametrize(("factor", "size"), [(1, 32), (0.5, 64), (5, 6), (32, 1), (100, 1)])
+def test_sizes_by_factor(factor: float, size: int) -> None:
+    model = lit_peft.attach(make("bert"), AdapterPSettings(reduction_factor=factor))
+    assert {module.down.out_features for module in model.modules() if isinstance(module, Bottleneck)} == {size}

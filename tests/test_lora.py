@@ -309,6 +309,7 @@ def test_a_dropout_that_is_no_probability(dropout: float) -> None:
         {"lora_dropout": -0.1},
         {"init_lora_weights": "gausian"},
         {"rank_pattern": {"q": 0}},
+        {"loraplus_lr_ratio": 0},
     ],
     ids=str,
 )
@@ -422,3 +423,22 @@ def test_a_tied_parameter_is_trained_by_either_name() -> None:
         assert attachment_of(model).trained == [name]
         assert attached_model(nn.Sequential(nn.Linear(2, 2), model)) is model
     assert attached_model(nn.Linear(2, 2)) is None
+
+
+def test_dropout_reaches_the_layers() -> None:
+    model = lit_peft.attach(tiny(), LoRASettings(lora_dropout=0.25))
+    assert model.model.layers[0].self_attn.q_proj.lora_dropout == 0.25
+
+
+@pytest.mark.parametrize("target", ["lm_head", "wte"])
+def test_merging_into_one_of_two_tied_weights(target: str, tmp_path: Path) -> None:
+    model, ids = lit_peft.attach(make("gpt2"), LoRASettings(target_modules=[target])), batch("gpt2")["input_ids"]
+    scramble(model)
+    expected = model.eval()(ids).logits
+    plain = lit_peft.merge(model)
+    assert plain.config.tie_word_embeddings is False
+    same = {"lm_head": plain.transformer.wte, "wte": plain.lm_head}[target].weight
+    assert torch.equal(same, make("gpt2").lm_head.weight) and same.requires_grad
+    close(plain(ids).logits, expected)
+    plain.save_pretrained(tmp_path)
+    close(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, expected)

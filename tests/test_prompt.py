@@ -541,3 +541,30 @@ def test_a_tokenizers_own_code_is_never_run(monkeypatch: pytest.MonkeyPatch) -> 
         settings = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a", "tokenizer_name_or_path": "x"}
         lit_peft.attach(make("llama"), PromptTuningSettings(**settings))
     assert given["trust_remote_code"] is False
+
+
+def test_a_headless_models_tuple_is_cut() -> None:
+    model, ids = (
+        lit_peft.attach(make("llama").model, PromptTuningSettings(num_virtual_tokens=3)),
+        batch("llama")["input_ids"],
+    )
+    with torch.no_grad():
+        output = model(ids, use_cache=True, output_hidden_states=True)
+        values = model(ids, use_cache=True, output_hidden_states=True, return_dict=False)
+    assert torch.equal(values[0], output.last_hidden_state) and values[0].shape[1] == 7
+    assert len(values) == len(output.to_tuple()) == 3 and values[1].get_seq_length() == 10
+
+
+def test_a_causal_models_tuple_keeps_its_cache() -> None:
+    model, inputs = lit_peft.attach(make("llama"), PromptTuningSettings(num_virtual_tokens=3)), batch("llama")
+    values = model(**inputs, use_cache=True, return_dict=False)
+    assert values[1].shape[1] == 7 and values[2].get_seq_length() == 10 and len(values) == 3
+
+
+def test_a_loss_that_fails_leaves_nothing_behind() -> None:
+    model, inputs = lit_peft.attach(make("llama"), PromptTuningSettings(num_virtual_tokens=3)).eval(), batch("llama")
+    ids = inputs["input_ids"]
+    expected = model.model(ids).last_hidden_state
+    with pytest.raises((IndexError, RuntimeError)):
+        model(ids, labels=torch.full_like(ids, 1000))
+    assert torch.equal(model.model(ids).last_hidden_state, expected) and expected.shape[1] == 7

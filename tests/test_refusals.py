@@ -17,7 +17,7 @@ import lit_peft
 from lit_peft import LitPeftError, LoRASettings
 from lit_peft.cli import main
 from lit_peft.data.tokenization import require_fast, with_padding
-from lit_peft.methods.baselines import HeadOnlySettings
+from lit_peft.methods.baselines import FullFineTuningSettings, HeadOnlySettings
 from lit_peft.methods.rows import can_share
 from lit_peft.nn.lora import LoRALinear
 from lit_peft.optim import make_optimizer, make_schedule
@@ -336,3 +336,9 @@ def test_of_a_head_alone_where_none_is_named() -> None:
     assert all(p.requires_grad for p in model.parameters())
     lit_peft.attach(model, HeadOnlySettings(modules_to_save=["classifier"]))
     assert lit_peft.trainable_parameters(model) == 2 * 33
+
+
+def test_of_taking_off_full_fine_tuning() -> None:
+    model = lit_peft.attach(make("bert"), FullFineTuningSettings())
+    with pytest.raises(LitPeftError, match="changed the base itself: load the base again"):
+        lit_peft.detach(model)

@@ -132,8 +132,8 @@ def merge(model: Model) -> Model:
     layers = [module for module in attachment.adapted.values() if isinstance(module, LoRALayer)]
     if not layers:
         raise LitPeftError(f"{attachment.settings.method!r} is not a weight update and cannot be merged.")
-    for path in (path for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)):
-        _untie(model, f"{path}.base_layer.weight")
+    paths = [path for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)]
+    copies = [pair for path in paths for pair in _untie(model, f"{path}.base_layer.weight")]
     quantized = any(is_quantized(module) for module in model.modules())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad), torch.float32)
     for layer in layers:
@@ -144,6 +144,8 @@ def merge(model: Model) -> Model:
         layer.keep_merged()
     saved = attachment.saved
     detach(model)
+    for copy, original in copies:
+        copy.requires_grad_(original.requires_grad)
     with torch.no_grad():
         for path, value in saved.items():
             _untie(model, base_name(path))
@@ -153,16 +155,22 @@ def merge(model: Model) -> Model:
     return model
 
 
-def _untie(model: nn.Module, name: str) -> None:
+def _untie(model: nn.Module, name: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """Give every module that shares a parameter (tied embeddings) one of its own: it is about to change in one alone.
 
     All of them, since transformers saves a model whose config says that nothing is tied only if nothing is.
+
+    Returns:
+        Each new parameter, with the one that it is a copy of.
     """
+    copies: list[tuple[nn.Parameter, nn.Parameter]] = []
     original = model.get_parameter(name)
     sharing = [other for other, p in model.named_parameters(remove_duplicate=False) if p is original and other != name]
     for other in sharing:
         parent, _, last = other.rpartition(".")
-        setattr(model.get_submodule(parent), last, nn.Parameter(original.detach().clone(), original.requires_grad))
+        copies.append((nn.Parameter(original.detach().clone(), original.requires_grad), original))
+        setattr(model.get_submodule(parent), last, copies[-1][0])
     config: Any = getattr(model, "config", None)
     if sharing and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
+    return copies
