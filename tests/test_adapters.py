@@ -331,3 +331,13 @@ def test_combined_adapters_stand_at_the_same_modules() -> None:
     lit_peft.add_adapter(model, "b", LoRASettings(r=2, target_modules=["q_proj"]))
     with pytest.raises(LitPeftError, match=r"model\.layers\.0\.self_attn\.v_proj"):
         lit_peft.combine_adapters(model, "both", {"a0": 1.0, "b": 1.0})
+
+
+def test_a_bottleneck_and_a_dora_at_the_same_layer_cannot_share_a_batch() -> None:
+    model = lit_peft.add_adapter(make("llama"), "dora", LoRASettings(r=2, target_modules=QV, use_dora=True))
+    for name, settings in (("beside", ParallelSettings), ("before", AdapterHSettings)):
+        settings = settings(placement="llm_adapters", target_modules=["q_proj"], bottleneck_size=4)
+        lit_peft.add_adapter(model, name, settings)
+        said = r"stand at model.layers.0.self_attn.q_proj both"
+        with pytest.raises(LitPeftError, match=said), lit_peft.row_adapters(model, ["dora", name]):
+            pass

@@ -517,8 +517,17 @@ def test_a_model_without_known_layers_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(LitPeftError, match="target_modules"):
         lit_peft.attach(model, AdapterPSettings())
-    lit_peft.attach(model, AdapterPSettings(placement="llm_adapters", target_modules=["0"], bottleneck_size=2))
+    named = {"placement": "llm_adapters", "target_modules": ["0"]}
+    for counted in ({"leave_out": [0], "bottleneck_size": 2}, {"reduction_factor": {"default": 2}}):
+        with pytest.raises(LitPeftError, match="target_modules"):
+            lit_peft.attach(model, AdapterPSettings(**named, **counted))
+    lit_peft.attach(model, AdapterPSettings(**named, bottleneck_size=2)).eval()
     assert lit_peft.trainable_parameters(model) == 16
+    scramble(model)
+    x, adapter = torch.randn(3, 4), model[0].adapter
+    # A square layer is adapted behind it.
+    y = F.linear(x, model[0].weight, model[0].bias)
+    close(model(x), y + torch.tanh(y @ adapter.down.weight.T) @ adapter.up.weight.T)
 
 
 @pytest.mark.parametrize(

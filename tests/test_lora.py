@@ -374,6 +374,10 @@ class _Renamed(nn.Module):
 def test_all_linear_leaves_out_the_output_projection_by_what_it_is() -> None:
     model = lit_peft.attach(_Renamed(), LoRASettings(target_modules="all-linear"))
     assert list(attachment_of(model).adapted) == ["body"]
+    # A head with layers of its own, and a model that has no words to give.
+    for other in (make("roberta"), nn.Sequential(nn.Linear(2, 2))):
+        lit_peft.attach(other, LoRASettings(target_modules="all-linear"))
+        assert not any("classifier" in path for path in attachment_of(other).adapted)
     with pytest.raises(LitPeftError, match="the layers of _Renamed are not numbered"):
         lit_peft.attach(_Renamed(), LoRASettings(target_modules=["body"], layers_to_transform=0))
 
@@ -395,12 +399,14 @@ def test_the_least_rank_of_a_pattern_is_one() -> None:
 
 def test_a_list_of_layers_is_found_by_its_name() -> None:
     """A block of T5 has layers of its own, by number: 1 is the encoder's feed-forward and the decoder's cross one."""
-    settings = {"target_modules": ["wi"], "layers_to_transform": 1}
+    settings: dict[str, Any] = {"target_modules": ["wi"]}
     for pattern, wanted in (
         (None, ["encoder.block.1.layer.1", "decoder.block.1.layer.2"]),
         ("block", ["encoder.block.1.layer.1", "decoder.block.1.layer.2"]),
         (["layer"], ["encoder.block.0.layer.1", "encoder.block.1.layer.1"]),
+        ("layer", ["decoder.block.0.layer.2", "decoder.block.1.layer.2"]),
     ):
+        settings["layers_to_transform"] = 2 if pattern == "layer" else 1
         model = lit_peft.attach(make("t5"), LoRASettings(layers_pattern=pattern, **settings))
         assert [path.removesuffix(".DenseReluDense.wi") for path in attachment_of(model).adapted] == wanted
 

@@ -561,24 +561,29 @@ def test_what_is_set_reaches_the_prefix() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"share_att_key": True}, {"pos_att_type": []}, {"relative_attention": False}], ids=str
+    "settings", [{}, {"share_att_key": True}, {"pos_att_type": []}, {"relative_attention": False}], ids=str
 )
 def test_debertas_of_every_kind(settings: dict[str, Any]) -> None:
-    """Keys and positions by one projection; no positions: the prefix is in front of the keys alone."""
+    """Real tokens share attention as without a prefix, and prefix keys are scored by themselves, without positions."""
     config = make("deberta-v2").config
     for key, value in settings.items():
         setattr(config, key, value)
     torch.manual_seed(0)
-    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    inputs = inputs_of("deberta-v2")
-    base = model(**inputs).logits
-    lit_peft.attach(model, PTuningV2Settings(num_virtual_tokens=3))
-    # Values of zero under keys that no query likes.
-    (prefix,) = (module for module in model.modules() if isinstance(module, Prefix))
+    model = transformers.DebertaV2Model(config).eval()
+    attention, hidden = model.encoder.layer[0].attention.self, torch.randn(2, 7, 32)
+    given = {"attention_mask": torch.ones(2, 1, 7, 7), "output_attentions": True}
+    if model.encoder.relative_attention:
+        given["rel_embeddings"] = torch.randn_like(model.encoder.get_rel_embedding())
     with torch.no_grad():
-        prefix.embedding.zero_()
-    assert not torch.allclose(model(**inputs).logits, base, atol=1e-5)
-    assert torch.equal(lit_peft.detach(model)(**inputs).logits, base)
+        _, plain = attention(hidden, **given)
+        lit_peft.attach(model, PTuningV2Settings(num_virtual_tokens=3, init_std=1.0)).eval()
+        _, weights = attention(hidden, **given)
+        prefix, real = weights.split([3, 7], -1)
+        close(real / real.sum(-1, keepdim=True), plain)
+        query = attention.query_proj(hidden).unflatten(-1, (4, 8)).transpose(1, 2)
+        keys = model.self_prefix.embedding[:, :32].unflatten(-1, (4, 8)).transpose(0, 1)
+        scores = query @ keys.transpose(1, 2) / (8 * (1 + len(config.pos_att_type))) ** 0.5
+    close(prefix / prefix.sum(-1, keepdim=True), scores.softmax(-1))
 
 
 def test_t5_has_no_positions_at_its_cross_attention() -> None:
@@ -676,3 +681,27 @@ def test_an_adapterhub_prefix_of_odd_settings(changes: dict[str, Any], said: str
     assert adapterhub_prefix.settings({**config, "flat": False}, Path("folder")).non_linearity == "relu"
     with pytest.raises(LitPeftError, match=f"folder/adapter_config.json (has|sets)? ?{said}"):
         adapterhub_prefix.settings({**config, **changes}, Path("folder"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_a_headless_model_has_the_prefix_of_the_whole_one(name: str) -> None:
+    whole, inputs = lit_peft.attach(make(name), PTuningV2Settings(num_virtual_tokens=3)).eval(), inputs_of(name)
+    bare = make(name) if name == "t5" else make(name).base_model
+    bare = transformers.AutoModel.from_config(bare.config) if name == "t5" else bare
+    if name == "t5":
+        bare.load_state_dict(make(name).state_dict(), strict=False)
+    lit_peft.attach(bare.eval(), PTuningV2Settings(num_virtual_tokens=3))
+    ends = {path.rpartition(".")[2]: module for path, module in attachment_of(whole).adapted.items()}
+    for path, module in attachment_of(bare).adapted.items():
+        module.load_state_dict(ends[path.rpartition(".")[2]].state_dict())
+    kept: list[torch.Tensor] = []
+    inner = whole.decoder if name == "t5" else whole.base_model
+    inner.register_forward_hook(lambda m, a, out: kept.append(out[0]))
+    with torch.no_grad():
+        whole(**inputs)
+        close(bare(**inputs)[0], kept[0])
+
+
+def test_prefixes_beside_double_precision_are_of_it() -> None:
+    model = lit_peft.attach(make("llama").double(), PTuningV2Settings(num_virtual_tokens=3))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float64}

@@ -568,3 +568,9 @@ def test_a_loss_that_fails_leaves_nothing_behind() -> None:
     with pytest.raises((IndexError, RuntimeError)):
         model(ids, labels=torch.full_like(ids, 1000))
     assert torch.equal(model.model(ids).last_hidden_state, expected) and expected.shape[1] == 7
+
+
+def test_an_empty_cache_changes_no_loss() -> None:
+    model, inputs = lit_peft.attach(make("llama"), PromptTuningSettings(num_virtual_tokens=3)).eval(), batch("llama")
+    output = model(**inputs, cache=transformers.DynamicCache(config=model.config))
+    close(output.loss, model(**inputs).loss)
