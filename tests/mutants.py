@@ -166,7 +166,7 @@ class Lines:
         pairs = zip_longest(mutated[f"{plain}__mutmut_orig"][1:], mutated[name][1:])
         changed = next((at for at, (old, new) in enumerate(pairs, 1) if old != new), 0)
         lines = self.statement(function, function.lineno + changed)
-        return {test.partition("|")[0] for line in lines for test in contexts.get(line, ()) if test}
+        return {test.rpartition("|")[0] for line in lines for test in contexts.get(line, ()) if test}
 
     def _read(self, name: str) -> tuple[dict[str, Any], dict[str, list[str]], dict[int, list[str]]]:
         assert self.noted is not None

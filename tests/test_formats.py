@@ -152,8 +152,11 @@ def refuse(folder: Path, said: str) -> None:
     model = make("llama")
     before = list(model.state_dict())
     start = time.perf_counter()
-    with pytest.raises(LitPeftError, match=said):
+    with pytest.raises(LitPeftError, match=said) as caught:
         lit_peft.load_adapter(model, folder)
+    assert str(folder) in str(caught.value) or str(caught.value).startswith(
+        ("adapter_config.json: ", "target_modules=")
+    )
     assert time.perf_counter() - start < 20
     assert list(model.state_dict()) == before and all(p.requires_grad for p in model.parameters())
 
@@ -299,8 +302,9 @@ def test_pickles_never_run(tmp_path: Path) -> None:
     refuse(folder, "could run code")
     file.write_bytes(pickle.dumps(Evil()))
     refuse(folder, "could run code")
-    torch.save([1, 2], file)
-    refuse(folder, "named tensors")
+    for other in ([1, 2], {1: torch.ones(2)}, {"a": 2}):
+        torch.save(other, file)
+        refuse(folder, "adapter_model.bin is not .* holds other things than named tensors")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(50_000_000))
     refuse(folder, "unpack")
@@ -551,6 +555,7 @@ def test_an_adapterhub_lora_in_full(tmp_path: Path) -> None:
         **{"init_weights": "lora", "intermediate_lora": False, "leave_out": [], "output_lora": False, "r": 4},
         **{"selfattn_lora": True, "use_gating": False},
     }
+    assert isinstance(config["config"]["alpha"], int)
     read = lit_peft.load_adapter(make("llama"), folder)
     assert attachment_of(read).settings.lora_dropout == 0.1
     headless = lit_peft.load_adapter(make("llama").model, folder, check_base=False).eval()
@@ -578,5 +583,56 @@ def test_an_adapter_of_a_later_version_is_refused(own: Any, method: str | None, 
     folder = lit_peft.save_adapter(lit_peft.attach(make("bert"), AdapterHSettings()), tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "lit_peft": own}))
-    with pytest.raises(LitPeftError, match=f"adapter_config.json has the method .*{method}.* update lit_peft"):
+    with pytest.raises(LitPeftError, match=f"adapter/adapter_config.json has the method .*{method}.* update lit_peft"):
         lit_peft.load_adapter(make("bert"), folder)
+
+
+def test_a_scale_that_is_no_whole_number_in_adapterhubs_format(tmp_path: Path) -> None:
+    model = lit_peft.attach(make("llama"), LoRASettings(r=4, lora_alpha=2.5))
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
+    assert json.loads((folder / "adapter_config.json").read_text())["config"]["alpha"] == 2.5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_peft_lora_leaves_out_is_pefts_usual(tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = get_peft_model(make("llama"), LoraConfig(target_modules=QV))
+    scramble(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    kept = {"peft_type": "LORA", "target_modules": QV}
+    file.write_text(json.dumps(kept))
+    ours = lit_peft.load_adapter(make("llama"), tmp_path)
+    close(logits(ours, "llama"), logits(PeftModel.from_pretrained(make("llama"), str(tmp_path)), "llama"))
+    file.write_text(json.dumps({"peft_type": "LORA"}))
+    assert list(attachment_of(lit_peft.load_adapter(make("llama"), tmp_path)).adapted) == list(
+        attachment_of(ours).adapted
+    )
+    file.write_text(json.dumps({**kept, "r": 9}))
+    refuse(tmp_path, r"r=9 with rank_pattern={} is more than the stored tensors have \(rank 8\)")
+
+
+def test_biases_that_are_not_stored_are_the_bases(tmp_path: Path) -> None:
+    model = lit_peft.attach(make("opt"), LoRASettings(r=2, target_modules=QV, bias="lora_only"))
+    scramble(model)
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter")
+    stored = load_file(folder / "adapter_model.safetensors")
+    left_out = next(name for name in stored if name.endswith("q_proj.base_layer.bias") or name.endswith("q_proj.bias"))
+    save_file({name: value for name, value in stored.items() if name != left_out}, folder / "adapter_model.safetensors")
+    again = lit_peft.load_adapter(make("opt"), folder)
+    same = [torch.equal(again.get_parameter(name), model.get_parameter(name)) for name in attachment_of(again).trained]
+    assert same.count(False) == 1
+
+
+def test_a_merged_adapter_still_knows_its_base(tmp_path: Path) -> None:
+    model = lit_peft.attach(make("llama"), LoRASettings(r=2))
+    scramble(model)
+    folder = lit_peft.save_adapter(lit_peft.merge_adapter(model), tmp_path / "adapter")
+    close(logits(lit_peft.load_adapter(make("llama"), folder), "llama"), logits(model, "llama"))
+    other = make("llama")
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1.1)
+    with pytest.raises(LitPeftError, match="other values"):
+        lit_peft.load_adapter(other, folder, name="x")
+    lit_peft.load_adapter(other, folder, check_base=False, name="x")

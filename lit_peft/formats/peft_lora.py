@@ -68,6 +68,8 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             the stored tensors.
     """
     values = {name: value for name, value in config.items() if name in READ and value is not None}
+    # peft's own where a file leaves it out, and not ours.
+    values.setdefault("lora_alpha", 8)
     start = values.pop("init_lora_weights", True)
     if not isinstance(start, bool | str):
         raise LitPeftError(f"{_FILE}: init_lora_weights={shown(start)} is not a value peft writes there.")
