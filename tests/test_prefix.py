@@ -705,3 +705,15 @@ def test_a_headless_model_has_the_prefix_of_the_whole_one(name: str) -> None:
 def test_prefixes_beside_double_precision_are_of_it() -> None:
     model = lit_peft.attach(make("llama").double(), PTuningV2Settings(num_virtual_tokens=3))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float64}
+
+
+def test_a_prefix_for_each_query_head_that_is_the_same_in_a_group_is_the_shared_one() -> None:
+    shared = lit_peft.attach(make("llama"), PTuningV2Settings(num_virtual_tokens=3, init_std=1.0)).eval()
+    apart = lit_peft.attach(make("llama"), PTuningV2Settings(num_virtual_tokens=3, per_query_head=True)).eval()
+    (few,), (many,) = ([m for m in model.modules() if isinstance(m, Prefix)] for model in (shared, apart))
+    assert few.shapes == ((2, 8), (2, 8)) and many.shapes == ((4, 8), (4, 8))
+    with torch.no_grad():
+        # Keys, then values, of each layer; each of two heads is that of two query heads.
+        many.embedding.copy_(few.embedding.unflatten(-1, (4, 2, 8)).repeat_interleave(2, dim=-2).flatten(1))
+        assert not torch.allclose(make("llama")(**inputs_of("llama")).logits, shared(**inputs_of("llama")).logits)
+        close(apart(**inputs_of("llama")).logits, shared(**inputs_of("llama")).logits)
