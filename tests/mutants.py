@@ -173,7 +173,7 @@ class Lines:
         original, mutant = self.root.parent / name, self.root / name
         text = mutant.read_text()
         lines = text.split("\n")
-        mutated = {f"{node.name}": lines[node.lineno - 1 : node.end_lineno] for _, node in _functions(ast.parse(text))}
+        mutated = {node.name: lines[node.lineno - 1 : node.end_lineno] for _, node in _functions(ast.parse(text))}
         functions = dict(_functions(ast.parse(original.read_text())))
         return functions, mutated, self.noted.contexts_by_lineno(str(original))
 

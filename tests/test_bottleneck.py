@@ -737,7 +737,7 @@ def test_llm_adapters_sizes_by_layer() -> None:
     assert [layer.mlp.down_proj.adapter.down.out_features for layer in model.model.layers] == [4, 8]
     lit_peft.detach(model)
     left = AdapterPSettings(placement="llm_adapters", target_modules=["q_proj"], bottleneck_size=4, leave_out=[0])
-    places = [path for path in attachment_of(lit_peft.attach(model, left)).adapted]
+    places = list(attachment_of(lit_peft.attach(model, left)).adapted)
     assert places == ["model.layers.1.self_attn.q_proj.adapter"]
 
 

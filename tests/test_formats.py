@@ -385,7 +385,11 @@ def test_files_are_as_the_umask_says_and_little_more_than_their_tensors(tmp_path
             {"leave_out": [0], "attn_matrices": ["k"]},
         ),
         ("bert", {"target_modules": ["query", "output.dense"], "exclude_modules": r".*attention\.output.*"}, {}),
-        ("llama", {"target_modules": ["up_proj"]}, {"output_lora": True, "selfattn_lora": False}),
+        (
+            "llama",
+            {"target_modules": ["up_proj"]},
+            {"output_lora": True, "intermediate_lora": False, "selfattn_lora": False},
+        ),
         ("llama", {"target_modules": ["down_proj"], "lora_dropout": 0.1}, {"intermediate_lora": True, "dropout": 0.1}),
         ("gpt2", {"target_modules": ["c_attn", "c_fc"]}, {"attn_matrices": ["q", "k", "v"], "intermediate_lora": True}),
         ("llama", {"target_modules": QV, "lora_alpha": 0}, {"r": 4}),

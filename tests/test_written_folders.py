@@ -40,8 +40,11 @@ def cases(library: str) -> list[Any]:
 def loaded(case: Path) -> Any:
     import transformers
 
-    kind = json.loads((case / "case.json").read_text())["auto_class"]
-    return lit_peft.load_adapter(getattr(transformers, kind).from_pretrained(case / "base"), case / "adapter")
+    facts = json.loads((case / "case.json").read_text())
+    model = getattr(transformers, facts["auto_class"]).from_pretrained(case / "base")
+    lit_peft.load_adapter(model, case / "adapter")
+    assert attachment_of(model).settings.method == facts["method"]
+    return model
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -53,9 +56,7 @@ def config(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("case", cases("peft"))
 def test_pefts_configurations(case: Path, tmp_path: Path) -> None:
     theirs = config(case / "adapter")
-    model = loaded(case)
-    assert attachment_of(model).settings.method == json.loads((case / "case.json").read_text())["method"]
-    ours = config(lit_peft.save_adapter(model, tmp_path / "ours", format="peft"))
+    ours = config(lit_peft.save_adapter(loaded(case), tmp_path / "ours", format="peft"))
     assert set(ours) - set(theirs) <= {"lit_peft"} and not ours.get("prefix_projection")
     for name in set(ours) & set(theirs) - OTHERWISE:
         assert ours[name] == theirs[name], name
@@ -65,9 +66,7 @@ def test_pefts_configurations(case: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", cases("adapters"))
 def test_adapterhubs_configurations(case: Path, tmp_path: Path) -> None:
     theirs = config(case / "adapter")
-    model = loaded(case)
-    assert attachment_of(model).settings.method == json.loads((case / "case.json").read_text())["method"]
-    folder = lit_peft.save_adapter(model, tmp_path / "ours", format="adapterhub", name="ref")
+    folder = lit_peft.save_adapter(loaded(case), tmp_path / "ours", format="adapterhub", name="ref")
     ours = config(folder)
     for part, whole in ((ours["config"], theirs["config"]), (ours, theirs)):
         for name in set(part) - {"config", "lit_peft", "model_name"}:

@@ -35,15 +35,16 @@ def run(arguments: list[str]) -> None:
         raise LitPeftError(
             f"--temperature {options.temperature}: give 0 for the likeliest token each time, or a number above it."
         )
-    for name in ("top_p", "top_k"):
-        if getattr(options, name) is not None and not options.temperature:
-            raise LitPeftError(
-                f"--{name} has no effect where the likeliest token is taken each time: add --temperature, e.g. 0.7."
-            )
-    draw = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
-    given = {name: value for name, value in draw.items() if value is not None}
-    options.sampling = {"do_sample": True, **given} if options.temperature else {"do_sample": False}
-    check_generation(options.sampling, "The command line")
+    given = {name: value for name in ("top_p", "top_k") if (value := getattr(options, name)) is not None}
+    options.sampling = {"do_sample": False}
+    if options.temperature:
+        options.sampling = {"do_sample": True, "temperature": options.temperature, **given}
+        check_generation(options.sampling, "The command line")
+    elif given:
+        raise LitPeftError(
+            f"--{next(iter(given))} has no effect where the likeliest token is taken each time: add --temperature, "
+            "e.g. 0.7."
+        )
     folders = adapter_folders(options.adapter)
     if options.use is not None and options.use not in folders:
         known = f"the closest are {closest(options.use, folders)}" if folders else "there are none: give --adapter"

@@ -129,14 +129,13 @@ def merge(model: Model) -> Model:
         LitPeftError: nothing is attached, or the attached method is not a weight update.
     """
     attachment = attachment_of(model)
-    layers = [module for module in attachment.adapted.values() if isinstance(module, LoRALayer)]
+    layers = {path: layer for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)}
     if not layers:
         raise LitPeftError(f"{attachment.settings.method!r} is not a weight update and cannot be merged.")
-    paths = [path for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)]
-    copies = [pair for path in paths for pair in _untie(model, f"{path}.base_layer.weight")]
+    copies = [pair for path in layers for pair in _untie(model, f"{path}.base_layer.weight")]
     quantized = any(is_quantized(module) for module in model.modules())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad), torch.float32)
-    for layer in layers:
+    for layer in layers.values():
         if is_quantized(layer.base_layer):
             layer.base_layer = dense_linear(layer.base_layer, dtype)
         # One after the other: the kept copy of W is let go before the next one is made.
@@ -168,8 +167,9 @@ def _untie(model: nn.Module, name: str) -> list[tuple[nn.Parameter, nn.Parameter
     sharing = [other for other, p in model.named_parameters(remove_duplicate=False) if p is original and other != name]
     for other in sharing:
         parent, _, last = other.rpartition(".")
-        copies.append((nn.Parameter(original.detach().clone(), original.requires_grad), original))
-        setattr(model.get_submodule(parent), last, copies[-1][0])
+        copy = nn.Parameter(original.detach().clone(), original.requires_grad)
+        setattr(model.get_submodule(parent), last, copy)
+        copies.append((copy, original))
     config: Any = getattr(model, "config", None)
     if sharing and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
