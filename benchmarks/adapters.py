@@ -32,9 +32,9 @@ TARGETS = ["q_proj", "v_proj"]
 WATCHED = """
 import gc, json, sys, threading, time
 from lit_peft.cli import main
-from lit_peft.memory import held
+from lit_peft.util.memory import process_memory
 def memory():
-    return {name: held(name) for name in ("VmRSS", "RssAnon")}
+    return {name: process_memory(name) for name in ("VmRSS", "RssAnon")}
 peak = {}
 def watch():
     while True:

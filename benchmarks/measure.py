@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_peft.memory import held
+from lit_peft.util.memory import process_memory
 
 Step = Callable[[], Tensor]
 
@@ -81,6 +81,6 @@ def peak_mb(run: Callable[[], object]) -> float:
     """Increase of the resident memory in MB at its highest while `run` runs (Linux)."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest starts anew
-    before = held("VmRSS") or 0
+    before = process_memory("VmRSS") or 0
     run()
-    return ((held("VmHWM") or 0) - before) / 1e6
+    return ((process_memory("VmHWM") or 0) - before) / 1e6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lit_peft.lazy import lazy_names
+from lit_peft.util.lazy import lazy_names
 
 _NAMES = {
     "ActivationCache": "lit_peft.callbacks.activation_cache",

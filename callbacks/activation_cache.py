@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import Callback
 from lit_peft.callbacks.activation_store import DiskStore, MemoryStore
 from torch import Tensor, nn
 
-from lit_peft.architectures import Layer, layer_stacks, token_model
-from lit_peft.calls import arguments, by_name, cache_of
-from lit_peft.errors import LitPeftError
+from lit_peft.models.architectures import Layer, layer_stacks, token_model
+from lit_peft.models.call_arguments import arguments, by_name, cache_of
+from lit_peft.util.errors import LitPeftError
 
 
 class ActivationCache(Callback):

@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_peft.disk import replace_folder, sync, temporary_folder, write_failure
-from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import write_json
 from lit_peft.formats.folder import write_adapter
 from lit_peft.methods.attachment import attached_model
-from lit_peft.run_folder import RunLogger
-from lit_peft.sharding import whole_parameters
+from lit_peft.training.run_folder import RunLogger
+from lit_peft.training.sharding import whole_parameters
+from lit_peft.util.disk import replace_folder, sync, temporary_folder, write_failure
+from lit_peft.util.errors import LitPeftError
 
 NOTE = "adapter_checkpoint.json"
 

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lit_peft.callbacks.tensors import trained
 from torch import Tensor
 
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 KEY = "adapter_ema"
 

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from lit_peft.callbacks.tensors import trained
 from torch import Tensor
 
-from lit_peft.errors import LitPeftError
-from lit_peft.sharding import whole
+from lit_peft.training.sharding import whole
+from lit_peft.util.errors import LitPeftError
 
 
 class AdapterNorms(Callback):

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from lit_peft.run_folder import RunLogger
+from lit_peft.training.run_folder import RunLogger
 
 KEY = "exact_resume"
 

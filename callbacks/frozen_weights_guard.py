@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lit_peft.callbacks.tensors import parts
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 
 class FrozenWeightsGuard(Callback):

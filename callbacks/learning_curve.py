@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 
 class LearningCurve(Callback):

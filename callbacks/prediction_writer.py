@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from lit_peft.disk import whole_file
+from lit_peft.util.disk import whole_file
 
 
 class PredictionWriter(BasePredictionWriter):

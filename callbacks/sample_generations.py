@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lit_peft.errors import LitPeftError, first_line
+from lit_peft.util.errors import LitPeftError, first_line
 
 
 class SampleGenerations(Callback):

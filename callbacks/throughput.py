@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_peft.errors import LitPeftError
-from lit_peft.memory import peak
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.memory import peak_memory
 
 
 class Throughput(Callback):
@@ -135,4 +135,4 @@ def _peak_flops(trainer: pl.Trainer) -> float | None:
 def _peak_memory(device: torch.device) -> float | None:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    return peak() if device.type == "cpu" else None
+    return peak_memory() if device.type == "cpu" else None

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from lit_peft.lazy import lazy_names
+from lit_peft.util.lazy import lazy_names
 
 _NAMES = {
     "AdapterH": "lit_peft.modules",
     "AdapterHSettings": "lit_peft.methods.adapter_h",
     "AdapterP": "lit_peft.modules",
     "AdapterPSettings": "lit_peft.methods.adapter_p",
-    "BaseLM": "lit_peft.base",
+    "BaseLM": "lit_peft.training.module",
     "CausalLMData": "lit_peft.data.causal_lm",
     "FullFineTuning": "lit_peft.modules",
     "HeadOnly": "lit_peft.modules",
     "InstructionData": "lit_peft.data.instruction",
-    "LitPeftError": "lit_peft.errors",
+    "LitPeftError": "lit_peft.util.errors",
     "LoRA": "lit_peft.modules",
     "LoRASettings": "lit_peft.methods.lora",
     "MultipleChoiceData": "lit_peft.data.multiple_choice",

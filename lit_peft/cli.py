@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from lit_peft.errors import LitPeftError, causes, closest
+from lit_peft.util.errors import LitPeftError, causes, closest
 
 DEBUG_VARIABLE = "LIT_PEFT_DEBUG"
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] in _OWN:
             import_module(f"lit_peft.commands.{arguments[0]}").run(arguments[1:])
             return 0
-        from lit_peft.lightning_cli import run
+        from lit_peft.commands.lightning_cli import run
 
         run(arguments)
     except ValueError as problem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lit_peft.base import BaseLM
 from lit_peft.methods.adapter_h import AdapterHMixin
 from lit_peft.methods.adapter_p import AdapterPMixin
 from lit_peft.methods.baselines import FullFineTuningMixin, HeadOnlyMixin
@@ -12,6 +11,7 @@ from lit_peft.methods.p_tuning_v2 import PTuningV2Mixin
 from lit_peft.methods.parallel import ParallelMixin
 from lit_peft.methods.prefix_tuning import PrefixTuningMixin
 from lit_peft.methods.prompt_tuning import PromptTuningMixin
+from lit_peft.training.module import BaseLM
 
 
 class LoRA(LoRAMixin, BaseLM):

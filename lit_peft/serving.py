@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from lit_peft.commands.options import base_options, check_generates, load_base
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 
 class Request(BaseModel):
@@ -74,9 +74,9 @@ class AdapterAPI(litserve.LitAPI):
 
     def setup(self, device: str) -> None:
         """Load the base and every adapter, in the process that answers."""
-        from lit_peft.data.tokenization import load_tokenizer
         from lit_peft.formats.folder import load_adapter
         from lit_peft.methods.adapters import set_adapter
+        from lit_peft.models.tokenization import load_tokenizer
 
         self.tokenizer = load_tokenizer(self.options.base, "--base", self.options.revision)
         self.model = load_base(self.options).to(device)

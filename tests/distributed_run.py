@@ -17,8 +17,8 @@ from lit_peft.callbacks import AdapterCheckpoint
 
 import lit_peft
 from lit_peft.data import CausalLMData, TextClassificationData
-from lit_peft.sharding import whole, whole_parameters
-from lit_peft.strategies import ShardedStrategy
+from lit_peft.training.sharding import whole, whole_parameters
+from lit_peft.training.strategies import ShardedStrategy
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA": {"r": 4},

@@ -39,8 +39,8 @@ from models import GOLDEN, make, scramble
 
 import lit_peft
 from lit_peft import LitPeftError
-from lit_peft.errors import causes
-from lit_peft.memory import held, peak
+from lit_peft.util.errors import causes
+from lit_peft.util.memory import peak_memory, process_memory
 
 SECONDS = 20
 MEMORY = 2 * 2**30
@@ -107,7 +107,7 @@ def limits() -> Iterator[None]:
     before, hard = resource.getrlimit(resource.RLIMIT_AS)
     signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, ((held("VmSize") or 0) + MEMORY, hard))
+    resource.setrlimit(resource.RLIMIT_AS, ((process_memory("VmSize") or 0) + MEMORY, hard))
     try:
         yield
     finally:
@@ -467,7 +467,7 @@ class Configs:
 
         import yaml
 
-        import lit_peft.lightning_cli as lightning_cli
+        import lit_peft.commands.lightning_cli as lightning_cli
 
         class Parsing(lightning_cli.CLI):
             def parse_arguments(cli, parser: Any, args: Any) -> None:
@@ -500,7 +500,7 @@ class Configs:
         return name, file, lambda: self.read(file)
 
     def read(self, file: Path) -> str:
-        import lit_peft.lightning_cli as lightning_cli
+        import lit_peft.commands.lightning_cli as lightning_cli
 
         cli = self.cli
         try:
@@ -725,9 +725,9 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=None, help="folder for the files of each fault")
     options = parser.parse_args()
     faulthandler.enable()
-    before = peak() or 0
+    before = peak_memory() or 0
     tally, faults = fuzz(options.kind, options.count, options.seed, options.keep, tell=True, first=options.first)
-    grown = ((peak() or 0) - before) / 2**20
+    grown = ((peak_memory() or 0) - before) / 2**20
     print(f"{options.kind}: {dict(tally)}, {len(faults)} different faults, peak memory grew by {grown:.0f} MB")
     print("\n".join(faults))
     return bool(faults)

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load
 
 import lit_peft
-import lit_peft.lightning_cli
+import lit_peft.commands.lightning_cli
 from lit_peft.cli import main
 
 # What every start needs is loaded once.

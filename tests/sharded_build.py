@@ -15,18 +15,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lit_peft
-from lit_peft.memory import held
+from lit_peft.util.memory import process_memory
 
 if __name__ == "__main__":
     torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     module = lit_peft.LoRA(base=sys.argv[1])
     module._device_mesh = init_device_mesh("cpu", (4, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    before, most, over = held("RssAnon") or 0, 0, threading.Event()
+    before, most, over = process_memory("RssAnon") or 0, 0, threading.Event()
 
     def watch() -> None:
         global most
         while not over.is_set():
-            most = max(most, held("RssAnon") or 0)
+            most = max(most, process_memory("RssAnon") or 0)
             time.sleep(0.002)
 
     thread = threading.Thread(target=watch)

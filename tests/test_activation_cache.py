@@ -15,8 +15,8 @@ from models import DECODERS, ENCODERS, QUIET, batch, make
 from torch import Tensor, nn
 
 import lit_peft
-from lit_peft.architectures import layer_stacks
-from lit_peft.errors import LitPeftError
+from lit_peft.models.architectures import layer_stacks
+from lit_peft.util.errors import LitPeftError
 
 OPTIONS: dict[str, Any] = {**QUIET, "enable_checkpointing": False}
 TRAINER: Any = SimpleNamespace(global_rank=0, precision="32-true")

@@ -98,7 +98,7 @@ def test_every_architecture(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_unknown_model_types_are_found_by_structure(name: str) -> None:
-    from lit_peft.architectures import layer_stacks
+    from lit_peft.models.architectures import layer_stacks
 
     model = make(name)
     known = layer_stacks(model)
@@ -168,7 +168,7 @@ def test_padding_changes_nothing(name: str, attention: str) -> None:
 # In ModernBERT and Phi, AdapterHub gives the adapter less than the layer's output.
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("modernbert", "phi")])
 def test_adapter_p_is_the_papers_formula(name: str) -> None:
-    from lit_peft.architectures import layer_stacks
+    from lit_peft.models.architectures import layer_stacks
 
     model, inputs = make(name), batch(name)
     layer = layer_stacks(model)[0][0]

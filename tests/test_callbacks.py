@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import lit_peft
 from lit_peft.data import CausalLMData
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -139,7 +139,7 @@ def test_a_training_checkpoint_never_lists_a_folder_that_is_gone(tmp_path: Path)
 def test_a_full_disk_is_said_and_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
-    import lit_peft.disk
+    import lit_peft.util.disk
 
     calls = []
 
@@ -148,7 +148,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(
         if len(calls) > 8:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(lit_peft.disk, "sync", full)
+    monkeypatch.setattr(lit_peft.util.disk, "sync", full)
     keep = AdapterCheckpoint(str(tmp_path / "a"), every_n_train_steps=1, save_last=False, asynchronous=asynchronous)
     trainer = pl.Trainer(max_epochs=4, callbacks=[keep], enable_checkpointing=False, **QUIET)
     with pytest.raises(LitPeftError, match="the disk is full"):

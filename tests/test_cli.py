@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lit_peft.cli import main
-from lit_peft.lightning_cli import CLI
+from lit_peft.commands.lightning_cli import CLI
 
 COMMAND = str(Path(sysconfig.get_path("scripts")) / "lit-peft")
 

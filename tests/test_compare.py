@@ -320,7 +320,7 @@ def test_values_of_another_kind_are_told(
 
 def test_every_method_is_compared() -> None:
     from lit_peft import modules
-    from lit_peft.base import BaseLM
+    from lit_peft.training.module import BaseLM
 
     known = {name for name, value in vars(modules).items() if isinstance(value, type) and BaseLM in value.__bases__}
     assert set(METHODS) == known and len(METHODS) == 10

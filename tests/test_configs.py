@@ -59,7 +59,7 @@ def test_config_runs(
 
 def test_every_method_has_one() -> None:
     import lit_peft.modules
-    from lit_peft.base import BaseLM
+    from lit_peft.training.module import BaseLM
 
     text = "\n".join(path.read_text(encoding="utf-8") for path in CONFIGS)
     for name, kind in vars(lit_peft.modules).items():

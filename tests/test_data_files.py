@@ -304,16 +304,16 @@ def test_cut_texts_are_counted(encoder: Path, tmp_path: Path) -> None:
 _MEASURE = """
 import sys
 from lit_peft import TextClassificationData
-from lit_peft.memory import peak
+from lit_peft.util.memory import peak_memory
 def data(file):
     made = TextClassificationData(base=sys.argv[1], train=file, validation_fraction=0.01, max_length=32)
     made.setup("fit")
     next(iter(made.train_dataloader()))
     return len(made.examples("train"))
 data(sys.argv[2])
-small = peak()
+small = peak_memory()
 count = data(sys.argv[3])
-print(count, (peak() - small) // 2**20)
+print(count, (peak_memory() - small) // 2**20)
 """
 
 

@@ -43,4 +43,4 @@ def test_the_call_of_others_is_a_warning() -> None:
 def test_what_our_line_warns_of_is_an_error() -> None:
     """As C code and decorators do, of the line that calls them."""
     with pytest.raises(DeprecationWarning):
-        warnings.warn_explicit("old", DeprecationWarning, "base.py", 1, module="lit_peft.base")
+        warnings.warn_explicit("old", DeprecationWarning, "base.py", 1, module="lit_peft.training.module")

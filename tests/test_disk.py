@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_peft.disk import replace_folder, temporary_folder
-from lit_peft.run_folder import earlier_run
+from lit_peft.training.run_folder import earlier_run
+from lit_peft.util.disk import replace_folder, temporary_folder
 
 
 def written(target: Path, text: str) -> Path:

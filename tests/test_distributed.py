@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from lit_peft import AdapterP
 from lit_peft.cli import main
-from lit_peft.errors import LitPeftError
-from lit_peft.memory import held
-from lit_peft.tensor_parallel import split_matrices
+from lit_peft.training.tensor_parallel import split_matrices
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.memory import process_memory
 
 METHODS = list(SETTINGS)
 
@@ -192,7 +192,7 @@ def test_the_command_runs_every_strategy_in_two_processes(decoder: Path, reviews
             torch.testing.assert_close(value, adapters[0][name], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.skipif(not held("RssAnon"), reason="memory is read from /proc")
+@pytest.mark.skipif(not process_memory("RssAnon"), reason="memory is read from /proc")
 def test_no_process_holds_the_whole_base(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -32,7 +32,7 @@ from test_callbacks import WEIGHTS, Plain
 
 import lit_peft
 from lit_peft import CausalLMData, LitPeftError
-from lit_peft.memory import held
+from lit_peft.util.memory import process_memory
 
 
 def run(*callbacks: Any, module: Any = None, epochs: int = 2, where: Path, resume: Any = None, **options: Any) -> Any:
@@ -392,11 +392,11 @@ def test_metrics_reach_the_logger(tmp_path: Path) -> None:
     assert "grad_norm" in written.read_text() and "samples_per_second" in written.read_text()
 
 
-@pytest.mark.skipif(not held("VmRSS"), reason="memory is read from /proc")
+@pytest.mark.skipif(not process_memory("VmRSS"), reason="memory is read from /proc")
 def test_the_peak_is_this_processs_own() -> None:
     """`getrusage` tells the peak of the process that started it, if that is higher."""
-    code = "from lit_peft.memory import peak; before = peak(); x = b'x' * 2**26; print(before, peak())"
+    code = "from lit_peft.util.memory import peak_memory as m; before = m(); x = b'x' * 2**26; print(before, m())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
-    assert before < (held("VmRSS") or 0) / 2
+    assert before < (process_memory("VmRSS") or 0) / 2
     assert 2**26 * 0.9 < after - before < 2**26 * 1.2

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import WORDS
 
-from lit_peft.memory import held
+from lit_peft.util.memory import process_memory
 
 ROWS = 3_000
 
 
-@pytest.mark.skipif(not held("RssAnon"), reason="memory is read from /proc")
+@pytest.mark.skipif(not process_memory("RssAnon"), reason="memory is read from /proc")
 def test_prediction_keeps_no_row(encoder: Path, tmp_path: Path) -> None:
     """A row's probabilities are 64 numbers and names, 4 kB: rows that are kept are 6 MB in the second half."""
     texts = [" ".join(WORDS[(at % 7 + step * (1 + at % 3)) % 18] for step in range(3 + at % 4)) for at in range(ROWS)]
@@ -35,7 +35,7 @@ def test_prediction_keeps_no_row(encoder: Path, tmp_path: Path) -> None:
     own: list[float] = []
     while process.poll() is None:
         if partial.exists() and ROWS / 2 < partial.read_bytes().count(b"\n") <= ROWS:
-            own.append((held("RssAnon", process.pid) or 0) / 2**20)  # tables mapped from disk do not count
+            own.append((process_memory("RssAnon", process.pid) or 0) / 2**20)  # tables mapped from disk do not count
         time.sleep(0.05)
     assert process.returncode == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

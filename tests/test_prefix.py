@@ -34,8 +34,8 @@ from safetensors.torch import load_file
 import lit_peft
 import lit_peft.formats.adapterhub_prefix as adapterhub_prefix
 from lit_peft import LitPeftError, PrefixTuningSettings, PTuningV2Settings
-from lit_peft.calls import cache_of
 from lit_peft.methods.attachment import attachment_of
+from lit_peft.models.call_arguments import cache_of
 from lit_peft.nn.prefix import Prefix
 
 CASES = sorted(
@@ -405,7 +405,7 @@ def test_a_prefix_of_real_tokens_is_those_tokens() -> None:
 @pytest.mark.parametrize("name", ["distilbert", "deberta-v2", "modernbert", "bert"])
 def test_attention_with_equal_weights(name: str) -> None:
     """Queries of zeros see all keys alike: attention gives the mean of the values, the prefix's among them."""
-    from lit_peft.architectures import layer_stacks
+    from lit_peft.models.architectures import layer_stacks
 
     model = make(name)
     (stack,) = layer_stacks(model)

@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 
 import lit_peft
 from lit_peft import LitPeftError, PromptTuningSettings, PTuningSettings
-from lit_peft.architectures import learned_positions
-from lit_peft.calls import cache_of
+from lit_peft.models.architectures import learned_positions
+from lit_peft.models.call_arguments import cache_of
 from lit_peft.nn.prompt import PromptEncoder
 
 METHODS = ("prompt_tuning", "p_tuning")

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import lit_peft
 from lit_peft import CausalLMData, LitPeftError
 from lit_peft.cli import main
-from lit_peft.memory import held
+from lit_peft.models.quantization import quantize
 from lit_peft.nn import LoRALinear
 from lit_peft.nn.quantized import (
     QuantizedLinear,
@@ -29,7 +29,7 @@ from lit_peft.nn.quantized import (
     pack_nibbles,
     unpack_nibbles,
 )
-from lit_peft.quantization import quantize
+from lit_peft.util.memory import process_memory
 
 METHODS = ("LoRA", "AdapterH", "AdapterP", "Parallel", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning")
 needs = {
@@ -108,7 +108,7 @@ def test_nibbles_come_back(width: int) -> None:
 def test_the_layer_is_torchaos(kind: str) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
 
-    from lit_peft.quantization import _trainable_through
+    from lit_peft.models.quantization import _trainable_through
 
     linear = nn.Linear(64, 24)
     mapping = MappingType.ASYMMETRIC if "asym" in kind else MappingType.SYMMETRIC
@@ -370,7 +370,7 @@ def test_what_cannot_be_is_said(base: Path, monkeypatch: pytest.MonkeyPatch) -> 
 PEAK = """
 import sys, torch, transformers
 import lit_peft, torchao.quantization
-from lit_peft.memory import peak
+from lit_peft.util.memory import peak_memory
 transformers.logging.disable_progress_bar()
 torch.manual_seed(0)
 module = lit_peft.LoRA(base=sys.argv[1], quantization=sys.argv[2] or None, target_modules="all-linear")
@@ -382,22 +382,22 @@ for _ in range(1):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-print(peak() / 2**20)
+print(peak_memory() / 2**20)
 """
 
 
 @needs["torchao"]
-@pytest.mark.skipif(not held("VmHWM"), reason="peak memory is read from /proc")
+@pytest.mark.skipif(not process_memory("VmHWM"), reason="peak memory is read from /proc")
 def test_peak_memory_is_below_the_fp32_runs(tmp_path: Path) -> None:
     folder = _save(tmp_path / "big", None, 1024, 2816, 5, 16)
     # What is freed goes back at once: the peak is of what is in use.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 
-    def peak(name: str) -> float:
+    def peak_memory(name: str) -> float:
         command = [sys.executable, "-c", PEAK, str(folder), name]
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
         return float(re.findall(r"^[\d.]+$", done.stdout, flags=re.MULTILINE)[-1])
 
-    fp32, int8, int4 = peak(""), peak("int8"), peak("int4")
+    fp32, int8, int4 = peak_memory(""), peak_memory("int8"), peak_memory("int4")
     print(f"peak memory, MB: fp32 {fp32:.0f}, int8 {int8:.0f}, int4 {int4:.0f}")
     assert int8 < fp32 - 50 and int4 < fp32 - 50

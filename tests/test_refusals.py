@@ -16,11 +16,11 @@ from models import QUIET, batch, make, scramble
 import lit_peft
 from lit_peft import LitPeftError, LoRASettings
 from lit_peft.cli import main
-from lit_peft.data.tokenization import require_fast, with_padding
 from lit_peft.methods.baselines import FullFineTuningSettings, HeadOnlySettings
 from lit_peft.methods.rows import can_share
+from lit_peft.models.tokenization import require_fast, with_padding
 from lit_peft.nn.lora import LoRALinear
-from lit_peft.optim import make_optimizer, make_schedule
+from lit_peft.training.optimizer import make_optimizer, make_schedule
 
 
 @pytest.mark.parametrize(

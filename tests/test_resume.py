@@ -27,9 +27,9 @@ from models import QUIET
 from safetensors.torch import load_file
 from test_callbacks import Plain
 
-from lit_peft.checkpoint_io import AtomicCheckpointIO
-from lit_peft.errors import LitPeftError
-from lit_peft.run_folder import RunLogger
+from lit_peft.training.checkpoint_io import AtomicCheckpointIO
+from lit_peft.training.run_folder import RunLogger
+from lit_peft.util.errors import LitPeftError
 
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("LIT_PEFT_KILLS", "3"))
@@ -286,7 +286,7 @@ def test_a_read_only_file_system_is_said(small_disk: Path) -> None:
 
 def test_two_processes_writing_one_checkpoint_never_leave_half_of_one(tmp_path: Path) -> None:
     code = (
-        "import sys, torch; from pathlib import Path; from lit_peft.checkpoint_io import AtomicCheckpointIO\n"
+        "import sys, torch; from pathlib import Path; from lit_peft.training.checkpoint_io import AtomicCheckpointIO\n"
         "for at in range(60):\n"
         "    AtomicCheckpointIO().save_checkpoint({'by': sys.argv[1], 'x': torch.zeros(9999)}, sys.argv[2])"
     )

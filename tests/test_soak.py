@@ -15,8 +15,8 @@ from lit_peft.callbacks import AdapterCheckpoint, AdapterNorms, ExactResume, Gra
 from models import QUIET
 
 import lit_peft
-from lit_peft.memory import held
-from lit_peft.run_folder import RunLogger
+from lit_peft.training.run_folder import RunLogger
+from lit_peft.util.memory import process_memory
 
 STEPS = int(os.environ.get("LIT_PEFT_SOAK", "300"))
 
@@ -32,10 +32,10 @@ class Resident(pl.Callback):
         if trainer.global_step % 10 == 0:
             gc.collect()
             self.steps.append(trainer.global_step)
-            self.bytes.append(held("VmRSS") or 0)
+            self.bytes.append(process_memory("VmRSS") or 0)
 
 
-@pytest.mark.skipif(not held("VmRSS"), reason="memory is read from /proc")
+@pytest.mark.skipif(not process_memory("VmRSS"), reason="memory is read from /proc")
 def test_memory_is_flat_over_a_long_run(decoder: Path, reviews: Path, tmp_path: Path) -> None:
     """LIT_PEFT_SOAK steps (300; the full check: 2000), with checkpoints, adapters and a validation every 50."""
     module = lit_peft.LoRA(base=str(decoder), r=4, lora_dropout=0.1, learning_rate=1e-3)

@@ -13,7 +13,7 @@ from models import close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lit_peft import LitPeftError
-from lit_peft.sources import convert_gguf, hub_error, resolve_base, resolve_packaged_file
+from lit_peft.models.sources import convert_gguf, hub_error, resolve_base, resolve_packaged_file
 
 
 def model_folder(folder: Path) -> Path:
@@ -261,7 +261,7 @@ def test_nobody_is_asked_whether_to_run_code_beside_a_gguf_file(
 
 def test_another_content_is_another_conversion(gguf_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Files over a limit are hashed at sampled places, and by their time."""
-    import lit_peft.sources as sources
+    import lit_peft.models.sources as sources
 
     file = tmp_path / "large.gguf"
     file.write_bytes(gguf_file.read_bytes())

@@ -215,13 +215,13 @@ def test_a_list_and_columns_of_several_types_stream(decoder: Path, file: Path, t
 _MEASURE = """
 import sys
 from lit_peft import CausalLMData
-from lit_peft.memory import peak
+from lit_peft.util.memory import peak_memory
 def count(file):
     data = CausalLMData(base=sys.argv[1], train=file, streaming=True, shuffle_buffer=1000, max_length=16)
     return sum(len(batch["input_ids"]) for batch in data.train_dataloader())
 count(sys.argv[2])
-small = peak()
-print(*map(count, sys.argv[3:]), (peak() - small) // 2**20)
+small = peak_memory()
+print(*map(count, sys.argv[3:]), (peak_memory() - small) // 2**20)
 """
 
 

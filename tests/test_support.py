@@ -14,7 +14,7 @@ from models import ALL, DECODERS, ENCODERS, batch, make
 
 import lit_peft
 import lit_peft.modules
-from lit_peft.base import BaseLM
+from lit_peft.training.module import BaseLM
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- support: start -->\n", "<!-- support: end -->\n"

@@ -16,8 +16,8 @@ from typing import Any
 
 from lit_peft.commands.measure import Cell, in_own_process, make_data, make_module
 from lit_peft.commands.options import Options
-from lit_peft.errors import LitPeftError, closest, first_line
-from lit_peft.kinds import check_kinds, shown
+from lit_peft.util.errors import LitPeftError, closest, first_line
+from lit_peft.util.type_checks import brief, check_types
 
 METHODS = (
     "FullFineTuning",
@@ -117,7 +117,7 @@ class Plan:
         if "class_path" not in self.data:
             raise LitPeftError("data has no class_path: name a data module, e.g. class_path: TextClassificationData.")
         if not isinstance(self.data.get("init_args", {}), dict):
-            raise LitPeftError(f"data.init_args={shown(self.data['init_args'])}: give a mapping of names to values.")
+            raise LitPeftError(f"data.init_args={brief(self.data['init_args'])}: give a mapping of names to values.")
 
     @property
     def cells(self) -> int:
@@ -325,7 +325,7 @@ def _plan(arguments: Sequence[str]) -> tuple[Plan, bool]:
     if isinstance(values.get("methods"), dict):
         # YAML reads a name with nothing behind it as null.
         values["methods"] = {name: settings or {} for name, settings in values["methods"].items()}
-    check_kinds(Plan, values, f"{given.config}: ")
+    check_types(Plan, values, f"{given.config}: ")
     if given.methods:
         file = values.get("methods", {})
         values["methods"] = {name: file.get(name, {}) for names in given.methods for name in names.split(",")}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lit_peft.commands.compare import METHODS
 from lit_peft.commands.options import Options, check_counts
-from lit_peft.errors import LitPeftError, closest, first_line
+from lit_peft.util.errors import LitPeftError, closest, first_line
 
 # Each optional package: what it is for, and the command that installs it.
 _OPTIONAL = {
@@ -76,7 +76,7 @@ def memory(base: str, method: str, task: str, batch_size: int, length: int) -> d
 
     import lit_peft
     from lit_peft.methods.attachment import trainable_parameters
-    from lit_peft.sources import resolve_base
+    from lit_peft.models.sources import resolve_base
 
     settings = {} if task == "causal_lm" or task == "seq2seq" else {"num_labels": 2}
     module = getattr(lit_peft, method)(base=base, task=task, **settings)

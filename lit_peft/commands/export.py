@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_peft.commands.options import Options
-from lit_peft.errors import LitPeftError, closest, first_line
+from lit_peft.util.errors import LitPeftError, closest, first_line
 
 
 def run(arguments: list[str]) -> None:
@@ -25,8 +25,8 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     import lit_peft.modules
-    from lit_peft.base import BaseLM
     from lit_peft.formats.folder import save_adapter
+    from lit_peft.training.module import BaseLM
 
     checkpoint = load_checkpoint(Path(options.ckpt_path))
     kinds = {

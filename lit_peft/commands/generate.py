@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_peft.commands.options import Options, adapter_folders, check_counts, check_generates, load_base
-from lit_peft.errors import LitPeftError, closest
-from lit_peft.generation import check_generation
-from lit_peft.kinds import shown
+from lit_peft.models.generation import check_generation
+from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.type_checks import brief
 
 
 def run(arguments: list[str]) -> None:
@@ -50,9 +50,9 @@ def run(arguments: list[str]) -> None:
         known = f"the closest are {closest(options.use, folders)}" if folders else "there are none: give --adapter"
         raise LitPeftError(f"--use {options.use} names no adapter: {known}.")
 
-    from lit_peft.data.tokenization import load_tokenizer
     from lit_peft.formats.folder import load_adapter
     from lit_peft.methods.adapters import set_adapter
+    from lit_peft.models.tokenization import load_tokenizer
 
     tokenizer = load_tokenizer(options.base, "--base", options.revision)
     if options.chat and not getattr(tokenizer, "chat_template", None):
@@ -111,7 +111,7 @@ def _encoded(tokenizer: Any, prompt: str, chat: bool) -> Mapping[str, Any]:
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[1]:
-        raise LitPeftError(f"The prompt {shown(prompt)} has no tokens: the tokenizer knows none in its text.")
+        raise LitPeftError(f"The prompt {brief(prompt)} has no tokens: the tokenizer knows none in its text.")
     return {name: value for name, value in inputs.items() if name != "token_type_ids"}
 
 

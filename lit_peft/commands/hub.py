@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from lit_peft.commands.options import Options
-from lit_peft.errors import LitPeftError, first_line
+from lit_peft.util.errors import LitPeftError, first_line
 
 # What an adapter's folder consists of; nothing else goes up or comes down.
 PATTERNS = ["*.json", "*.safetensors", "*.bin", "README.md"]

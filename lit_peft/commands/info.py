@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_peft.commands.options import Options
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 
 def run(arguments: list[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_peft.commands.compare import METHODS
 from lit_peft.commands.options import Options
-from lit_peft.errors import LitPeftError, closest
+from lit_peft.util.errors import LitPeftError, closest
 
 _SPAN_MODEL, _CAUSAL_MODEL = "FacebookAI/roberta-base", "HuggingFaceTB/SmolLM2-135M"
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_peft.errors import LitPeftError, closest, first_line
-from lit_peft.memory import held, peak
+from lit_peft.util.errors import LitPeftError, closest, first_line
+from lit_peft.util.memory import peak_memory, process_memory
 
 # Steps by which a budget of seconds is turned into one of steps, after as many that are not counted.
 _PROBED = 8
@@ -154,7 +154,7 @@ def measure(cell: Cell, device: int | None = None) -> dict[str, Any]:
     module = make_module(cell)
     module.take_labels(data)
     gc.collect()
-    before = held("VmRSS") or peak() or 0
+    before = process_memory("VmRSS") or peak_memory() or 0
     recorder = Recorder(module.task.monitor[0])
     steps = cell.steps if cell.seconds is None else _steps_in(cell, device)
     settings: dict[str, Any] = {
@@ -170,7 +170,7 @@ def measure(cell: Cell, device: int | None = None) -> dict[str, Any]:
     if not recorder.curve or recorder.curve[-1][0] < steps:
         trainer.validate(module, datamodule=data, verbose=False)
     cuda = trainer.strategy.root_device.type == "cuda"
-    most = torch.cuda.max_memory_allocated() if cuda else max(0, (peak() or 0) - before)
+    most = torch.cuda.max_memory_allocated() if cuda else max(0, (peak_memory() or 0) - before)
     test = None
     name = module.task.monitor[0].removeprefix("val_")
     if tested:

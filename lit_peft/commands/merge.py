@@ -6,7 +6,7 @@ import contextlib
 import re
 
 from lit_peft.commands.options import Options, load_base
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 
 def run(arguments: list[str]) -> None:
@@ -25,9 +25,9 @@ def run(arguments: list[str]) -> None:
     if size is None or not float(size[1]):
         raise LitPeftError(f"--max_shard_size {options.max_shard_size}: give a size above 0, e.g. 500MB or 5GB.")
 
-    from lit_peft.data.tokenization import load_tokenizer
     from lit_peft.formats.folder import load_adapter, new_folder
     from lit_peft.methods.lora import merge
+    from lit_peft.models.tokenization import load_tokenizer
 
     with new_folder(options.output) as folder:
         model = load_base(options)

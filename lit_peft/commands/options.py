@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lit_peft.errors import LitPeftError, closest
+from lit_peft.util.errors import LitPeftError, closest
 
 
 class Options(argparse.ArgumentParser):
@@ -97,8 +97,8 @@ def load_base(options: argparse.Namespace) -> Any:
     import torch
     import transformers
 
-    from lit_peft.quantization import check_quantization, loading_arguments, quantize
-    from lit_peft.sources import hub_error, resolve_base
+    from lit_peft.models.quantization import check_quantization, loading_arguments, quantize
+    from lit_peft.models.sources import hub_error, resolve_base
     from lit_peft.tasks import find_task
 
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from lit_peft.commands.options import Options, adapter_folders
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 
 def run(arguments: list[str]) -> None:
@@ -35,8 +35,8 @@ def run(arguments: list[str]) -> None:
 
     import litserve
 
+    from lit_peft.models.sources import resolve_base
     from lit_peft.serving import AdapterAPI
-    from lit_peft.sources import resolve_base
 
     resolve_base(options["base"])
     host, port, accelerator, timeout = (options.pop(name) for name in ("host", "port", "accelerator", "timeout"))

@@ -30,9 +30,9 @@ from lit_peft.data.json_rows import table_of
 from lit_peft.data.sampling import ByBatch, SeededBatches, StatefulLoader
 from lit_peft.data.splits import carve, first_of_each, limited, matching, normalized
 from lit_peft.data.streaming import Stream, StreamLoader, blocks
-from lit_peft.data.tokenization import load_tokenizer, tokenizer_digest, with_padding
-from lit_peft.errors import LitPeftError, closest
-from lit_peft.kinds import shown
+from lit_peft.models.tokenization import load_tokenizer, tokenizer_digest, with_padding
+from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.type_checks import brief
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -256,7 +256,7 @@ class LitDataModule(pl.LightningDataModule):
                     raise LitPeftError(f"{rows.where(row)} has no text in column {column!r}; remove the row.")
                 if isinstance(texts[row], (dict, list, bytes)):
                     raise LitPeftError(
-                        f"{rows.where(row)}: column {column!r} holds {shown(texts[row])}, not a text; correct it."
+                        f"{rows.where(row)}: column {column!r} holds {brief(texts[row])}, not a text; correct it."
                     )
 
     # ----------------------------------------------------------------------- what a task must provide

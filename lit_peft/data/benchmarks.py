@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_peft.data.files import is_file
-from lit_peft.errors import LitPeftError, closest
+from lit_peft.util.errors import LitPeftError, closest
 
 GLUE, SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.base import Rows, Split, refuse_unread
 from lit_peft.data.supervised import SupervisedData, end_of_text, join_answers, open_ended
-from lit_peft.errors import LitPeftError
-from lit_peft.kinds import shown
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -146,7 +146,7 @@ def _filled(template: str, cells: dict[str, Any]) -> str:
     try:
         return _Columns().vformat(template, (), cells)
     except (ValueError, TypeError) as problem:  # of what stands behind a column's name
-        raise LitPeftError(f"data.prompt_template {template!r} does not fit {shown(cells)}: {problem}.") from None
+        raise LitPeftError(f"data.prompt_template {template!r} does not fit {brief(cells)}: {problem}.") from None
 
 
 def encode_completions(

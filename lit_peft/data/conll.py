@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.files import content_digest, explain, resolve_file, tables_root
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 if TYPE_CHECKING:
     from datasets import Dataset

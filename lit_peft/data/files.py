@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_peft.data.json_rows import JSON_VERSION, json_rows, json_table
-from lit_peft.errors import LitPeftError, causes, closest
-from lit_peft.sources import PACKAGE_PREFIX, cache_error, cache_root, hub_error, resolve_packaged_file
+from lit_peft.models.sources import PACKAGE_PREFIX, cache_error, cache_root, hub_error, resolve_packaged_file
+from lit_peft.util.errors import LitPeftError, causes, closest
 
 if TYPE_CHECKING:
     from datasets import Dataset

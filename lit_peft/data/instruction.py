@@ -10,7 +10,7 @@ from lit_peft.data.base import Rows, Split, refuse_unread
 from lit_peft.data.collate import IGNORE
 from lit_peft.data.files import column_values
 from lit_peft.data.supervised import SupervisedData, join_answers
-from lit_peft.errors import LitPeftError, closest
+from lit_peft.util.errors import LitPeftError, closest
 
 if TYPE_CHECKING:
     from datasets import Dataset

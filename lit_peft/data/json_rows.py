@@ -13,8 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.disk import whole_file
-from lit_peft.errors import LitPeftError
+from lit_peft.util.disk import whole_file
+from lit_peft.util.errors import LitPeftError
 
 if TYPE_CHECKING:
     from datasets import Dataset

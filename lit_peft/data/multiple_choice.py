@@ -13,9 +13,9 @@ from lit_peft.data.benchmarks import fill_in, find_choice_benchmark
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.files import column_values
 from lit_peft.data.original_files import hub_form
-from lit_peft.errors import LitPeftError
-from lit_peft.kinds import shown
 from lit_peft.tasks.squad import normalize_answer
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -134,12 +134,12 @@ class MultipleChoiceData(LitDataModule):
             answer = cells[self.answer_column]
             if several and not isinstance(answer, list):
                 raise LitPeftError(
-                    f"{rows.where(row)}: column {self.answer_column!r} is {shown(answer)}, and other rows have lists "
+                    f"{rows.where(row)}: column {self.answer_column!r} is {brief(answer)}, and other rows have lists "
                     "of right texts; give one."
                 )
             if several and not right_ones(answer, texts):
                 raise LitPeftError(
-                    f"{rows.where(row)}: of the answers {shown(answer)} in column {self.answer_column!r} none is one "
+                    f"{rows.where(row)}: of the answers {brief(answer)} in column {self.answer_column!r} none is one "
                     f"of the {len(texts)} choices; correct it."
                 )
             if not several and answer_of(answer, texts, labels, self.first_answer) is None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.files import fingerprint
-from lit_peft.errors import LitPeftError
-from lit_peft.kinds import shown
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -128,7 +128,7 @@ def _part(item: Any, key: str, kind: type, where: str) -> Any:
     value = item.get(key) if isinstance(item, dict) else None
     if not isinstance(value, kind):
         raise LitPeftError(
-            f"{where} is not as the benchmark's own files are: {key!r} is {shown(value)} in {shown(item)}; correct it, "
+            f"{where} is not as the benchmark's own files are: {key!r} is {brief(value)} in {brief(item)}; correct it, "
             "or give a file with the hub's columns."
         )
     return value

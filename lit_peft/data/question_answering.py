@@ -11,9 +11,9 @@ from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.files import column_values, fingerprint
 from lit_peft.data.text_classification import number
-from lit_peft.data.tokenization import require_fast
-from lit_peft.errors import LitPeftError
-from lit_peft.kinds import shown
+from lit_peft.models.tokenization import require_fast
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,7 +135,7 @@ class QuestionAnsweringData(LitDataModule):
         for row in rows.numbers:
             if isinstance(given[row], dict) and "text" not in given[row]:
                 raise LitPeftError(
-                    f"{rows.where(row)}: column {self.answers_column!r} holds {shown(given[row])}; answers are "
+                    f"{rows.where(row)}: column {self.answers_column!r} holds {brief(given[row])}; answers are "
                     '{"text": [...], "answer_start": [...]}, or a text.'
                 )
         for row, answers in zip(rows.numbers, self._answers(rows), strict=True):
@@ -284,7 +284,7 @@ def _member(item: Any, key: str, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(item, dict) or not isinstance(value, kind):
         raise LitPeftError(
             "A SQuAD file has articles with 'paragraphs', these 'context' and 'qas', these 'question' and 'answers' "
-            f"with 'text' and 'answer_start'; this one has {key!r} = {shown(value)} in {shown(item)}."
+            f"with 'text' and 'answer_start'; this one has {key!r} = {brief(value)} in {brief(item)}."
         )
     return value
 

@@ -10,8 +10,8 @@ from lit_peft.data.base import Rows, Split
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.files import column_values, fingerprint
 from lit_peft.data.instruction import InstructionData
-from lit_peft.errors import LitPeftError
 from lit_peft.tasks.answers import MATH, find_benchmark, gold_text, kind_of, kind_of_benchmark
+from lit_peft.util.errors import LitPeftError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_peft.data.packing import exchanged, pack
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 # Batches that are sorted by length together: enough for little padding, few enough for the order to stay random.
 _BUCKET = 50

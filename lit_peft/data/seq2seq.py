@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.collate import IGNORE, PadCollator
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 if TYPE_CHECKING:
     from datasets import Dataset

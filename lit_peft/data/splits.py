@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 
 def normalized(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lit_peft.data.sampling import check_plan
-from lit_peft.errors import LitPeftError, causes
+from lit_peft.util.errors import LitPeftError, causes
 
 # Batches that are tokenized, and put in order, together; at the end of each, one may not be full.
 _BLOCK = 32

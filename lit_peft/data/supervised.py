@@ -10,8 +10,8 @@ from lit_peft.data.base import LitDataModule, Rows, Split, lengths_of
 from lit_peft.data.collate import IGNORE, PadCollator
 from lit_peft.data.files import column_values
 from lit_peft.data.packing import PackCollator
-from lit_peft.errors import LitPeftError
-from lit_peft.kinds import shown
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief
 
 
 class SupervisedData(LitDataModule):
@@ -140,7 +140,7 @@ def join_answers(
         # The first token of a row is not predicted.
         if not (head + tail)[max(len(head), 1) :]:
             raise LitPeftError(
-                f"The answer {shown(answer)} has no tokens to learn: the tokenizer knows none in it; remove the row."
+                f"The answer {brief(answer)} has no tokens to learn: the tokenizer knows none in it; remove the row."
             )
         labels = (head if train_on_inputs else [IGNORE] * len(head)) + tail
         out["input_ids"].append((head + tail)[:max_length])

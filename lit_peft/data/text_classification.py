@@ -15,8 +15,8 @@ from lit_peft.data.benchmarks import fill_in, find_benchmark
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.files import column_values, fingerprint, require_columns
 from lit_peft.data.original_files import hub_form, tsv_columns
-from lit_peft.errors import LitPeftError, closest
-from lit_peft.kinds import shown
+from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.type_checks import brief
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -285,7 +285,7 @@ def canonical_label(value: Any) -> Label | None:
         text = value.strip()
         number = re.fullmatch(r"(0|-?[1-9]\d*)(\.0+)?", text)
         return int(number.group(1)) if number else text or None
-    raise LitPeftError(f"{shown(value)} in data.label_column is not a class; labels are whole numbers or names.")
+    raise LitPeftError(f"{brief(value)} in data.label_column is not a class; labels are whole numbers or names.")
 
 
 def number(value: Any) -> float | None:

@@ -14,8 +14,8 @@ from lit_peft.data.base import LitDataModule, Rows, Split
 from lit_peft.data.collate import IGNORE, PadCollator
 from lit_peft.data.conll import SUFFIXES, read_conll
 from lit_peft.data.files import column_values
-from lit_peft.data.tokenization import require_fast
-from lit_peft.errors import LitPeftError, closest
+from lit_peft.models.tokenization import require_fast
+from lit_peft.util.errors import LitPeftError, closest
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,13 +14,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_peft.architectures import layer_stacks
-from lit_peft.errors import LitPeftError
 from lit_peft.formats import adapterhub_lora, adapterhub_prefix, peft_prefix
 from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import fill, write_json
 from lit_peft.formats.untrusted import check_sizes, read_tensors
-from lit_peft.kinds import shown
 from lit_peft.methods.adapter_h import AdapterHSettings
 from lit_peft.methods.adapter_p import AdapterPSettings
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
@@ -30,8 +27,11 @@ from lit_peft.methods.p_tuning_v2 import PTuningV2Settings
 from lit_peft.methods.parallel import ParallelSettings
 from lit_peft.methods.prefix import PrefixSettings
 from lit_peft.methods.prefix_tuning import PrefixTuningSettings
+from lit_peft.models.architectures import layer_stacks
 from lit_peft.nn.bottleneck import Bottleneck
 from lit_peft.nn.lora import LoRALayer
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief
 
 _METHODS: dict[str, type[BottleneckSettings] | type[PrefixSettings]] = {
     kind.method: kind
@@ -265,8 +265,8 @@ def _own_settings(config: dict[str, Any], folder: Path) -> BottleneckSettings | 
     known = set() if kind is None else {field.name for field in dataclasses.fields(kind)}
     if kind is None or not known.issuperset(values):
         raise LitPeftError(
-            f"{folder}/adapter_config.json has the method {shown(method)} with settings "
-            f"{shown(sorted(set(values) - known))} that "
+            f"{folder}/adapter_config.json has the method {brief(method)} with settings "
+            f"{brief(sorted(set(values) - known))} that "
             "this version of lit_peft does not know: update lit_peft."
         )
     return kind(**values)
@@ -277,13 +277,13 @@ def _settings(config: Any, folder: Path) -> BottleneckSettings:
     where = f"{folder}/adapter_config.json"
     if isinstance(config, str):
         if config not in _NAMED:
-            raise LitPeftError(f"{where} names the configuration {shown(config)}, which cannot be read.")
+            raise LitPeftError(f"{where} names the configuration {brief(config)}, which cannot be read.")
         config = _NAMED[config]
     if not isinstance(config, dict):
-        raise LitPeftError(f"{where} has the configuration {shown(config)}: give the folder that AdapterHub saved.")
+        raise LitPeftError(f"{where} has the configuration {brief(config)}: give the folder that AdapterHub saved.")
     if config.get("architecture") is not None:
         raise LitPeftError(
-            f"{where} is of the architecture {shown(config['architecture'])}: only bottleneck adapters, LoRA and "
+            f"{where} is of the architecture {brief(config['architecture'])}: only bottleneck adapters, LoRA and "
             "prefixes can be read."
         )
     active = sorted(key for key, value in config.items() if key not in _READ | _NEUTRAL and value)

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.architectures import has_module, layer_stacks
-from lit_peft.errors import LitPeftError
-from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.attachment import Attachment
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.targets import is_linear
+from lit_peft.models.architectures import has_module, layer_stacks
 from lit_peft.nn.linear import linear_features
 from lit_peft.nn.lora import LoRALinear
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief, check_types
 
 # What a configuration may say; the stored tensors tell which modules it adapts.
 _READ = {
@@ -73,10 +73,10 @@ def settings(
         LitPeftError: it sets something that cannot be read, or a tensor has no place in the model.
     """
     values, where = config["config"], f"{folder}/adapter_config.json"
-    check_kinds(_Values, values, f"{where}: ")
+    check_types(_Values, values, f"{where}: ")
     active = sorted(key for key, value in values.items() if key not in _READ and value)
     if active or values.get("composition_mode", "add") != "add":
-        named = ", ".join(active) or f"composition_mode={shown(values['composition_mode'])}"
+        named = ", ".join(active) or f"composition_mode={brief(values['composition_mode'])}"
         raise LitPeftError(f"{where} sets {named}, which would change the result and cannot be read.")
     r, alpha = values.get("r", 8), float(values.get("alpha", 8))
     version = re.match(r"adapters\.(\d{1,9})\.(\d{1,9})", str(config.get("version", "")))
@@ -95,15 +95,15 @@ def settings(
         whole = a.dim() == 2 and a.numel() and b is not None and b.dim() == 2
         if path is None or not is_linear(model.get_submodule(path)) or b is None or not whole:
             raise LitPeftError(
-                f"{folder} does not fit this model: {shown(key)} has no place in it, or no lora_B beside it."
+                f"{folder} does not fit this model: {brief(key)} has no place in it, or no lora_B beside it."
             )
         ranks[path], d_out = len(a), linear_features(model.get_submodule(path))[1]
         if b.shape[0] != d_out or ranks[path] != r:
             spread = _spread(b, ranks[path], r, fused)
             if spread is None:
                 raise LitPeftError(
-                    f"{folder} does not fit this model: {shown(key)} has rank {ranks[path]}, and r={r} for "
-                    f"attn_matrices={shown(matrices)}."
+                    f"{folder} does not fit this model: {brief(key)} has rank {ranks[path]}, and r={r} for "
+                    f"attn_matrices={brief(matrices)}."
                 )
             tensors[key.removesuffix("A") + "B"] = spread
     patterns = {re.escape(path): rank for path, rank in ranks.items() if rank != r}

@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_peft.architectures import has_module, layer_stacks
-from lit_peft.errors import LitPeftError
-from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment
 from lit_peft.methods.p_tuning_v2 import PTuningV2Settings
 from lit_peft.methods.prefix import PrefixSettings
 from lit_peft.methods.prefix_tuning import PrefixTuningSettings
+from lit_peft.models.architectures import has_module, layer_stacks
 from lit_peft.nn.prefix import Prefix
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief
 
 _KEY = re.compile(r"(?:.*\.)?prefix_tunings\.[^.]+\.(self|encoder|cross)(?:_prefix)?\.(.+)")
 # Models whose self-attention's prefix is called `self`, not `self_prefix`.
@@ -42,7 +42,7 @@ def settings(values: dict[str, Any], folder: Path) -> PrefixSettings:
     length, size = values.get("prefix_length"), values.get("bottleneck_size", 512)
     if not isinstance(length, int) or not isinstance(size, int):
         raise LitPeftError(
-            f"{where} has prefix_length={shown(length)} and bottleneck_size={shown(size)}, which are no sizes: give "
+            f"{where} has prefix_length={brief(length)} and bottleneck_size={brief(size)}, which are no sizes: give "
             "the folder that AdapterHub saved."
         )
     flat = bool(values.get("flat", False))

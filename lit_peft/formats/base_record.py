@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import read_extra
 from lit_peft.methods.attachment import attachment_of, base_name
 from lit_peft.nn.linear import linear_features
 from lit_peft.nn.lora import LoRALayer
 from lit_peft.nn.quantized import is_quantized
+from lit_peft.util.errors import LitPeftError
 
 KEY = "base"
 # Where a model was loaded from, where that is not what transformers knows: `pkg:NAME`, a .gguf file.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_peft.errors import LitPeftError
 from lit_peft.formats.untrusted import check_weights, read_json
-from lit_peft.kinds import shown
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief
 
 EXTRA = "lit_peft.json"
 
@@ -35,7 +35,7 @@ def fill(
     missing, extra = sorted(set(places) - set(stored)), sorted(set(stored) - set(places) - set(ignored))
     if missing or extra:
         raise LitPeftError(
-            f"{folder} does not fit this model: missing {shown(missing[:3], 300)}, unexpected {shown(extra[:3], 300)}."
+            f"{folder} does not fit this model: missing {brief(missing[:3], 300)}, unexpected {brief(extra[:3], 300)}."
         )
     for name, place in places.items():
         if stored[name].shape != place.shape:

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lit_peft.disk import whole_folder
-from lit_peft.errors import LitPeftError
 from lit_peft.formats import adapterhub, base_record, peft
 from lit_peft.formats.card import write_card
 from lit_peft.formats.files import write_extra
 from lit_peft.formats.untrusted import read_json
 from lit_peft.methods.adapters import new_adapter
 from lit_peft.methods.attachment import Model, attachment_of
+from lit_peft.util.disk import whole_folder
+from lit_peft.util.errors import LitPeftError
 
 
 def load_adapter(model: Model, folder: str | Path, check_base: bool = True, name: str | None = None) -> Model:

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError
 from lit_peft.formats import peft_lora, peft_prefix, peft_prompt
 from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import read_extra, write_extra, write_json
 from lit_peft.formats.untrusted import read_tensors
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
+from lit_peft.util.errors import LitPeftError
 
 # These change nothing in how the stored weights act, whatever the method.
 _NEUTRAL = {

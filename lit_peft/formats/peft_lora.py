@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import fill as fill_places
 from lit_peft.formats.untrusted import is_quick, matching
-from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.targets import default_targets, find_targets, first_fitting, is_linear, pattern_values
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALinear
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief, check_types
 
 _FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -72,8 +72,8 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
     values.setdefault("lora_alpha", 8)
     start = values.pop("init_lora_weights", True)
     if not isinstance(start, bool | str):
-        raise LitPeftError(f"{_FILE}: init_lora_weights={shown(start)} is not a value peft writes there.")
-    check_kinds(LoRASettings, values, f"{_FILE}: ")
+        raise LitPeftError(f"{_FILE}: init_lora_weights={brief(start)} is not a value peft writes there.")
+    check_types(LoRASettings, values, f"{_FILE}: ")
     names = [name for name, module in model.named_modules() if is_linear(module) or isinstance(module, nn.Embedding)]
     for name in ("target_modules", "exclude_modules"):
         pattern = values.get(name)
@@ -89,7 +89,7 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             )
     if isinstance(start, str) and start not in _STARTS:
         raise LitPeftError(
-            f"{_FILE}: init_lora_weights={shown(start)} changed the base weights in a way that cannot be "
+            f"{_FILE}: init_lora_weights={brief(start)} changed the base weights in a way that cannot be "
             "had again: save it with peft's path_initial_model_for_weight_conversion, or merged."
         )
     # peft takes `pre_classifier` for a `classifier`, and then stores it, too; a folder of ours does not.
@@ -119,7 +119,7 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
     stored_rank = max([0, *(t.shape[0] for name, t in stored.items() if _A.search(name) and t.dim() and t.numel())])
     if wanted > stored_rank:
         raise LitPeftError(
-            f"{_FILE}: r={values.get('r', 8)} with rank_pattern={shown(values['rank_pattern'])} is "
+            f"{_FILE}: r={values.get('r', 8)} with rank_pattern={brief(values['rank_pattern'])} is "
             f"more than the stored tensors have (rank {stored_rank}): the folder is not whole."
         )
     known: InitLoRA = "pissa" if start == "pissa" else "olora" if start == "olora" else "kaiming"

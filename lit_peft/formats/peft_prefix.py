@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import fill as fill_places
 from lit_peft.formats.peft_task import HEADS, task_type
-from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
 from lit_peft.methods.p_tuning_v2 import PTuningV2Settings
 from lit_peft.methods.prefix import PrefixSettings
 from lit_peft.methods.prefix_tuning import PrefixTuningSettings
 from lit_peft.nn.prefix import Prefix
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief, check_types
 
 _PREFIX = "base_model."
 _TABLE = "prompt_embeddings"
@@ -43,11 +43,11 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
     if table is None or table.dim() != 2 or not isinstance(length, int) or len(table) != length:
         shape = None if table is None else tuple(table.shape)
         raise LitPeftError(
-            f"adapter_config.json: num_virtual_tokens={shown(length)}, and the stored {_TABLE} has the shape {shape}: "
+            f"adapter_config.json: num_virtual_tokens={brief(length)}, and the stored {_TABLE} has the shape {shape}: "
             "the folder is not whole."
         )
     saved = config.get("modules_to_save") or ()
-    check_kinds(PrefixSettings, {"modules_to_save": saved}, "adapter_config.json: ")
+    check_types(PrefixSettings, {"modules_to_save": saved}, "adapter_config.json: ")
     trained = [name.removeprefix(_PREFIX) for name in stored if name != _TABLE]
     modules = [name for name in dict.fromkeys(saved) if any(f".{name}." in f".{path}" for path in trained)]
     # peft knows modules alone.

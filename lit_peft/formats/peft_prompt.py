@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError
 from lit_peft.formats.files import fill as fill_places
 from lit_peft.formats.peft_task import HEADS, task_type
-from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
 from lit_peft.methods.p_tuning import PTuningSettings
 from lit_peft.methods.prompt_tuning import PromptTuningSettings
 from lit_peft.methods.soft_prompt import SoftPromptSettings
 from lit_peft.nn.prompt import PromptEncoder, SoftPrompt
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief
 
 _PREFIX = "base_model."
 _PROMPT = "prompt_embeddings"
@@ -54,7 +54,7 @@ class PromptKind:
         rows, length = len(stored[_PROMPT]), values.get("num_virtual_tokens")
         if not isinstance(length, int) or length < 1 or rows not in (length, 2 * length):
             raise LitPeftError(
-                f"adapter_config.json: num_virtual_tokens={shown(length)}, and {_PROMPT} has {rows} rows: the folder "
+                f"adapter_config.json: num_virtual_tokens={brief(length)}, and {_PROMPT} has {rows} rows: the folder "
                 "is not whole."
             )
         values["modules_to_save"] = config["lit_peft"].get("modules_to_save", _stored_modules(stored)) or None

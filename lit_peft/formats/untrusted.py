@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_peft.errors import LitPeftError, first_line
-from lit_peft.kinds import shown
+from lit_peft.util.errors import LitPeftError, first_line
+from lit_peft.util.type_checks import brief
 
 # An adapter's settings are a few KB; a safetensors header has about 100 bytes for each tensor.
 MAX_JSON = MAX_HEADER = 16 * 2**20
@@ -127,7 +127,7 @@ def check_sizes(stored: Mapping[str, Tensor], sizes: Mapping[str, float | None],
     for name, size in sizes.items():
         if size is not None and size > largest:
             raise LitPeftError(
-                f"{where}: {name}={shown(size)} is more than the stored tensors have ({largest} numbers at most): the "
+                f"{where}: {name}={brief(size)} is more than the stored tensors have ({largest} numbers at most): the "
                 "folder is not whole."
             )
 

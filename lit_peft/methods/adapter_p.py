@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lit_peft.architectures import Layer, has_module
 from lit_peft.methods.bottleneck import BottleneckSettings
 from lit_peft.methods.mixin import MethodMixin
+from lit_peft.models.architectures import Layer, has_module
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lit_peft.errors import LitPeftError, closest
 from lit_peft.methods.attachment import (
     Attachment,
     MethodSettings,
@@ -25,6 +24,7 @@ from lit_peft.methods.attachment import (
 )
 from lit_peft.methods.lora import merge
 from lit_peft.nn.lora import LoRALayer
+from lit_peft.util.errors import LitPeftError, closest
 
 DEFAULT = "default"
 _KEY = "_lit_peft_adapters"

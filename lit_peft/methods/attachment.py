@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_peft.errors import LitPeftError, closest
-from lit_peft.kinds import check_kinds
 from lit_peft.nn.quantized import is_quantized
+from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.type_checks import check_types
 
 Model = TypeVar("Model", bound=nn.Module)
 _KEY = "_lit_peft_attachment"
@@ -34,7 +34,7 @@ class MethodSettings:
     modules_to_save: tuple[str, ...] | list[str] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_kinds(type(self), vars(self))
+        check_types(type(self), vars(self))
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
         """Put the method onto the frozen model, every change through `attachment`."""

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, MethodSettings
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.nn.quantized import is_quantized
+from lit_peft.util.errors import LitPeftError
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from lit_peft.architectures import Layer, Sublayer, has_module, layer_stacks
-from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
 from lit_peft.methods.targets import check_expression, check_leave_out, find_targets, is_linear
+from lit_peft.models.architectures import Layer, Sublayer, has_module, layer_stacks
 from lit_peft.nn.bottleneck import Bottleneck, InitBottleneck, SublayerAdapter, check
 from lit_peft.nn.linear import adapter_dtype, linear_features
+from lit_peft.util.errors import LitPeftError
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError, closest
-from lit_peft.kinds import shown
 from lit_peft.methods.adapters import adapters_of, new_adapter
 from lit_peft.methods.attachment import Attachment, Model, attach, attachment_of
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.nn.lora import LoRALayer
+from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.type_checks import brief
 
 Combination = Literal["linear", "cat", "svd", "ties", "dare"]
 
@@ -56,7 +56,7 @@ def combine_adapters(
         name: weight for name, weight in weights.items() if not (isinstance(weight, Real) and math.isfinite(weight))
     }
     if wrong:
-        raise LitPeftError(f"weights={shown(wrong)}: give each adapter a finite number, e.g. 0.5.")
+        raise LitPeftError(f"weights={brief(wrong)}: give each adapter a finite number, e.g. 0.5.")
     if r is not None and combination in ("cat", "linear"):
         raise LitPeftError(
             f"r={r} has no effect on combination={combination!r}, whose rank follows from the adapters': leave it out, "

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of, base_name, detach
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_values
+from lit_peft.models.quantization import dequantize
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear, check
 from lit_peft.nn.quantized import dense_linear, is_quantized
-from lit_peft.quantization import dequantize
+from lit_peft.util.errors import LitPeftError
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lit_peft.errors import LitPeftError
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.soft_prompt import SoftPromptSettings
 from lit_peft.nn.prompt import PromptEncoder, Reparameterization
+from lit_peft.util.errors import LitPeftError
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.architectures import Layer, has_module, kv_shape, layer_stacks, room_for, token_model
-from lit_peft.calls import CACHES, arguments, by_name, cache_of
-from lit_peft.errors import LitPeftError
-from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings
 from lit_peft.methods.targets import check_leave_out
+from lit_peft.models.architectures import Layer, has_module, kv_shape, layer_stacks, room_for, token_model
+from lit_peft.models.call_arguments import CACHES, arguments, by_name, cache_of
 from lit_peft.nn.linear import adapter_dtype
 from lit_peft.nn.prefix import Prefix
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief
 
 _FUNCTION = "lit_peft_prefix"
 _LENGTHS = ("cache_length", "past_key_values_length")
@@ -97,7 +97,7 @@ class PrefixSettings(MethodSettings):
                 "prefix_projection=True, or leave it out."
             )
         if self.positions not in ("mask", "peft", "adapterhub"):
-            raise LitPeftError(f"positions={shown(self.positions)} is not known: use 'mask', 'peft' or 'adapterhub'.")
+            raise LitPeftError(f"positions={brief(self.positions)} is not known: use 'mask', 'peft' or 'adapterhub'.")
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
         """Put the prefix in front of every attention layer's keys and values."""

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError, first_line
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.soft_prompt import SoftPromptSettings
 from lit_peft.nn.prompt import SoftPrompt
+from lit_peft.util.errors import LitPeftError, first_line
 
 InitPrompt = Literal["SAMPLE_VOCAB", "TEXT", "LABELS", "RANDOM"]
 

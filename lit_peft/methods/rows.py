@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError
 from lit_peft.methods.adapters import adapters_of, set_adapter
 from lit_peft.methods.attachment import Attachment, MethodSettings, base_name
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.lora import LoRALayer, LoRALinear
 from lit_peft.nn.rows import LoRARows, ModuleRows
+from lit_peft.util.errors import LitPeftError
 
 
 @contextmanager

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_peft.architectures import counts_over_mask, is_causal, room_for
-from lit_peft.calls import by_name, cache_of
-from lit_peft.errors import LitPeftError
-from lit_peft.kinds import shown
 from lit_peft.methods.attachment import Attachment, MethodSettings
+from lit_peft.models.architectures import counts_over_mask, is_causal, room_for
+from lit_peft.models.call_arguments import by_name, cache_of
 from lit_peft.nn.prompt import PromptEncoder, SoftPrompt
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief
 
 _NAME = "prompt_encoder"
 
@@ -46,7 +46,7 @@ class SoftPromptSettings(MethodSettings):
         if self.num_virtual_tokens <= 0:
             raise LitPeftError(f"num_virtual_tokens={self.num_virtual_tokens}: give a positive number, e.g. 20.")
         if self.positions not in ("mask", "sequence"):
-            raise LitPeftError(f"positions={shown(self.positions)} is not known: use 'mask' or 'sequence'.")
+            raise LitPeftError(f"positions={brief(self.positions)} is not known: use 'mask' or 'sequence'.")
         if self.num_transformer_submodules not in (1, 2):
             raise LitPeftError(f"num_transformer_submodules={self.num_transformer_submodules}: give 1, or 2 as peft.")
         if self.prompt_token_id is not None and self.positions == "sequence":

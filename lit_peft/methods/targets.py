@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from lit_peft.errors import LitPeftError, closest, first_line
-from lit_peft.kinds import shown
 from lit_peft.nn.linear import stores_transposed
+from lit_peft.util.errors import LitPeftError, closest, first_line
+from lit_peft.util.type_checks import brief
 
 _DEFAULT_ATTENTION = (
     ("q_proj", "v_proj"),
@@ -156,7 +156,7 @@ def check_expression(field: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as problem:
-        raise LitPeftError(f"{field} has the regular expression {shown(pattern)}: {first_line(problem)}.") from None
+        raise LitPeftError(f"{field} has the regular expression {brief(pattern)}: {first_line(problem)}.") from None
 
 
 def _matching(wanted: str | Sequence[str], names: Iterable[str]) -> list[str]:

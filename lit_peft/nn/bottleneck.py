@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError, closest
 from lit_peft.nn.rows import repeats
+from lit_peft.util.errors import LitPeftError, closest
 
 InitBottleneck = Literal["mam_adapter", "bert", "houlsby"]
 Scaling = float | Literal["learned", "channel"]

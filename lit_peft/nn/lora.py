@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError, closest
 from lit_peft.nn.autocast import autocast_dtype
 from lit_peft.nn.linear import adapter_dtype, linear_features, stores_transposed
 from lit_peft.nn.lora_function import lora_linear
 from lit_peft.nn.quantized import QuantizedLinear, dense_weight, is_quantized
+from lit_peft.util.errors import LitPeftError, closest
 
 # Whether a linear layer and its update are computed as one operation where they can be; False: the plain formula.
 FUSED = True

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError
 from lit_peft.nn.bottleneck import ACTIVATIONS, check
+from lit_peft.util.errors import LitPeftError
 
 
 class Prefix(nn.Module):

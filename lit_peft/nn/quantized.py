@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lit_peft.errors import LitPeftError
 from lit_peft.nn.autocast import autocast_dtype, without_autocast
+from lit_peft.util.errors import LitPeftError
 
 
 class QuantizedLinear(nn.Linear):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lit_peft.errors import LitPeftError
 from lit_peft.nn.lora import LoRALinear
+from lit_peft.util.errors import LitPeftError
 
 
 def repeats(x: Tensor, rows: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lit_peft.errors import LitPeftError, closest
 from lit_peft.tasks.base import Task
 from lit_peft.tasks.causal_lm import CausalLM
 from lit_peft.tasks.multiple_choice import MultipleChoice
@@ -10,6 +9,7 @@ from lit_peft.tasks.question_answering import QuestionAnswering
 from lit_peft.tasks.seq2seq import Seq2Seq
 from lit_peft.tasks.sequence_classification import SequenceClassification
 from lit_peft.tasks.token_classification import TokenClassification
+from lit_peft.util.errors import LitPeftError, closest
 
 TASKS: dict[str, type[Task]] = {
     task.name: task

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lit_peft.errors import LitPeftError, closest
+from lit_peft.util.errors import LitPeftError, closest
 
 MATH = ("gsm8k", "aqua", "svamp", "mawps", "addsub", "multiarith", "singleeq")
 

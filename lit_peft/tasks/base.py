@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 Metrics = Mapping[str, Any]
 Batch = dict[str, Any]

@@ -12,8 +12,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import MethodSettings, attachment_or_none
+from lit_peft.util.errors import LitPeftError
 
 _CHECKED: WeakSet[nn.Module] = WeakSet()
 

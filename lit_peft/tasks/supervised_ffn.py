@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_peft.architectures import ARCHITECTURES, Layer, layer_stacks
-from lit_peft.errors import LitPeftError
+from lit_peft.models.architectures import ARCHITECTURES, Layer, layer_stacks
 from lit_peft.nn.factors import under_torch_hooks
+from lit_peft.util.errors import LitPeftError
 
 # Whether the last layer's FFN sees the supervised rows alone; False: all rows.
 SUPERVISED_FFN = True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.tensor_parallel import split_matrices
+from lit_peft.training.tensor_parallel import split_matrices
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lit_peft.disk import write_file
+from lit_peft.util.disk import write_file
 
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"

@@ -24,16 +24,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 import lit_peft.data
 import lit_peft.modules
-from lit_peft.base import BaseLM
 from lit_peft.callbacks import ExactResume, GracefulStop, PredictionWriter, RunBanner, TokenProgressBar
 from lit_peft.callbacks.graceful_stop import save_last
-from lit_peft.checkpoint_io import AtomicCheckpointIO
 from lit_peft.data.base import LitDataModule
-from lit_peft.disk import replace_folder, temporary_folder, write_failure, write_file
-from lit_peft.errors import LitPeftError, closest
 from lit_peft.formats.folder import write_adapter
-from lit_peft.run_folder import CONFIG, RunLogger, earlier_run, newest_last
-from lit_peft.sharding import sharded_like, whole_parameters
+from lit_peft.training.checkpoint_io import AtomicCheckpointIO
+from lit_peft.training.module import BaseLM
+from lit_peft.training.run_folder import CONFIG, RunLogger, earlier_run, newest_last
+from lit_peft.training.sharding import sharded_like, whole_parameters
+from lit_peft.util.disk import replace_folder, temporary_folder, write_failure, write_file
+from lit_peft.util.errors import LitPeftError, closest
 
 RUNS = "lit_peft_runs"
 

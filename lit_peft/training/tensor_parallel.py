@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError
 from lit_peft.methods.attachment import attached_model, attachment_of
 from lit_peft.nn.bottleneck import Bottleneck
 from lit_peft.nn.lora import LoRALinear
 from lit_peft.nn.prefix import Prefix
+from lit_peft.util.errors import LitPeftError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lit_peft.calls import arguments
-from lit_peft.errors import LitPeftError
+from lit_peft.models.call_arguments import arguments
 from lit_peft.nn.linear import linear_features
+from lit_peft.util.errors import LitPeftError
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_peft.disk import clear_left, files_below, whole_folder
-from lit_peft.errors import LitPeftError, causes, closest, first_line
+from lit_peft.util.disk import clear_left, files_below, whole_folder
+from lit_peft.util.errors import LitPeftError, causes, closest, first_line
 
 PACKAGE_PREFIX = "pkg:"
 CACHE_VARIABLE = "LIT_PEFT_CACHE"

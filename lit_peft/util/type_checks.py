@@ -10,10 +10,10 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lit_peft.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError
 
 
-def check_kinds(owner: Any, values: Mapping[str, Any], where: str = "") -> None:
+def check_types(owner: Any, values: Mapping[str, Any], where: str = "") -> None:
     """Check values against the annotations of a class or function.
 
     Any collection stands for a sequence, any path for a text, a whole number for a float. Which of the words of a
@@ -30,10 +30,10 @@ def check_kinds(owner: Any, values: Mapping[str, Any], where: str = "") -> None:
     hints = _hints(owner)
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
-            raise LitPeftError(f"{where}{name}={shown(value)} is not of its kind: give {_said(hints[name])}.")
+            raise LitPeftError(f"{where}{name}={brief(value)} is not of its kind: give {_said(hints[name])}.")
 
 
-def shown(value: Any, most: int = 80) -> str:
+def brief(value: Any, most: int = 80) -> str:
     """A value as it stands in a message, cut to `most` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}…"

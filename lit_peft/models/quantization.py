@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.errors import LitPeftError, closest
 from lit_peft.nn.quantized import QuantizedLinear, dense_linear, is_quantized
+from lit_peft.util.errors import LitPeftError, closest
 
 # What each name means to transformers' loader; those of torchao are done after loading, layer by layer.
 _BITSANDBYTES: dict[str, dict[str, Any]] = {

@@ -6,15 +6,15 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from lit_peft.errors import LitPeftError
-from lit_peft.sources import BaseSource, hub_error, resolve_base
+from lit_peft.models.sources import BaseSource, hub_error, resolve_base
+from lit_peft.util.errors import LitPeftError
 
 
 def load_tokenizer(base: str, field: str = "data.tokenizer", revision: str | None = None) -> Any:
     """Load the tokenizer of a base model.
 
     Args:
-        base: any form `lit_peft.sources.resolve_base` takes.
+        base: any form `lit_peft.models.sources.resolve_base` takes.
         field: the setting's name, for error messages.
         revision: branch, tag or commit of a hub model.
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lit_peft.errors import LitPeftError, closest
+from lit_peft.util.errors import LitPeftError, closest
 
 # transformers reads these where it draws tokens alone.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 
-def held(field: str, process: int | str = "self") -> int | None:
+def process_memory(field: str, process: int | str = "self") -> int | None:
     """A field of Linux's `/proc/PROCESS/status` in bytes; None where there is none, or the process has ended.
 
     Args:
@@ -21,10 +21,10 @@ def held(field: str, process: int | str = "self") -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
 
 
-def peak() -> int | None:
+def peak_memory() -> int | None:
     """The most that this process has held in memory so far, in bytes; None where the system does not say."""
     # Linux's `getrusage` begins with the peak of the process that started this one.
-    if (found := held("VmHWM")) is not None:
+    if (found := process_memory("VmHWM")) is not None:
         return found
     try:
         import resource

@@ -16,20 +16,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from torch import Tensor, nn
 
 import lit_peft
-from lit_peft.architectures import counts_over_mask, learned_positions
-from lit_peft.errors import LitPeftError, closest
-from lit_peft.generation import check_generation
-from lit_peft.kinds import check_kinds, shown
 from lit_peft.methods.adapter_dtype import set_adapter_dtype
 from lit_peft.methods.attachment import MethodSettings
-from lit_peft.optim import SCHEDULES, make_optimizer, make_schedule
-from lit_peft.quantization import check_quantization, loading_arguments, quantize
-from lit_peft.randomness import run_seed, seed_all
-from lit_peft.sharding import across_processes, shard
-from lit_peft.sources import BaseSource, hub_error, resolve_base
+from lit_peft.models.architectures import counts_over_mask, learned_positions
+from lit_peft.models.generation import check_generation
+from lit_peft.models.quantization import check_quantization, loading_arguments, quantize
+from lit_peft.models.sources import BaseSource, hub_error, resolve_base
 from lit_peft.tasks import find_task
 from lit_peft.tasks.base import Batch
 from lit_peft.tasks.packed import check_method, is_packed
+from lit_peft.training.optimizer import SCHEDULES, make_optimizer, make_schedule
+from lit_peft.training.randomness import run_seed, seed_all
+from lit_peft.training.sharding import across_processes, shard
+from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.type_checks import brief, check_types
 
 
 class BaseLM(pl.LightningModule):
@@ -89,7 +89,7 @@ class BaseLM(pl.LightningModule):
     ) -> None:
         super().__init__()
         values = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        check_kinds(BaseLM.__init__, values)
+        check_types(BaseLM.__init__, values)
         settings = getattr(self, "settings", None)
         values.update(
             {field.name: getattr(settings, field.name) for field in fields(settings)} if settings is not None else {}
@@ -107,7 +107,7 @@ class BaseLM(pl.LightningModule):
         if num_labels is not None and num_labels < 1:
             raise LitPeftError(f"num_labels={num_labels}: give a number of at least 1; 1 is regression.")
         if labels is not None and len(set(labels)) < max(len(labels), 1):
-            raise LitPeftError(f"labels={shown(labels)}: give each class a name of its own, or leave it out.")
+            raise LitPeftError(f"labels={brief(labels)}: give each class a name of its own, or leave it out.")
         for name, value in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
             if value is not None and not isinstance(getattr(torch, value, None), torch.dtype):
                 raise LitPeftError(f"{name}={value!r} is not known: use 'float32', 'bfloat16' or 'float16'.")
@@ -297,7 +297,7 @@ class BaseLM(pl.LightningModule):
     def tokenizer(self) -> Any:
         """The base model's tokenizer, loaded on first use."""
         if self._tokenizer is None:
-            from lit_peft.data.tokenization import load_tokenizer
+            from lit_peft.models.tokenization import load_tokenizer
 
             data = getattr(self._trainer, "datamodule", None)
             self._tokenizer = getattr(data, "tokenizer", None) or load_tokenizer(
