@@ -168,7 +168,7 @@ def written(attachment: Attachment, name: str) -> tuple[dict[str, Any], dict[str
             f"AdapterHub's format has no place for {beyond[0]}: it adapts q, k, v and the FFN's first and last matrix, "
             "the same ones in every layer. Use format='peft'."
         )
-    if any(layer._moved_weight is not None for layer in layers.values()):
+    if any(layer.original_weight is not None for layer in layers.values()):
         raise LitPeftError(
             f"init_lora_weights={settings.init_lora_weights!r} changed the base weights: use format='peft', which "
             "writes the update of the original ones."

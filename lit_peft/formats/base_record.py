@@ -100,7 +100,7 @@ def _weights(model: nn.Module, adapted: Mapping[str, nn.Module], without: Collec
             weights[plain.removeprefix(below)] = parameter
     for path, layer in adapted.items():
         if isinstance(layer, LoRALayer):
-            kept = layer._moved_weight if layer._moved_weight is not None else layer._unmerged_weight
+            kept = layer.original_weight if layer.original_weight is not None else layer.unmerged_weight
             name = f"{path}.weight".removeprefix(below)
             if kept is not None and name in weights:
                 weights[name] = kept

@@ -105,7 +105,7 @@ def combine_adapters(
 def _check(label: str, source: Attachment, first: Attachment) -> None:
     layers: list[nn.Module] = list(source.adapted.values())
     plain = all(
-        isinstance(layer, LoRALayer) and layer.lora_magnitude is None and layer._moved_weight is None
+        isinstance(layer, LoRALayer) and layer.lora_magnitude is None and layer.original_weight is None
         for layer in layers
     )
     if not plain or source.trained:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def can_share(model: nn.Module, name: str) -> bool:
 def _check(name: str, attachment: Attachment) -> None:
     layers = attachment.adapted.values()
     bottlenecks = [layer for layer in layers if isinstance(layer, SublayerAdapter)]
-    passing = any(not layer.original_ln_after and layer._norm[0] is not None for layer in bottlenecks)
+    passing = any(not layer.original_ln_after and layer.norm[0] is not None for layer in bottlenecks)
     if passing or not all(isinstance(layer, LoRALayer | Bottleneck) for layer in layers):
         raise LitPeftError(
             f"The adapter {name!r} ({attachment.settings.method}) cannot share a batch with others: LoRAs and "
@@ -117,7 +118,7 @@ def _replace(
 ) -> None:
     """Put a module that serves every row at `path`."""
     base = mixed.model.get_submodule(path)
-    plain = [x if isinstance(x, LoRALinear) and x.lora_magnitude is None and x._rest is None else None for x in layers]
+    plain = [layer if _is_plain(layer) else None for layer in layers]
     rows: nn.Module
     if not any(trained) and plain == list(layers):
         rows = LoRARows(base, plain, index)
@@ -139,9 +140,13 @@ def _form(
     if layer is None:
         return base, dict(trained)
     tensors = {f"base_layer.{name}": tensor for name, tensor in trained.items()}
-    if layer._rest is not None:
-        tensors["base_layer.weight"] = layer._rest
+    if layer.residual_weight is not None:
+        tensors["base_layer.weight"] = layer.residual_weight
     return layer.eval(), tensors
+
+
+def _is_plain(layer: LoRALayer | None) -> TypeGuard[LoRALinear]:
+    return isinstance(layer, LoRALinear) and layer.lora_magnitude is None and layer.residual_weight is None
 
 
 def _vocabulary(model: nn.Module) -> int | None:

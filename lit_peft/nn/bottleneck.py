@@ -229,7 +229,7 @@ class SublayerAdapter(Bottleneck):
         self.is_parallel, self.original_ln_before = is_parallel, original_ln_before
         self.original_ln_after, self.residual_before_ln = original_ln_after, residual_before_ln
         # In a tuple, so that the base's LN is not registered a second time.
-        self._norm = (norm,)
+        self.norm = (norm,)
 
     @property
     def needs_residual(self) -> bool:
@@ -265,7 +265,7 @@ class SublayerAdapter(Bottleneck):
         return None if result is None else result.view_as(output)
 
     def _adapted(self, y: Tensor, x: Tensor | None) -> Tensor:
-        (norm,) = self._norm
+        (norm,) = self.norm
         if self.is_parallel:
             assert x is not None
             out = y + self(x).to(y.dtype)

@@ -73,15 +73,15 @@ class LoRALayer(nn.Module):
         self.r, self.lora_alpha = r, lora_alpha
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.lora_dropout = lora_dropout
-        self._unmerged_weight: Tensor | None = None
+        self.unmerged_weight: Tensor | None = None
         weight = self.weight
         dtype = adapter_dtype(weight)
         self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, dtype=dtype, device=weight.device))
         self.lora_magnitude: nn.Parameter | None = None
-        self._moved_weight: Tensor | None = None
+        self.original_weight: Tensor | None = None
         self._start: tuple[Tensor, Tensor] | None = None
-        self._rest: Tensor | None = None
+        self.residual_weight: Tensor | None = None
         self.reset_parameters(init_lora_weights)
         if use_dora:
             self.lora_magnitude = nn.Parameter(self._weight_norm().to(dtype))
@@ -130,7 +130,7 @@ class LoRALayer(nn.Module):
         self.lora_A.copy_(a)
         self.lora_B.copy_(b)
         # What the update now carries leaves W, so that the sum starts as the base; kept to restore W exactly.
-        self._moved_weight = self.weight.detach().clone()
+        self.original_weight = self.weight.detach().clone()
         self._start = self.lora_A.detach().clone(), self.lora_B.detach().clone()
         self.add_to_weight(-self.delta_weight())
 
@@ -142,12 +142,12 @@ class LoRALayer(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the update is folded into the base weight."""
-        return self._unmerged_weight is not None
+        return self.unmerged_weight is not None
 
     @property
     def moved(self) -> bool:
         """Whether the start (PiSSA's, OLoRA's) moved part of the base weight into the update."""
-        return self._moved_weight is not None
+        return self.original_weight is not None
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """A and B, scale s, for the base weight W₀ as it was; of twice the rank where part of it moved.
@@ -206,7 +206,7 @@ class LoRALayer(nn.Module):
                 "lit_peft.merge(model), which dequantizes the model for good."
             )
         # Rounding makes (W + d) - d differ from W, so W itself is kept to come back to.
-        self._unmerged_weight = self.weight.detach().clone()
+        self.unmerged_weight = self.weight.detach().clone()
         delta = self.delta_weight()
         if self.lora_magnitude is not None:
             dense = self.dense_weight().to(delta.dtype)
@@ -217,27 +217,27 @@ class LoRALayer(nn.Module):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Undo `merge`: the base weight is what it was, bit for bit."""
-        if self._unmerged_weight is not None:
-            self.weight.data.copy_(self._unmerged_weight)
-            self._unmerged_weight = None
+        if self.unmerged_weight is not None:
+            self.weight.data.copy_(self.unmerged_weight)
+            self.unmerged_weight = None
 
     def keep_merged(self) -> None:
         """Make a merge final: the base layer keeps the merged weight, and the kept copies of W are let go."""
-        self._unmerged_weight = self._moved_weight = None
+        self.unmerged_weight = self.original_weight = None
 
     def restore_base(self) -> nn.Module:
         """Return the base layer as it was before it was adapted, bit for bit."""
         if self.merged:
             self.unmerge()
-        if self._moved_weight is not None:
-            self.weight.data.copy_(self._moved_weight)
+        if self.original_weight is not None:
+            self.weight.data.copy_(self.original_weight)
         return self.base_layer
 
     def suspend(self) -> None:
         """Keep what a start of PiSSA's or OLoRA's kind left in W, before the base gets its own W back."""
-        if self._moved_weight is not None:
+        if self.original_weight is not None:
             self.unmerge()
-            self._rest = self.weight.detach().clone()
+            self.residual_weight = self.weight.detach().clone()
 
     def resume(self) -> None:
         """Follow the base layer's device, and take out of W again what the update carries."""
@@ -247,9 +247,9 @@ class LoRALayer(nn.Module):
         if self.lora_A.device != self.weight.device:
             for parameter in self.parameters(recurse=False):
                 parameter.data = parameter.data.to(self.weight.device)
-        if self._rest is not None:
-            self.weight.data.copy_(self._rest)
-            self._rest = None
+        if self.residual_weight is not None:
+            self.weight.data.copy_(self.residual_weight)
+            self.residual_weight = None
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}" + (
@@ -293,7 +293,7 @@ class LoRALinear(LoRALayer):
         return (
             FUSED
             and self.lora_magnitude is None
-            and self._unmerged_weight is None
+            and self.unmerged_weight is None
             and (type(base) in (nn.Linear, QuantizedLinear) or stores_transposed(base))
             and type(weight) is nn.Parameter
             and not weight.requires_grad
