@@ -9,6 +9,7 @@ from torch import nn
 
 from lit_peft.methods.attachment import attachment_of
 from lit_peft.methods.changes import TrainParameter
+from lit_peft.nn.torch_internals import own_parameter
 
 
 def set_adapter_dtype(model: nn.Module, dtype: torch.dtype) -> None:
@@ -50,8 +51,8 @@ class _Cast:
         """Forward pre-hook: an attribute of the module hides its parameter of the same name."""
         dtype = self.like[0].dtype
         for name in self.names:
-            parameter = module.get_parameter(name)
-            if parameter.dtype != dtype:
+            parameter = own_parameter(module, name)
+            if parameter is not None and parameter.dtype != dtype:
                 vars(module)[name] = parameter.to(dtype)
 
     def take(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -178,17 +178,15 @@ class Attachment:
         ]
         if others:
             warnings.warn(
-                f"modules_to_save={name!r}: {path} shares its weight with {', '.join(others[:3])} in the base. The copy "
-                "trained at this place no longer does; the other keeps the base's weight.",
+                f"modules_to_save={name!r}: in the base, {path} shares its weight with {', '.join(others[:3])}. Only the "
+                f"copy at {path} is trained; the weight there is no longer shared.",
                 stacklevel=5,
             )
 
     def freeze(self) -> None:
         """Freeze the whole model, and note which parameters required gradients."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-                self.unfrozen.append(name)
+        self.unfrozen = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        self.model.requires_grad_(False)
 
     def unfreeze(self) -> None:
         """Let the base's parameters require gradients again that did before. The method must be off the model."""
@@ -220,6 +218,8 @@ class Attachment:
     def resume(self) -> None:
         """Put the method back on, on the device and in the type that the base has by now."""
         self._follow_the_base()
+        if self.unfrozen and self.model.get_parameter(self.unfrozen[0]).requires_grad:
+            self.freeze()
         for change in self.changes:
             change.apply(self.model)
         for path, module in self.adapted.items():

@@ -12,8 +12,6 @@ transformers computes attention in three ways, and there is a way in for each:
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +20,13 @@ from torch import Tensor, nn
 
 from lit_peft.methods.attachment import Attachment
 from lit_peft.models.call_arguments import CACHES, arguments, by_name, cache_of
-from lit_peft.models.transformers_internals import attention_name, uses_attention_interface
+from lit_peft.models.transformers_internals import (
+    AttentionConfig,
+    alibi_function,
+    attention_implementation,
+    eager_attention,
+    uses_attention_interface,
+)
 from lit_peft.nn.prefix import Prefix
 from lit_peft.util.errors import LitPeftError
 
@@ -101,28 +105,15 @@ class LayerPrefix:
         return F.pad(mask, (self.length, 0), value=0 if mask.is_floating_point() and mask.dim() == 4 else 1)
 
 
-class PrefixedConfig:
-    """Takes the place of an attention's config, and names our attention function in place of the model's.
-
-    Everything else is read from the config itself, so later changes to it take effect.
-    """
-
-    _attn_implementation = _FUNCTION
+class PrefixedConfig(AttentionConfig):
+    """An attention's config that names our attention function, and holds what that function needs."""
 
     def __init__(self, prefix: LayerPrefix, module: nn.Module, relative: Any, shifts_positions: bool) -> None:
+        super().__init__(module.config, _FUNCTION)
         _register()
-        self.config: Any = module.config
         self.prefix, self.relative, self.shifts_positions = prefix, relative, shifts_positions
         self.past = 0
-        modules = (sys.modules[kind.__module__] for kind in type(module).__mro__)
-        self.eager: Callable[..., Any] = next(
-            home.eager_attention_forward for home in modules if hasattr(home, "eager_attention_forward")
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "config":
-            raise AttributeError(name)
-        return getattr(self.config, name)
+        self.eager = eager_attention(module)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A spawned process has not registered the function yet.
@@ -163,7 +154,7 @@ def attention_with_prefix(
     from transformers import AttentionInterface
 
     config: PrefixedConfig = module.config
-    name, prefix = attention_name(config.config), config.prefix
+    name, prefix = attention_implementation(config.config), config.prefix
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = config.extend_bias(kwargs["position_bias"], query, key)
     queries, keys = query.shape[2], key.shape[2]
@@ -178,7 +169,8 @@ def attention_with_prefix(
                 f"attn_implementation={name!r} takes no prefix: load the model with attn_implementation='sdpa'."
             )
         attention_mask = prefix.extend_mask(attention_mask)
-    function = AttentionInterface().get_interface(name, config.eager)
+    interface: Any = AttentionInterface()
+    function = interface.get_interface(name, config.eager)
     groups = getattr(module, "num_key_value_groups", 1)
     if prefix.heads == key.shape[1]:
         key, value = prefix.extend(key, value)
@@ -205,7 +197,7 @@ class PrefixInCache:
         if alibi is not None:
             # ALiBi counts from the first key; the prefix lies before it. Softmax sees differences alone.
             steps = torch.arange(-length, 0, device=alibi.device, dtype=alibi.dtype)
-            build = sys.modules[type(module).__module__].build_alibi_tensor
+            build: Any = alibi_function(module)
             ones = torch.ones(1, 2, dtype=torch.long, device=alibi.device)
             columns = build(ones, module.num_heads, alibi.dtype)[:, :, 1:] * steps  # (heads, 1, v)
             if alibi.dim() == 3:

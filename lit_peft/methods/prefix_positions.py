@@ -60,8 +60,8 @@ class ShiftPositions:
             length = int(position_ids.max()) + 1
         if self.limit is not None and length + self.length > self.limit:
             raise LitPeftError(
-                f"The input has {length} tokens and the prefix {self.length}, but the model has {self.limit} positions: "
-                f"shorten the texts to {self.limit - self.length} tokens (data.max_length)."
+                f"The input has {length} tokens and the prefix {self.length}, but the model has {self.limit} "
+                f"positions: shorten the texts to {self.limit - self.length} tokens (data.max_length)."
             )
 
     def shift_table(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -127,15 +127,17 @@ class _Placement:
     def register(self, prompt: SoftPrompt | PromptEncoder, attachment: Attachment) -> None:
         """Register the hooks, noted for their removal."""
         self.prompt = prompt
+        paths = {id(module): path for path, module in attachment.model.named_modules()}
+        host, embeddings = paths[id(self.host)], paths[id(self.embeddings)]
         if self.loses:
-            attachment.hook(attachment.model.register_forward_pre_hook(self._take_labels, with_kwargs=True))
-            attachment.hook(attachment.model.register_forward_hook(self._cut_logits, always_call=True))
-        attachment.hook(self.host.register_forward_pre_hook(self._extend, with_kwargs=True))
-        attachment.hook(self.host.register_forward_hook(self._cut, always_call=True))
-        attachment.hook(self.embeddings.register_forward_pre_hook(self._look_up_marks))
-        attachment.hook(self.embeddings.register_forward_hook(self._insert))
+            attachment.forward_pre_hook("", self._take_labels, with_kwargs=True)
+            attachment.forward_hook("", self._cut_logits, always_call=True)
+        attachment.forward_pre_hook(host, self._extend, with_kwargs=True)
+        attachment.forward_hook(host, self._cut, always_call=True)
+        attachment.forward_pre_hook(embeddings, self._look_up_marks)
+        attachment.forward_hook(embeddings, self._insert)
         if self.decoder is not None and self.front:
-            attachment.hook(self.decoder.register_forward_pre_hook(self._extend_encoder_mask, with_kwargs=True))
+            attachment.forward_pre_hook(paths[id(self.decoder)], self._extend_encoder_mask, with_kwargs=True)
 
     # ------------------------------------------------------------------------------------- the host's inputs
 
