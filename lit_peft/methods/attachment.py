@@ -178,14 +178,16 @@ class Attachment:
         ]
         if others:
             warnings.warn(
-                f"modules_to_save={name!r}: in the base, {path} shares its weight with {', '.join(others[:3])}. Only the "
-                f"copy at {path} is trained; the weight there is no longer shared.",
+                f"modules_to_save={name!r}: {path} shares its weight with {', '.join(others[:3])} in the base. Only "
+                f"the copy at {path} is trained; the weight there is no longer shared.",
                 stacklevel=5,
             )
 
     def freeze(self) -> None:
         """Freeze the whole model, and note which parameters required gradients."""
-        self.unfrozen = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        # Every name of a tied parameter: merging may untie it.
+        named = self.model.named_parameters(remove_duplicate=False)
+        self.unfrozen = [name for name, parameter in named if parameter.requires_grad]
         self.model.requires_grad_(False)
 
     def unfreeze(self) -> None:
