@@ -20,6 +20,7 @@ from lit_peft.methods.changes import (
     follow,
     owner_of,
 )
+from lit_peft.methods.saving import SaveAdapter
 from lit_peft.nn.quantized import is_quantized
 from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.type_checks import check_types
@@ -321,6 +322,8 @@ def attach(model: Model, settings: MethodSettings) -> Model:
         settings.attach_to(model, attachment)
         if settings.modules_to_save:
             attachment.train_modules(settings.modules_to_save)
+        if attachment.adapted and hasattr(model, "save_pretrained"):
+            attachment.set("", "save_pretrained", SaveAdapter(model))
     except BaseException:
         attachment.revert()
         raise

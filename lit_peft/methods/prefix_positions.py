@@ -56,7 +56,8 @@ class ShiftPositions:
         Raises:
             LitPeftError: there are not enough positions.
         """
-        if position_ids is not None and position_ids.device.type == "cpu" and position_ids.numel():
+        known = position_ids is not None and position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if known and position_ids is not None and position_ids.numel():
             length = int(position_ids.max()) + 1
         if self.limit is not None and length + self.length > self.limit:
             raise LitPeftError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_peft.methods.attachment import Attachment, MethodSettings
 from lit_peft.models.architectures import counts_over_mask, is_causal, room_for
 from lit_peft.models.call_arguments import arguments, by_name, cache_of, has_fixed_size, is_filled
+from lit_peft.models.transformers_internals import is_model_of
 from lit_peft.nn.prompt import PromptEncoder, SoftPrompt
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
@@ -94,7 +95,7 @@ class _Placement:
                 "the transformers model inside of it."
             )
         top: Any = model
-        causal, pools = is_causal(config), type(model).__name__.endswith("ForSequenceClassification")
+        causal, pools = is_causal(config), is_model_of("AutoModelForSequenceClassification", model)
         self.decoder: nn.Module | None = None
         self.host: Any
         if getattr(config, "is_encoder_decoder", False):
