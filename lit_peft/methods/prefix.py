@@ -86,7 +86,7 @@ class PrefixSettings(MethodSettings):
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
         """Put the prefix in front of every attention layer's keys and values."""
-        stacks = layer_stacks(model)
+        stacks = _by_model(model, layer_stacks(model))
         check_leave_out(self.leave_out, sum(map(len, stacks)))
         crossed = any(_cross(layer) is not None for stack in stacks for layer in stack)
         first = 0
@@ -146,6 +146,14 @@ class PrefixSettings(MethodSettings):
     def _shape(self, module: Any, config: Any) -> tuple[int, int]:
         heads, size = kv_shape(module, config)
         return heads * (getattr(module, "num_key_value_groups", 1) if self.per_query_head else 1), size
+
+
+def _by_model(model: nn.Module, stacks: list[list[Layer]]) -> list[list[Layer]]:
+    """Join the stacks of one model, which share its prefix, e.g. the two that HRM runs in turn."""
+    joined: dict[tuple[str | None, bool], list[Layer]] = {}
+    for stack in stacks:
+        joined.setdefault((token_model(model, stack[0]), _cross(stack[0]) is not None), []).extend(stack)
+    return list(joined.values())
 
 
 def _cross(layer: Layer) -> str | None:

@@ -50,6 +50,11 @@ def put_prefix_at(
         LitPeftError: the attention has code of its own that leaves no way in.
     """
     module: Any = attachment.model.get_submodule(path)
+    problem = _no_way_in(module)
+    if problem is not None:
+        raise LitPeftError(
+            f"{path} ({type(module).__name__}) {problem}: use another method, e.g. LoRA or PromptTuning."
+        )
     if hasattr(module, "disentangled_attention_bias"):
         DisentangledAttention(prefix, module).attach(attachment, path)
     elif "alibi" in arguments(module):
@@ -64,6 +69,18 @@ def put_prefix_at(
             f"{path} ({type(module).__name__}) computes attention in its own code, where no prefix can be put in front "
             "of the keys and values: use another method, e.g. LoRA or PromptTuning."
         )
+
+
+def _no_way_in(module: Any) -> str | None:
+    """Why an attention that uses transformers' interface can take no prefix all the same; None if it can."""
+    key_width = getattr(module, "qk_head_dim", None)
+    if key_width is not None and key_width != getattr(module, "v_head_dim", key_width):
+        return "has keys and values of different widths (latent attention), which a prefix does not have"
+    if hasattr(module, "experts"):
+        return "routes its queries through experts, and repeats its keys for them"
+    if hasattr(module, "keep_window_size"):
+        return "computes its mask from the values (dynamic mask), which would leave the prefix out"
+    return None
 
 
 class StartPrefix:
