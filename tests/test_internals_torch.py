@@ -8,6 +8,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lit_peft.nn.torch_internals import (
+    function_transforms_are_active,
     has_forward_hooks,
     is_compiled,
     lerp_all_,
@@ -69,6 +70,23 @@ def test_hooks_of_torch_on_saved_tensors_are_told_from_those_of_others() -> None
         assert not torch_handles_saved_tensors()
     checkpoint(look, torch.ones(2, requires_grad=True), use_reentrant=False)
     assert seen == [True]
+
+
+def test_function_transforms_are_noticed() -> None:
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(function_transforms_are_active())
+        return x * 2
+
+    look(torch.ones(2))
+    torch.func.vmap(look)(torch.ones(2))
+    torch.func.jvp(look, (torch.ones(2),), (torch.ones(2),))
+    torch.func.grad(lambda x: look(x).sum())(torch.ones(2))
+    with torch.autograd.forward_ad.dual_level():
+        look(torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2)))
+    look(torch.ones(2))
+    assert seen == [False, True, True, True, True, False]
 
 
 def test_a_compiled_module_is_known() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lit_peft.models.transformers_internals import (
     eager_attention,
     has_model_class,
     is_model_of,
+    is_norm,
     no_split_classes,
     own_loss_function,
     set_own_loss_function,
@@ -41,6 +43,14 @@ def test_auto_classes_say_which_models_are_theirs() -> None:
     assert not is_model_of("AutoModelForSequenceClassification", decoder)
     assert is_model_of("AutoModelForCausalLM", decoder)
     assert not is_model_of("AutoModelForCausalLM", nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS, *SEQ2SEQS])
+def test_norms_are_known_by_their_weight(name: str) -> None:
+    # Their weights are the only vectors.
+    for module in make(name).modules():
+        weight = getattr(module, "weight", None)
+        assert is_norm(module) is (weight is not None and weight.dim() == 1)
 
 
 def test_the_attention_of_a_model_is_read_from_its_config() -> None:
@@ -118,7 +128,7 @@ def test_a_loss_function_is_set_and_taken_back() -> None:
     set_own_loss_function(model, None)
 
 
-def test_a_model_without_its_quantization_flags_is_saved_as_a_plain_one(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_model_without_its_quantization_flags_is_saved_as_a_plain_one(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(vocab_size=61, **SHAPE)
     model = transformers.LlamaForCausalLM(config)
     model.is_quantized = model.is_loaded_in_8bit = True

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_peft.models.architectures import ARCHITECTURES, Layer, layer_stacks
-from lit_peft.nn.factors import under_torch_hooks
+from lit_peft.nn.torch_internals import torch_handles_saved_tensors
 from lit_peft.util.errors import LitPeftError
 
 # Whether the last layer's FFN sees the supervised rows alone; False: all rows.
@@ -70,7 +70,12 @@ class SupervisedRows:
     def _before(self, ffn: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         self._rows = None
         # Where a layer is run again in the backward pass, it must do then what it does now.
-        if len(args) != 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling() or under_torch_hooks():
+        if (
+            len(args) != 1
+            or not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch_handles_saved_tensors()
+        ):
             return None
         hidden: Tensor = args[0]
         rows = self.rows_of(hidden) if hidden.dim() == 3 else None
