@@ -65,7 +65,7 @@ def main() -> None:
 
     def step(batch: dict[str, Any]) -> float:
         began = time.process_time()
-        with task.loss_alone(model):
+        with task.loss_only(model):
             task.run(model, batch).loss.backward()
         return time.process_time() - began
 

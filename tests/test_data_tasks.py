@@ -24,6 +24,7 @@ from lit_peft import (
     TokenClassificationData,
 )
 from lit_peft.tasks import find_task
+from lit_peft.tasks.base import Generation
 
 OPTIONS: dict[str, Any] = {**QUIET, "enable_checkpointing": False, "check_val_every_n_epoch": 100}
 WORDS = "a b c d e f g h ann bob lives in rome oslo who where ? . is red blue the sky sea what color".split()  # noqa: SIM905
@@ -406,7 +407,7 @@ def test_generated_text_is_scored_as_the_libraries_score_it(t5: str) -> None:
     task = find_task("seq2seq")
     texts = ["the red sky is the sea .", "ann lives in rome a b", "bob , who ?"]
     references = ["the sky is red .", "ann lives in oslo a b", "where is bob , ann ?"]
-    task._generate = lambda module, batch: [texts.pop(0)]  # type: ignore[attr-defined]
+    task._generate = lambda model, batch, generation: [texts.pop(0)]  # type: ignore[attr-defined]
     metrics = task.metrics(None)
     module = lit_peft.LoRA(base=t5, task="seq2seq")
     module.configure_model()
@@ -414,7 +415,7 @@ def test_generated_text_is_scored_as_the_libraries_score_it(t5: str) -> None:
     for reference in references:
         ids = torch.tensor([[5, 3]])
         batch = {"input_ids": ids, "attention_mask": ids > 0, "labels": ids, "references": [reference]}
-        task.evaluate(module, metrics, batch)
+        task.evaluate(module.model, metrics, batch, Generation(lambda: module.tokenizer))
     scorer = rouge.RougeScorer(["rouge1", "rouge2", "rougeL"])
     for name in ("rouge1", "rouge2", "rougeL"):
         scores = [scorer.score(ref, text)[name].fmeasure for ref, text in zip(references, wanted, strict=True)]

@@ -37,7 +37,7 @@ def examples(*lengths: int) -> list[dict[str, Any]]:
 def results(model: Any, batch: dict[str, Any], alone: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
     task = CausalLM()
     model.zero_grad()
-    context = task.loss_alone(model) if alone else torch.enable_grad()
+    context = task.loss_only(model) if alone else torch.enable_grad()
     with context:
         loss = task.run(model, batch).loss
     loss.backward()
@@ -98,7 +98,7 @@ def test_every_model_keeps_packed_examples_apart_or_is_refused(name: str) -> Non
 def test_virtual_tokens_are_refused(method: str, decoder: Path) -> None:
     module = getattr(lit_peft, method)(base=str(decoder), num_virtual_tokens=2)
     data = InstructionData(base=str(decoder), packing=True)
-    with pytest.raises(LitPeftError, match=r"data.packing is set, and the virtual tokens of"):
+    with pytest.raises(LitPeftError, match=r"data.packing is set, but the virtual tokens of"):
         module.check_data(data)
     module.configure_model()
     batch = PackCollator(0)([examples(5, 6)])

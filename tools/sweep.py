@@ -84,12 +84,15 @@ def answers(model: Any, kind: str) -> dict[str, Tensor]:
     return found
 
 
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
 def sound(found: dict[str, Tensor], tolerance: float) -> set[str]:
     """Which of the ways of asking give the same answer as the plain one, up to a share of its largest value."""
     alike = {"logits"}
-    if "padded" in found and float((found["padded"] - found["logits"]).abs().max()) <= tolerance * float(
-        found["logits"].abs().max()
-    ):
+    if "padded" in found and distance(found["padded"], found["logits"]) <= tolerance:
         alike.add("padded")
     for name in ("uncached", "written"):
         if name in found and torch.equal(found[name], found["cached"]):
@@ -131,8 +134,8 @@ def check(base: Any, kind: str, method: str, expected: set[str]) -> str:
         lit_peft.save_adapter(model, Path(folder) / "adapter")
         loaded = lit_peft.load_adapter(copy.deepcopy(base), Path(folder) / "adapter").eval()
     again = answers(loaded, kind)["logits"]
-    distance = float((again - found["logits"]).abs().max() / found["logits"].abs().max())
-    return "yes" if distance <= 1e-5 else f"FAIL: a loaded adapter answers otherwise, by {distance:.1e}"
+    moved_by = distance(again, found["logits"])
+    return "yes" if moved_by <= 1e-5 else f"FAIL: a loaded adapter answers otherwise, by {moved_by:.1e}"
 
 
 def sweep(results: Path, only: list[str]) -> None:
@@ -152,7 +155,8 @@ def sweep(results: Path, only: list[str]) -> None:
                 try:
                     found = check(base, kind, method, expected)
                 except Exception as problem:
-                    found = f"FAIL: {type(problem).__name__}: {str(problem).strip().splitlines()[0][:200] if str(problem).strip() else ''}"
+                    first_line = (str(problem).strip().splitlines() or [""])[0][:200]
+                    found = f"FAIL: {type(problem).__name__}: {first_line}"
                 row = {"kind": kind, "model": name, "method": method, "result": found}
                 with results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
