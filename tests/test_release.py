@@ -92,6 +92,7 @@ def test_the_wheel_is_the_packages(release: tuple[Path, Path, Path]) -> None:
     assert f"## {about['Version']} " in (ROOT / "CHANGELOG.md").read_text()
 
 
+@pytest.mark.heavy
 def test_the_installed_wheel_works_outside_of_the_checkout(
     release: tuple[Path, Path, Path], encoder: Path, reviews: Path, tmp_path: Path
 ) -> None:

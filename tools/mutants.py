@@ -2,9 +2,9 @@
 
     mutmut run                       # until its first mutant: it generates them, and notes which test calls what
     python -m pytest FILES --cov --cov-context=test      # which test runs which line: fewer tests for each mutant
-    python tests/mutants.py          # all that have no result yet, in an order drawn at random
-    python tests/mutants.py REGEX    # those whose name matches
-    python tests/mutants.py REGEX 60 # and survivors once more, with all tests that are new since, for 60 seconds each
+    python tools/mutants.py          # all that have no result yet, in an order drawn at random
+    python tools/mutants.py REGEX    # those whose name matches
+    python tools/mutants.py REGEX 60 # and survivors once more, with all tests that are new since, for 60 seconds each
 
 Run it from the project's folder. Results stand where mutmut keeps its own, so that `mutmut results` and `mutmut show`
 know them. What runs while a module is imported runs before a mutant is switched on, and is not changed by it.
@@ -214,7 +214,7 @@ def main(pattern: str = ".", most: str | None = None) -> Any:
     import torch
 
     torch.set_num_threads(1)
-    options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers", "-m", "not heavy"]
     return pytest.main([*options, *settings["pytest_add_cli_args_test_selection"]], plugins=[mutants])
 
 

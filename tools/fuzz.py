@@ -1,10 +1,10 @@
 """Fuzzing of everything that reads files which somebody else wrote.
 
-    python tests/fuzz.py adapters 10000
-    python tests/fuzz.py checkpoints 10000 --seed 1 --keep faults
-    python tests/fuzz.py configs 10000
-    python tests/fuzz.py data 10000
-    python tests/fuzz.py data 500 --first 6000
+    python tools/fuzz.py adapters 10000
+    python tools/fuzz.py checkpoints 10000 --seed 1 --keep faults
+    python tools/fuzz.py configs 10000
+    python tools/fuzz.py data 10000
+    python tools/fuzz.py data 500 --first 6000
 
 Real files are mutated: bytes, and the values inside of JSON, YAML, safetensors, pickles and tables. Each case must end
 in a result or in `LitPeftError`, within `SECONDS`, without reading or writing elsewhere, importing anything new,
@@ -33,6 +33,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
 from models import GOLDEN, make, scramble
