@@ -26,7 +26,7 @@ from lit_peft.methods.bottleneck import _AT_SUBLAYERS
 
 settings.register_profile(
     "quick",
-    max_examples=6,
+    max_examples=12,
     derandomize=True,
     deadline=None,
     database=None,
