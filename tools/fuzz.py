@@ -63,7 +63,9 @@ class Watch:
     """Python's audit events while a case runs: what it opens, imports and starts."""
 
     def __init__(self) -> None:
-        self.active, self.trusted, self.allowed, self.seen = False, False, (), []  # type: ignore[var-annotated]
+        self.active, self.trusted = False, False
+        self.allowed: tuple[str, ...] = ()
+        self.seen: list[str] = []
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
@@ -345,7 +347,7 @@ class Adapters:
                     model = lit_peft.attach(copy.deepcopy(self.models[name]), member)
                     scramble(model)
                     with contextlib.suppress(LitPeftError):
-                        folder = lit_peft.save_adapter(model, work / f"{name}-{number}-{format}", format)  # type: ignore[arg-type]
+                        folder = lit_peft.save_adapter(model, work / f"{name}-{number}-{format}", format)
                         self.originals.append((name, folder))
         for name, folder in list(self.originals)[::3]:
             pickled = work / f"{folder.name}-pickled"
@@ -428,7 +430,8 @@ class Checkpoints:
             enable_model_summary=False,
         )
         with contextlib.redirect_stderr(io.StringIO()):
-            trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+            loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+            trainer.fit(module, loader)
         trainer.save_checkpoint(self.original)
         self.data = self.original.read_bytes()
         self.module = self.make()
@@ -463,6 +466,7 @@ class Configs:
     """
 
     trusted = True
+    cli: Any
 
     def __init__(self, work: Path) -> None:
         from unittest.mock import patch
@@ -684,7 +688,7 @@ def fuzz(
             name, path, run = reader.case(work, rng)
             fault = ""
             with WATCH.over(root, trusted=reader.trusted) as seen, contextlib.redirect_stderr(io.StringIO()):
-                sys.stdout.truncate(0)  # type: ignore[call-overload]
+                sys.stdout.truncate(0)
                 sys.stdout.seek(0)
                 try:
                     with limits():
