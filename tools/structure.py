@@ -4,7 +4,7 @@
     python tools/structure.py --names    # and every place where a foreign private name is used
     python tools/structure.py FOLDER     # another checkout, e.g. an older version made by `git worktree add`
 
-The limits are in CONTRIBUTING.md; `tests/test_structure.py` holds the project to them.
+The limits are in CONTRIBUTING.md.
 """
 
 from __future__ import annotations
