@@ -315,6 +315,7 @@ print(count, (peak_memory() - small) // 2**20)
 """
 
 
+@pytest.mark.heavy
 def test_many_rows_in_bounded_memory(encoder: Path, tmp_path: Path) -> None:
     """A tenth of issue 4's 300,000 rows, for the time; memory beyond a small file's is bounded by the file's size."""
     small, large = tmp_path / "small.jsonl", tmp_path / "large.jsonl"

@@ -447,6 +447,7 @@ for task, data in runs.items():
 """
 
 
+@pytest.mark.heavy
 def test_metrics_over_uneven_processes_equal_those_of_one(base: str, tmp_path: Path) -> None:
     """Five sentences and seven questions over two processes in batches of two."""
     sentences = ["ann B-PER\nlives O\nin O\nrome B-LOC\n" + "a O\n" * at for at in range(5)]

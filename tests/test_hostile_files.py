@@ -190,6 +190,7 @@ def test_one_row(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "has only the label 'pos'" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_the_installed_command_leaves_nothing(encoder: Path) -> None:
     """It stops with a status of its own and one paragraph, with workers as well."""
     write("bad.jsonl", LINES * 40 + "[1]\n")

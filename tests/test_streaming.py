@@ -224,6 +224,7 @@ print(*map(count, sys.argv[3:]), (peak_memory() - small) // 2**20)
 """
 
 
+@pytest.mark.heavy
 def test_memory_is_bounded(decoder: Path, tmp_path: Path) -> None:
     """Of a file with an object to a line, and of one that is a list; both are larger than what may be held."""
     files = [tmp_path / "small.jsonl", tmp_path / "large.jsonl", tmp_path / "large.json"]

@@ -99,6 +99,11 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
     return model
 
 
+def holds(attachment: Attachment) -> bool:
+    """Whether peft has the method of what is attached."""
+    return any(kind.writes(attachment.settings) for kind in KINDS.values())
+
+
 def write(model: nn.Module, folder: Path) -> None:
     """Write the attached method's files, as peft reads them, into an existing folder.
 
