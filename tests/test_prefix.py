@@ -338,7 +338,7 @@ def test_positions_beyond_the_table_are_refused(name: str) -> None:
     inputs = inputs_of(name)
     ids = torch.arange(7).expand(2, -1)
     model(**inputs, position_ids=ids + 53)
-    with pytest.raises(LitPeftError, match=r"61 tokens and the prefix 4, but the model has 64 positions"):
+    with pytest.raises(LitPeftError, match=r"61 tokens and 4 virtual tokens, which is more than the 64 positions"):
         model(**inputs, position_ids=ids + 54)
 
 
@@ -537,7 +537,7 @@ def test_the_last_position_may_be_used(name: str) -> None:
     model = lit_peft.attach(make(name), PTuningV2Settings(num_virtual_tokens=57)).eval()
     model(**inputs_of(name))
     lit_peft.attach(lit_peft.detach(model), PTuningV2Settings(num_virtual_tokens=58))
-    with pytest.raises(LitPeftError, match=r"7 tokens and the prefix 58, but the model has 64 positions"):
+    with pytest.raises(LitPeftError, match=r"7 tokens and 58 virtual tokens, which is more than the 64 positions"):
         model(**inputs_of(name))
 
 

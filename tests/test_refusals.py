@@ -331,7 +331,7 @@ def test_of_a_head_alone_where_none_is_named() -> None:
     model = make("bert")
     with pytest.raises(LitPeftError, match=r"BertForSequenceClassification .*modules_to_save=\['classifier'\]"):
         lit_peft.attach(model, HeadOnlySettings())
-    with pytest.raises(LitPeftError, match="Linear is no language model"):
+    with pytest.raises(LitPeftError, match="Linear is not a language model"):
         lit_peft.attach(torch.nn.Linear(2, 2), HeadOnlySettings())
     assert all(p.requires_grad for p in model.parameters())
     lit_peft.attach(model, HeadOnlySettings(modules_to_save=["classifier"]))
