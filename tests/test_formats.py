@@ -70,7 +70,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": 5}, "target_modules=5"),
     ({"target_modules": r"(\w|\w\w|.)+[!?]"}, "target_modules has the regular expression '.*takes too long"),
     ({"rank_pattern": {r"(\w|\w\w|.)+[!?]": 4}}, "rank_pattern has the regular expression '.*too long"),
-    ({"rank_pattern": {rf"(a+)+{number}": 4 for number in range(3000)}, "r": 10**9}, "r=1000000000"),
+    ({"rank_pattern": {rf"(a+)+{number}": 4 for number in range(3000)}, "r": 10**9}, "takes too long"),
     ({"rank_pattern": {f"q{number}": 4 for number in range(20_000)}}, "20,000 patterns"),
     ({"exclude_modules": "q" * 10_000_000}, "10,000,000 characters"),
     ({"layers_pattern": r"(\w|\w\w|.)+[!?]", "layers_to_transform": [0]}, "layers_pattern has .*takes too long"),

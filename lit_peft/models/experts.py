@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def stacked_experts(model: nn.Module) -> dict[str, Tensor]:
-    """Return the frozen, unquantized parameters that hold the weights of several experts, by name.
+    """Return the unquantized parameters that hold the weights of several experts, by name.
 
     These are matrices stacked along a first dimension. Convolutions are not among them.
     """
@@ -18,7 +18,7 @@ def stacked_experts(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in module.named_parameters(path, recurse=False):
             stacked = parameter.dim() == 3 and min(parameter.shape) > 1
             named = parameter.dim() == 2 and not isinstance(module, nn.Linear) and "experts" in name.split(".")
-            if (stacked or named) and parameter.is_floating_point() and not parameter.requires_grad:
+            if (stacked or named) and parameter.is_floating_point():
                 found[name] = parameter
     return found
 
