@@ -527,7 +527,7 @@ def test_an_adapterhub_lora_whose_rank_is_no_number(tmp_path: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     config["config"]["r"] = "4"
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(LitPeftError, match=r"adapter/adapter_config.json: r='4' is not of its kind"):
+    with pytest.raises(LitPeftError, match=r"adapter/adapter_config.json: r='4' has the wrong type"):
         lit_peft.load_adapter(make("llama"), folder)
 
 

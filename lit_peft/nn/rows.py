@@ -32,7 +32,7 @@ def repeats(x: Tensor, rows: int) -> int:
 
 
 class LoRARows(nn.Module):
-    """`h_i = W x_i + s_n · B_n A_n x_i`, where n is the adapter of row i: one product with W and two small batched ones.
+    """`h_i = W x_i + s_n · B_n A_n x_i`, where n is the adapter of row i: one product with W, two small batched ones.
 
     Ranks may differ: A and B are padded with zeros to the largest rank.
 

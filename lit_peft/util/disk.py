@@ -143,7 +143,7 @@ def open_to_others(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Give a folder `.NAME.tmp-…` next to `target`, which is renamed to it at the end, or removed if the block fails."""
+    """Give a folder `.NAME.tmp-…` next to `target`, which is renamed to it at the end, or removed on failure."""
     temporary = temporary_folder(target)
     try:
         yield temporary
