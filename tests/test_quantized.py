@@ -387,6 +387,7 @@ print(peak_memory() / 2**20)
 """
 
 
+@pytest.mark.heavy
 @needs["torchao"]
 def test_a_weight_that_two_layers_share_is_quantized_in_both(base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)

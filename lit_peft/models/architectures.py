@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lit_peft.models.architecture_table import ARCHITECTURES, Architecture, Sublayer, candidates
 from lit_peft.models.call_arguments import arguments
@@ -95,8 +95,12 @@ def kv_shape(attention: nn.Module, config: Any) -> tuple[int, int]:
     size = first(attention, "head_dim", "attention_head_size", "key_value_proj_dim") or first(config, "head_dim")
     size = int(size or config.hidden_size // heads)
     for name in ("k_proj", "key", "k_lin", "k", "key_proj"):
-        if has_module(attention, name):
-            return linear_features(attention.get_submodule(name))[1] // size, size
+        projection = attention.get_submodule(name) if has_module(attention, name) else None
+        if projection is not None and isinstance(getattr(projection, "weight", None), Tensor):
+            return linear_features(projection)[1] // size, size
+    groups = first(attention, "num_key_value_groups")
+    if groups is not None:
+        return int(heads) // int(groups), size
     # Falcon's newer architecture repeats each key for all queries of its group.
     if not getattr(attention, "new_decoder_architecture", False):
         heads = first(attention, "num_kv_heads") or first(config, "num_key_value_heads") or heads
