@@ -68,12 +68,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"r": 10**9}, "1000000000"),
     ({"r": "8"}, "r='8'"),
     ({"target_modules": 5}, "target_modules=5"),
-    ({"target_modules": r"([\w.]+)+!"}, "has the regular expression '.*forever"),
-    ({"rank_pattern": {r"([\w.]+)+!": 4, r"([\w.]+)+\?": 4}}, "has 2 regular expressions as '.*forever"),
-    ({"rank_pattern": {rf"(a+)+{number}": 4 for number in range(3000)}, "r": 10**9}, "r=1000000000"),
+    ({"target_modules": r"(\w|\w\w|.)+[!?]"}, "target_modules has the regular expression '.*takes too long"),
+    ({"rank_pattern": {r"(\w|\w\w|.)+[!?]": 4}}, "rank_pattern has the regular expression '.*too long"),
+    ({"rank_pattern": {rf"(a+)+{number}": 4 for number in range(3000)}, "r": 10**9}, "takes too long"),
     ({"rank_pattern": {f"q{number}": 4 for number in range(20_000)}}, "20,000 patterns"),
-    ({"exclude_modules": "q" * 10_000_000}, "10,000,000 letters"),
-    ({"layers_pattern": "(a+)+"}, "layers_pattern"),
+    ({"exclude_modules": "q" * 10_000_000}, "10,000,000 characters"),
+    ({"layers_pattern": r"(\w|\w\w|.)+[!?]", "layers_to_transform": [0]}, "layers_pattern has .*takes too long"),
     ({"target_modules": "(a+)+q_proj"}, "matches no module"),
     ({"target_modules": "../../etc/passwd"}, "matches no module"),
     ({"rank_pattern": {"(": 4}}, "regular expression"),
@@ -304,7 +304,7 @@ def test_pickles_never_run(tmp_path: Path) -> None:
     refuse(folder, "could run code")
     for other in ([1, 2], {1: torch.ones(2)}, {"a": 2}):
         torch.save(other, file)
-        refuse(folder, "adapter_model.bin is not .* holds other things than named tensors")
+        refuse(folder, "adapter_model.bin is not .*values that are not named tensors")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(50_000_000))
     refuse(folder, "unpack")
@@ -527,7 +527,7 @@ def test_an_adapterhub_lora_whose_rank_is_no_number(tmp_path: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     config["config"]["r"] = "4"
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(LitPeftError, match=r"adapter/adapter_config.json: r='4' is not of its kind"):
+    with pytest.raises(LitPeftError, match=r"adapter/adapter_config.json: r='4' has the wrong type"):
         lit_peft.load_adapter(make("llama"), folder)
 
 

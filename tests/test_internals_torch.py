@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from models import make
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +17,7 @@ from lit_peft.nn.torch_internals import (
     saved_factors,
     torch_handles_saved_tensors,
     version_of,
+    weights_read_by,
 )
 
 
@@ -87,6 +89,23 @@ def test_function_transforms_are_noticed() -> None:
         look(torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2)))
     look(torch.ones(2))
     assert seen == [False, True, True, True, True, False]
+
+
+def test_layers_are_known_whose_weight_is_used_without_a_call() -> None:
+    from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+    from transformers.models.wavlm.modeling_wavlm import WavLMAttention
+
+    def read_by(kind: type[nn.Module]) -> frozenset[str]:
+        return weights_read_by(kind.__new__(kind))
+
+    assert read_by(nn.MultiheadAttention) == {"out_proj"}
+    assert not read_by(nn.TransformerEncoderLayer) & {"linear1", "linear2"}
+    assert read_by(WavLMAttention) >= {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert "dt_proj" in read_by(JambaMambaMixer) and "out_proj" in read_by(Mamba2Mixer)
+    # These look at a weight's dtype, or use the weight in one case and call the layer in the other.
+    for name in ("llama", "bloom", "t5"):
+        assert not any(weights_read_by(module) for module in make(name).modules())
 
 
 def test_a_compiled_module_is_known() -> None:

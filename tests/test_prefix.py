@@ -648,7 +648,7 @@ def test_what_pefts_format_has_no_place_for(name: str, settings: dict[str, Any],
     [
         ({"num_virtual_tokens": "3"}, "num_virtual_tokens='3', .* the folder is not whole"),
         ({"num_virtual_tokens": 4}, r"num_virtual_tokens=4, .* \(3, 128\): the folder is not whole"),
-        ({"modules_to_save": 5}, "adapter_config.json: modules_to_save=5 is not of its kind"),
+        ({"modules_to_save": 5}, "adapter_config.json: modules_to_save=5 has the wrong type"),
     ],
     ids=str,
 )

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.formats.files import copy_tensors
-from lit_peft.formats.untrusted import is_quick, matching
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.lora import LoRASettings
-from lit_peft.methods.targets import default_targets, find_targets, first_fitting, is_linear, pattern_values
+from lit_peft.methods.targets import default_targets, find_targets, first_fitting, pattern_values
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALinear
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief, check_types
@@ -74,19 +73,11 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
     if not isinstance(start, bool | str):
         raise LitPeftError(f"{_FILE}: init_lora_weights={brief(start)} is not a value peft writes there.")
     check_types(LoRASettings, values, f"{_FILE}: ")
-    names = [name for name, module in model.named_modules() if is_linear(module) or isinstance(module, nn.Embedding)]
-    for name in ("target_modules", "exclude_modules"):
-        pattern = values.get(name)
-        if isinstance(pattern, str) and pattern != "all-linear" and not is_quick(pattern, f"{_FILE}: {name}"):
-            (values[name],) = matching([pattern], names, f"{_FILE}: {name}")
     for name in ("rank_pattern", "alpha_pattern"):
-        values[name] = _quick_patterns(values.get(name, {}), names, f"{_FILE}: {name}")
-    lists = values.get("layers_pattern") or []
-    for pattern in [lists] if isinstance(lists, str) else lists:
-        if not is_quick(pattern, f"{_FILE}: layers_pattern"):
-            raise LitPeftError(
-                f"{_FILE}: layers_pattern={pattern[:80]!r} can take forever (nested repeats): name the list of layers."
-            )
+        values.setdefault(name, {})
+        if len(values[name]) > _MOST_PATTERNS:
+            count = len(values[name])
+            raise LitPeftError(f"{_FILE}: {name} has {count:,} patterns, more than any model has modules for.")
     if isinstance(start, str) and start not in _STARTS:
         raise LitPeftError(
             f"{_FILE}: init_lora_weights={brief(start)} changed the base weights in a way that cannot be "
@@ -109,11 +100,12 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
         values.pop("layers_pattern", None),
         saved,
         strict=False,
+        source=f"{_FILE}: ",
     )
     # What matches nothing, peft passes over; settings of ours may not say it.
     values["target_modules"], values["modules_to_save"] = targets, saved or None
     for name in ("rank_pattern", "alpha_pattern"):
-        used = set(first_fitting(values[name], targets).values())
+        used = set(first_fitting(values[name], targets, f"{_FILE}: {name}").values())
         values[name] = {pattern: value for pattern, value in values[name].items() if pattern in used}
     wanted = max(pattern_values(values["rank_pattern"], targets, values.get("r", 8)).values())
     stored_rank = max([0, *(t.shape[0] for name, t in stored.items() if _A.search(name) and t.dim() and t.numel())])
@@ -124,24 +116,6 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
         )
     known: InitLoRA = "pissa" if start == "pissa" else "olora" if start == "olora" else "kaiming"
     return LoRASettings(**values, init_lora_weights=known)
-
-
-def _quick_patterns(patterns: dict[str, float], names: list[str], where: str) -> dict[str, float]:
-    """The same patterns, those that may be slow spelt out as the names they match.
-
-    Raises:
-        LitPeftError: there are too many, or one is not valid, or takes forever.
-    """
-    if len(patterns) > _MOST_PATTERNS:
-        raise LitPeftError(f"{where} has {len(patterns):,} patterns, more than any model has modules for.")
-    slow = [pattern for pattern in patterns if not is_quick(pattern, where)]
-    found = matching([rf"(.*\.)?({pattern})" for pattern in slow], names, where) if slow else []
-    spelt = {pattern: [re.escape(name) for name in own] for pattern, own in zip(slow, found, strict=True)}
-    quick: dict[str, float] = {}
-    for pattern, value in patterns.items():
-        for key in spelt.get(pattern, [pattern]):
-            quick.setdefault(key, value)  # the first that fits counts
-    return quick
 
 
 def _in_any_order(patterns: Mapping[str, float], adapted: list[str]) -> Mapping[str, float]:

@@ -10,7 +10,7 @@ from torch import nn
 from lit_peft.methods.attachment import Attachment
 from lit_peft.methods.bottleneck import BottleneckSettings
 from lit_peft.methods.mixin import MethodMixin
-from lit_peft.models.transformers_internals import is_norm
+from lit_peft.nn.linear import is_norm
 
 
 @dataclass(frozen=True)
