@@ -11,6 +11,7 @@ from torch import nn
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
 from lit_peft.methods.targets import check_expression, check_leave_out, find_targets, is_linear
 from lit_peft.models.architectures import Layer, Sublayer, has_module, layer_stacks
+from lit_peft.models.call_arguments import arguments
 from lit_peft.nn.bottleneck import Bottleneck, InitBottleneck, SublayerAdapter, check
 from lit_peft.nn.linear import adapter_dtype, linear_features
 from lit_peft.util.errors import LitPeftError
@@ -203,6 +204,11 @@ class BottleneckSettings(MethodSettings):
     ) -> None:
         width = int(layer.config.hidden_size)
         norm = None if sublayer.norm is None else layer.module.get_submodule(sublayer.norm)
+        if norm is not None and len(arguments(norm)) > 1:
+            raise LitPeftError(
+                f"{layer.path}.{sublayer.norm} ({type(norm).__name__}) takes more than the hidden states, so an "
+                "adapter cannot call it: use another method, e.g. LoRA."
+            )
         adapter = SublayerAdapter(
             width,
             self.size(width, index),

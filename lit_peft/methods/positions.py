@@ -17,6 +17,11 @@ _PAST_LENGTHS = ("cache_length", "past_key_values_length")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def left_padding(mask: Tensor) -> Tensor:
+    """The number of padding tokens before each row's text: (batch, length) → (batch, 1)."""
+    return (mask.cumsum(1) == 0).sum(1, keepdim=True)
+
+
 def count_positions(attention_mask: Tensor) -> Tensor:
     """Count positions from 0 over the tokens that are not padding.
 
@@ -81,7 +86,11 @@ class ShiftPositions:
         parent = f"{owner}." if owner else ""
         embeddings = getattr(module, "embeddings", None)
         names = arguments(embeddings) if isinstance(embeddings, nn.Module) else ()
-        if isinstance(getattr(module, "embed_positions", None), nn.Module):
+        table = getattr(module, "embed_positions", None)
+        table_arguments = arguments(table) if isinstance(table, nn.Module) else ()
+        if any(name in table_arguments for name in _PAST_LENGTHS):
+            attachment.forward_pre_hook(f"{parent}embed_positions", self.shift_embeddings, with_kwargs=True)
+        elif isinstance(table, nn.Module):
             attachment.forward_pre_hook(f"{parent}embed_positions", self.shift_table, with_kwargs=True)
         elif any(name in names for name in _PAST_LENGTHS):
             attachment.forward_pre_hook(f"{parent}embeddings", self.shift_embeddings, with_kwargs=True)

@@ -107,6 +107,12 @@ class PrefixSettings(MethodSettings):
             is_encoder = is_encoder_decoder and not has_cross_attention
             owner = token_model(model, stack[0]) or ""
             if layers and (self.encoder_prefix or not is_encoder):
+                for layer in stack:
+                    if not has_module(layer.module, layer.architecture.self_attention):
+                        raise LitPeftError(
+                            f"{layer.path} ({type(model).__name__}) has no {layer.architecture.self_attention}, "
+                            "where a prefix could be put in front of keys and values: use another method, e.g. LoRA."
+                        )
                 paths = [f"{layer.path}.{layer.architecture.self_attention}" for layer in layers]
                 relative = next((module for module in map(_self_attention, stack) if _has_relative_bias(module)), None)
                 name = "encoder_prefix" if is_encoder else "self_prefix"
@@ -149,8 +155,10 @@ class PrefixSettings(MethodSettings):
         attachment.add(f"{owner}.{name}" if owner else name, prefix)
         attachment.forward_pre_hook(owner, StartPrefix(prefix))
         shifts_positions = self.positions != "adapterhub"
-        for index, path in enumerate(paths):
-            attach_layer_prefix(attachment, path, LayerPrefix(prefix, index), relative, shifts_positions)
+        for index, (path, module) in enumerate(zip(paths, modules, strict=True)):
+            # T5 has one table of relative positions in its first layer, UMT5 one in each.
+            table = module if relative is not None and _has_relative_bias(module) else relative
+            attach_layer_prefix(attachment, path, LayerPrefix(prefix, index), table, shifts_positions)
 
     def _shape(self, module: Any, config: Any) -> tuple[int, int]:
         """The number of heads and the head_dim of an attention's prefix."""

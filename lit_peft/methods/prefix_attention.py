@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.methods.attachment import Attachment
+from lit_peft.methods.positions import left_padding
 from lit_peft.models.call_arguments import CACHES, arguments, by_name, cache_of
 from lit_peft.models.transformers_internals import (
     AttentionConfig,
@@ -175,7 +176,7 @@ class PrefixedConfig(AttentionConfig):
         cache = cache_of(by_name(module, args, kwargs))
         self.past = 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
 
-    def extend_bias(self, bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def extend_bias(self, bias: Tensor, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
         """Extend T5's relative position bias by v positions in front of the first key.
 
         AdapterHub shifts the positions of the keys by v, but not those of the queries.
@@ -184,6 +185,8 @@ class PrefixedConfig(AttentionConfig):
             bias: shape (batch or 1, heads, queries, keys).
             query: shape (batch, heads, queries, head_dim).
             key: shape (batch, heads, keys, head_dim).
+            mask: the attention mask, shape (batch, 1, queries, keys). The prefix stands before each row's first token,
+                not before the padding on its left.
 
         Returns:
             The bias, shape (batch or 1, heads, queries, v + keys).
@@ -196,8 +199,14 @@ class PrefixedConfig(AttentionConfig):
         full_bias = self.relative.compute_bias(num_queries, num_keys, device=query.device, past_seen_tokens=past)
         if not self.shifts_positions:
             return full_bias.to(bias.dtype)
-        prefix_bias = full_bias[..., :length].to(bias.dtype).expand(bias.shape[0], -1, -1, -1)
-        return torch.cat([prefix_bias, bias], dim=-1)
+        prefix_bias = full_bias[..., :length].to(bias.dtype)
+        if mask is not None and num_queries > 1:
+            # A query is as far from the prefix as it is in a row without the padding.
+            padding = left_padding(mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] >= 0)
+            rows = (torch.arange(num_queries, device=mask.device)[None] - padding).clamp(min=0)
+            prefix_bias = prefix_bias[0][:, rows].transpose(0, 1)
+        batch = max(bias.shape[0], prefix_bias.shape[0])
+        return torch.cat([prefix_bias.expand(batch, -1, -1, -1), bias.expand(batch, -1, -1, -1)], dim=-1)
 
 
 def _register() -> None:
@@ -230,7 +239,7 @@ def attention_with_prefix(
     config: PrefixedConfig = module.config
     implementation, prefix = attention_implementation(config.config), config.prefix
     if kwargs.get("position_bias") is not None:
-        kwargs["position_bias"] = config.extend_bias(kwargs["position_bias"], query, key)
+        kwargs["position_bias"] = config.extend_bias(kwargs["position_bias"], query, key, attention_mask)
     num_queries, num_keys = query.shape[2], key.shape[2]
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.methods.attachment import Attachment, MethodSettings
-from lit_peft.methods.positions import check_length, count_positions
+from lit_peft.methods.positions import check_length, count_positions, left_padding
 from lit_peft.models.architectures import counts_over_mask, is_causal, room_for
 from lit_peft.models.call_arguments import arguments, by_name, cache_of, has_fixed_size, is_filled
 from lit_peft.models.transformers_internals import is_model_of
@@ -143,12 +143,11 @@ class _PromptInsertion:
         self.trims_output = self.decoder is None and not (is_classifier and self.host is top)
         self.extends_labels = self.trims_output and self.host is not top and top.can_generate()
         self.counts_positions = settings.positions == "mask" and counts_over_mask(self.host, config)
-        embeddings = self.host.get_input_embeddings()
-        takes_text = getattr(self.host, "main_input_name", "input_ids") == "input_ids"
-        if not takes_text or not isinstance(getattr(embeddings, "weight", None), Tensor):
+        embeddings = _token_embeddings(self.host)
+        if embeddings is None:
             raise LitPeftError(
-                f"{type(model).__name__} embeds no tokens at its input ({type(embeddings).__name__}), so it cannot "
-                "take virtual tokens: use a method that adapts layers, e.g. LoRASettings()."
+                f"{type(model).__name__} has no plain table of token embeddings at its input, so it cannot take "
+                "virtual tokens: use a method that adapts layers, e.g. LoRASettings()."
             )
         self.embeddings: Any = embeddings
         self.ordinary_token_id = _ordinary_token_id(config)
@@ -234,7 +233,7 @@ class _PromptInsertion:
             kwargs["token_type_ids"] = self._put_in_front(kwargs["token_type_ids"], 0)
         if ids is not None and embeds is None and not as_peft:
             # The hook on the embeddings replaces what the model reads for these ids.
-            kwargs["input_ids"] = self._put_in_front(ids, self.ordinary_token_id)
+            kwargs["input_ids"] = self._skip_padding(self._put_in_front(ids, self.ordinary_token_id), self.mask)
             self.is_pending = True
             return
         embeds = self.embeddings(ids) if embeds is None else embeds
@@ -269,11 +268,17 @@ class _PromptInsertion:
         """
         if mask is None or not self.skips_padding:
             return extended
-        padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+        padding = left_padding(mask)
         index = torch.arange(extended.shape[1], device=extended.device)[None]
         source = (index - padding).where(index < padding + self.num_in_front, index)
-        source = torch.where(index < padding, index + self.num_in_front, source)
-        return extended.gather(1, source.view(*source.shape, *[1] * (extended.dim() - 2)).expand_as(extended))
+        return _take(extended, torch.where(index < padding, index + self.num_in_front, source))
+
+    def _without_prompt(self, extended: Tensor) -> Tensor:
+        """(batch, v + length, ...) → (batch, length, ...), without the virtual tokens."""
+        if self.mask is None or not self.skips_padding:
+            return extended[:, self.num_in_front :]
+        index = torch.arange(extended.shape[1] - self.num_in_front, device=extended.device)[None]
+        return _take(extended, torch.where(index < left_padding(self.mask), index, index + self.num_in_front))
 
     # ------------------------------------------------------------------------------------ hooks on the embeddings
 
@@ -300,7 +305,7 @@ class _PromptInsertion:
             return None
         self.is_pending = False
         if self.num_in_front:
-            return self._with_prompt(output[:, self.num_in_front :])
+            return self._with_prompt(self._without_prompt(output))
         is_placeholder, self.is_placeholder = self.is_placeholder, None
         assert is_placeholder is not None
         index = (is_placeholder.cumsum(1) - 1).clamp(0, self.settings.num_virtual_tokens - 1)
@@ -366,6 +371,25 @@ class _PrepareInputs:
             self.model, input_ids, next_sequence_length=next_sequence_length, **kwargs
         )
         return inputs
+
+
+def _token_embeddings(host: Any) -> nn.Embedding | None:
+    """The table from which the host looks up its input; None if it has none, or cannot take other embeddings."""
+    if getattr(host, "main_input_name", "input_ids") != "input_ids" or "inputs_embeds" not in arguments(host):
+        return None
+    if "perm_mask" in arguments(host):  # XLNet's layers attend in the order of a permutation of the input
+        return None
+    try:
+        embeddings = host.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # transformers finds no embeddings (CANINE)
+        return None
+    return embeddings if isinstance(embeddings, nn.Embedding) else None
+
+
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    """Reorder the positions of each row: (batch, positions, ...) by (batch, new positions)."""
+    columns = index.view(*index.shape, *[1] * (tensor.dim() - 2))
+    return tensor.gather(1, columns.expand(*index.shape, *tensor.shape[2:]))
 
 
 def _decoder_of(model: Any) -> Any:
