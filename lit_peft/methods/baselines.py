@@ -15,7 +15,7 @@ from lit_peft.util.errors import LitPeftError
 
 @dataclass(frozen=True)
 class FullFineTuningSettings(MethodSettings):
-    """Settings of full fine-tuning. There are none besides those of `MethodSettings`."""
+    """Settings of full fine-tuning, which has none but those of `MethodSettings`."""
 
     method: ClassVar[str] = "full_fine_tuning"
     learning_rate: ClassVar[float] = 3e-5
@@ -39,7 +39,7 @@ class FullFineTuningSettings(MethodSettings):
 
 @dataclass(frozen=True)
 class HeadOnlySettings(MethodSettings):
-    """Settings of training only the task's head. There are none besides those of `MethodSettings`."""
+    """Settings of training only the task's head, which has none but those of `MethodSettings`."""
 
     method: ClassVar[str] = "head_only"
 

@@ -66,7 +66,7 @@ def attach_layer_prefix(
         config = PrefixedConfig(prefix, module, relative, shifts_positions)
         attachment.set(path, "config", config)
         if relative is not None:
-            attachment.forward_pre_hook(path, config.note_past, with_kwargs=True)
+            attachment.forward_pre_hook(path, config.record_cached_tokens, with_kwargs=True)
     else:
         raise LitPeftError(
             f"{path} ({type(module).__name__}) computes attention in its own code, to which no prefix can be added: "
@@ -168,7 +168,7 @@ class PrefixedConfig(AttentionConfig):
         _register()
         vars(self).update(state)
 
-    def note_past(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record_cached_tokens(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the attention that records the number of cached tokens.
 
         With a static cache this number cannot be read from the shape of the keys.
