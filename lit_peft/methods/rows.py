@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_peft.methods.adapters import adapters_of, set_adapter
 from lit_peft.methods.attachment import Attachment, MethodSettings, base_name
+from lit_peft.methods.fast_path import fast_path_changes
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.lora import LoRALayer, LoRALinear
 from lit_peft.nn.rows import LoRARows, ModuleRows
@@ -62,6 +63,8 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         for path in dict.fromkeys([*(path for part in trained for path in part), *(p for u in updates for p in u)]):
             layers = [part.get(path) for part in updates]
             _replace(mixed, path, layers, [part.get(path, {}) for part in trained], index)
+        for change in fast_path_changes(model, mixed.adapted):
+            mixed.make(change)
         yield
     finally:
         mixed.revert()
