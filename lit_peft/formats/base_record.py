@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lit_peft.formats.files import read_extra
 from lit_peft.methods.attachment import attachment_of, base_name
+from lit_peft.models.hub import cached_commit
 from lit_peft.nn.linear import linear_features
 from lit_peft.nn.lora import LoRALayer
 from lit_peft.nn.quantized import is_quantized
@@ -82,7 +83,7 @@ def _record(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
     largest = sorted(weights, key=lambda name: (-weights[name].numel(), name))[:_TENSORS]
     return {
         "name": base_name_or_path(model) or type(model).__name__,
-        "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
+        "revision": cached_commit(base_name_or_path(model) or ""),
         "shapes": hashlib.sha256(shapes.encode()).hexdigest(),
         "sample": {name: _values(weights[name]) for name in largest if _can_sample(weights[name])},
     }

@@ -22,6 +22,7 @@ from lit_peft.methods.changes import (
     owner_of,
     tied_names,
 )
+from lit_peft.methods.fast_path import fast_path_changes
 from lit_peft.methods.saving import SaveAdapter
 from lit_peft.methods.settings import MethodSettings as MethodSettings  # part of this module's public names
 from lit_peft.nn.quantized import is_quantized
@@ -359,6 +360,8 @@ def attach(model: Model, settings: MethodSettings) -> Model:
     attachment.freeze()
     try:
         settings.attach_to(model, attachment)
+        for change in fast_path_changes(model, attachment.adapted):
+            attachment.make(change)
         if settings.modules_to_save:
             attachment.train_modules(settings.modules_to_save)
         if attachment.adapted and hasattr(model, "save_pretrained"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_peft.methods.adapters import adapters_of, set_adapter
 from lit_peft.methods.attachment import Attachment, MethodSettings, base_name
+from lit_peft.methods.fast_path import fast_path_changes
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.lora import LoRALayer, LoRALinear
 from lit_peft.nn.rows import LoRARows, ModuleRows
@@ -66,6 +67,8 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         for path in dict.fromkeys([*chain(*trained), *chain(*loras)]):
             layers = [modules.get(path) for modules in loras]
             _replace_module(mixed, path, layers, [tensors.get(path, {}) for tensors in trained], adapter_of_row)
+        for change in fast_path_changes(model, mixed.adapted):
+            mixed.make(change)
         yield
     finally:
         mixed.revert()
