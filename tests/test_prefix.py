@@ -300,7 +300,7 @@ def test_adapterhub_folders_of_grouped_keys(tmp_path: Path, monkeypatch: pytest.
     scramble(early)
     with pytest.raises(LitPeftError, match="per_query_head=True"):
         lit_peft.save_adapter(early, tmp_path / "early", format="adapterhub")
-    monkeypatch.setattr("lit_peft.formats.adapterhub_prefix.beyond", lambda *_: [])
+    monkeypatch.setattr("lit_peft.formats.adapterhub_prefix.unsupported_settings", lambda *_: [])
     lit_peft.save_adapter(early, tmp_path / "early", format="adapterhub")
     again = lit_peft.load_adapter(make("llama"), tmp_path / "early").eval()
     inputs = inputs_of("llama")
@@ -646,8 +646,8 @@ def test_what_pefts_format_has_no_place_for(name: str, settings: dict[str, Any],
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_virtual_tokens": "3"}, "num_virtual_tokens='3', .* the folder is not whole"),
-        ({"num_virtual_tokens": 4}, r"num_virtual_tokens=4, .* \(3, 128\): the folder is not whole"),
+        ({"num_virtual_tokens": "3"}, "num_virtual_tokens='3', .* the folder is incomplete"),
+        ({"num_virtual_tokens": 4}, r"num_virtual_tokens=4, .* \(3, 128\): the folder is incomplete"),
         ({"modules_to_save": 5}, "adapter_config.json: modules_to_save=5 has the wrong type"),
     ],
     ids=str,
