@@ -116,7 +116,7 @@ def test_an_adapter_on_a_part_of_a_matrix_is_refused(decoder: Path) -> None:
 
     module = AdapterP(str(decoder), placement="llm_adapters", target_modules=["up_proj"])
     module.configure_model()
-    with pytest.raises(LitPeftError, match="up_proj would see a part of its features"):
+    with pytest.raises(LitPeftError, match="up_proj would see only a part of its features"):
         split_matrices(module.model, Mesh())  # type: ignore[arg-type]
 
 
