@@ -77,7 +77,7 @@ def step_plot(results: Results, file: Path) -> None:
         axis.set_title(f"{titles[key]}, peft = 1", fontsize=9)
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
     plt.close(figure)
 
 
@@ -187,7 +187,7 @@ def main() -> None:
     """Rewrite the page and its plot."""
     page = DOCS / "speed.md"
     page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-    step_plot(json.loads((RESULTS / "step.json").read_text())["results"], DOCS / "speed.svg")
+    step_plot(json.loads((RESULTS / "step.json").read_text())["results"], DOCS / "speed.png")
 
 
 if __name__ == "__main__":

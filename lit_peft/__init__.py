@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
+from lit_peft.methods.registry import METHODS as _METHODS
 from lit_peft.util.lazy import lazy_names
 
 _NAMES = {
-    "AdapterH": "lit_peft.modules",
-    "AdapterHSettings": "lit_peft.methods.adapter_h",
-    "AdapterP": "lit_peft.modules",
-    "AdapterPSettings": "lit_peft.methods.adapter_p",
+    **dict.fromkeys(_METHODS, "lit_peft.modules"),
+    **{
+        f"{name}Settings": f"lit_peft.methods.{method.module}"
+        for name, method in _METHODS.items()
+        if not method.baseline
+    },
     "BaseLM": "lit_peft.training.module",
     "CausalLMData": "lit_peft.data.causal_lm",
-    "FullFineTuning": "lit_peft.modules",
-    "HeadOnly": "lit_peft.modules",
     "InstructionData": "lit_peft.data.instruction",
     "LitPeftError": "lit_peft.util.errors",
-    "LoRA": "lit_peft.modules",
-    "LoRASettings": "lit_peft.methods.lora",
     "MultipleChoiceData": "lit_peft.data.multiple_choice",
-    "PTuning": "lit_peft.modules",
-    "PTuningSettings": "lit_peft.methods.p_tuning",
-    "PTuningV2": "lit_peft.modules",
-    "PTuningV2Settings": "lit_peft.methods.p_tuning_v2",
-    "Parallel": "lit_peft.modules",
-    "ParallelSettings": "lit_peft.methods.parallel",
-    "PrefixTuning": "lit_peft.modules",
-    "PrefixTuningSettings": "lit_peft.methods.prefix_tuning",
-    "PromptTuning": "lit_peft.modules",
-    "PromptTuningSettings": "lit_peft.methods.prompt_tuning",
     "QuestionAnsweringData": "lit_peft.data.question_answering",
     "ReasoningData": "lit_peft.data.reasoning",
     "Seq2SeqData": "lit_peft.data.seq2seq",
@@ -54,6 +43,6 @@ _NAMES = {
     "trainable_parameters": "lit_peft.methods.attachment",
     "unmerge_adapter": "lit_peft.methods.adapters",
 }
-__all__ = list(_NAMES)
+__all__ = sorted(_NAMES)
 __version__ = "0.1.0"
 __getattr__ = lazy_names(__name__, _NAMES)

@@ -9,10 +9,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+# Before torch is imported: the workers share the cores, and processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_warn_always(True)  # what torch says once in a process it says in each test
 
 WORDS = "a bad film good great is it of poor the this was well weak wonderful awful story acting".split()  # noqa: SIM905
@@ -48,6 +51,11 @@ def _warn_or_raise(
 
 
 warnings.warn = _warn_or_raise  # type: ignore[assignment]
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker takes about 2 GB, so a machine with many cores does not get one for each."""
+    return min(os.cpu_count() or 2, 8)
 
 
 @pytest.fixture

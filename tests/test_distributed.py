@@ -66,7 +66,7 @@ def single(base: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.heavy)])
 def test_two_processes_train_what_one_trains(
     strategy: str, single: Path, base: Path, reviews: Path, tmp_path: Path
 ) -> None:
@@ -91,6 +91,7 @@ def test_two_processes_train_what_one_trains(
     alike(results(tmp_path / "one", "LoRA"), results(single, "LoRA"), last=2)
 
 
+@pytest.mark.heavy
 def test_matrices_split_over_two_processes_train_what_one_trains(decoder: Path, reviews: Path, tmp_path: Path) -> None:
     single, both = tmp_path / "single", tmp_path / "both"
     for method in METHODS:
@@ -130,6 +131,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_loss_is_the_mean_over_all_tokens_of_all_processes(
     accumulate: int, decoder: Path, uneven: Path, tmp_path: Path
@@ -161,6 +163,7 @@ def test_every_strategy_is_read(
     assert shown["model"]["class_path"].endswith("LoRA") and shown["trainer"]["max_steps"] == 60
 
 
+@pytest.mark.heavy
 def test_the_command_runs_every_strategy_in_two_processes(decoder: Path, reviews: Path, tmp_path: Path) -> None:
     config = {
         "model": {"class_path": "LoRA", "init_args": {"base": str(decoder), "learning_rate": 1e-2}},
@@ -192,6 +195,7 @@ def test_the_command_runs_every_strategy_in_two_processes(decoder: Path, reviews
             torch.testing.assert_close(value, adapters[0][name], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not process_memory("RssAnon"), reason="memory is read from /proc")
 def test_no_process_holds_the_whole_base(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import textwrap
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,15 +29,29 @@ BLOCKS = {
 }
 
 
+@pytest.fixture
+def script_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to run scripts in, inside this process; what they change in it is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    threads, grad, dtype = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
+    yield tmp_path
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(grad)
+    torch.set_default_dtype(dtype)
+
+
 @pytest.mark.parametrize("code", BLOCKS.values(), ids=BLOCKS)
-def test_example(code: str, decoder: Path, tmp_path: Path) -> None:
+def test_example(code: str, decoder: Path, script_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path = script_folder
     rows = [f'{{"text": "{" ".join(words)}"}}' for words in itertools.permutations(("good", "film", "the", "story"))]
     (tmp_path / "texts.jsonl").write_text("\n".join(rows), encoding="utf-8")
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "model").symlink_to(decoder)
     code = code.replace("max_steps=100", "max_steps=2")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    module = types.ModuleType("__main__")  # classes of a script can be pickled
+    monkeypatch.setitem(sys.modules, "__main__", module)
+    exec(compile(code, "example", "exec"), vars(module))
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from models import DECODERS, close, make, scramble
 import lit_peft
 from lit_peft import InstructionData, LitPeftError
 from lit_peft.data.collate import PadCollator
-from lit_peft.data.packing import PackCollator, exchanged, pack
+from lit_peft.data.packing import PackCollator, pack, swap_equal_lengths
 from lit_peft.tasks.causal_lm import CausalLM
 from lit_peft.tasks.packed import check_packing, packed_inputs
 
@@ -131,7 +131,7 @@ def test_rows_are_full_and_hold_every_example_once() -> None:
 
 def test_examples_change_places_with_those_of_their_length() -> None:
     lengths = torch.tensor(skewed(500, 64))
-    taken = exchanged(lengths, torch.Generator().manual_seed(0))
+    taken = swap_equal_lengths(lengths, torch.Generator().manual_seed(0))
     assert sorted(taken.tolist()) == list(range(500)) and (taken != torch.arange(500)).float().mean() > 0.8
     assert (lengths[taken] == lengths).all()
 

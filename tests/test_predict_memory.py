@@ -17,6 +17,7 @@ from lit_peft.util.memory import process_memory
 ROWS = 3_000
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not process_memory("RssAnon"), reason="memory is read from /proc")
 def test_prediction_keeps_no_row(encoder: Path, tmp_path: Path) -> None:
     """A row's probabilities are 64 numbers and names, 4 kB: rows that are kept are 6 MB in the second half."""

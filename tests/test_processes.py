@@ -89,6 +89,7 @@ def folder(encoder: Path, decoder: Path, tmp_path_factory: pytest.TempPathFactor
     return made
 
 
+@pytest.mark.heavy
 def test_two_processes_measure_and_predict_what_one_does(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     main(folder, tmp_path / "one", 0)
@@ -126,6 +127,7 @@ def test_every_process_has_a_batch_of_what_is_left(decoder: Path, reviews: Path)
     assert list(data.predict_dataloader().sampler) == [7, 95, 95]
 
 
+@pytest.mark.heavy
 def test_the_command_goes_on_after_a_kill(decoder: Path, tmp_path: Path) -> None:
     words = ("good", "bad", "great", "poor", "weak", "awful", "well", "wonderful")
     table(tmp_path / "a.csv", [(f"the film {x} is {y}", "pos") for x in words * 4 for y in words])

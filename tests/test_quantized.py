@@ -386,6 +386,7 @@ print(peak_memory() / 2**20)
 """
 
 
+@pytest.mark.heavy
 @needs["torchao"]
 @pytest.mark.skipif(not process_memory("VmHWM"), reason="peak memory is read from /proc")
 def test_peak_memory_is_below_the_fp32_runs(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import lit_peft
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"lit_peft": "lit_peft", "callbacks": "lit_peft/callbacks"}  # folder of the checkout: its place in the wheel
 BUILT = ("build", "dist", "lit_peft_runs", "lightning_logs")
+HIDDEN = (".ci", ".github", ".gitignore", ".pre-commit-config.yaml")
 
 
 def sources() -> set[str]:
@@ -35,7 +36,7 @@ def sources() -> set[str]:
         name.as_posix()
         for name in names
         if name.parts[0] not in BUILT and not name.parts[0].endswith(".egg-info") and "cache__" not in name.as_posix()
-        if not name.parts[0].startswith(".") or name.parts[0] in (".ci", ".gitignore")
+        if not name.parts[0].startswith(".") or name.parts[0] in HIDDEN
     }
 
 
@@ -92,6 +93,7 @@ def test_the_wheel_is_the_packages(release: tuple[Path, Path, Path]) -> None:
     assert f"## {about['Version']} " in (ROOT / "CHANGELOG.md").read_text()
 
 
+@pytest.mark.heavy
 def test_the_installed_wheel_works_outside_of_the_checkout(
     release: tuple[Path, Path, Path], encoder: Path, reviews: Path, tmp_path: Path
 ) -> None:

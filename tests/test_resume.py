@@ -93,6 +93,7 @@ def same_run(one: Path, other: Path) -> None:
         assert torch.equal(value, states[1]["state_dict"][name])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("where", "kills"), [("moves", 3 * KILLS), ("times", KILLS)])
 def test_a_killed_run_is_the_uninterrupted_one(
     where: str, kills: int, decoder: Path, reviews: Path, tmp_path: Path
@@ -206,6 +207,7 @@ def test_slurm_requeues_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Mo
     assert seen == [2, 2]
 
 
+@pytest.mark.heavy
 def test_the_command_ends_with_the_signals_status(decoder: Path, reviews: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, decoder, reviews, epochs=2000)
     code = "import sys; from lit_peft.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -284,6 +286,7 @@ def test_a_read_only_file_system_is_said(small_disk: Path) -> None:
         pl.Trainer(max_steps=1, callbacks=[AdapterCheckpoint(str(small_disk / "a"))], **QUIET).fit(Plain())
 
 
+@pytest.mark.heavy
 def test_two_processes_writing_one_checkpoint_never_leave_half_of_one(tmp_path: Path) -> None:
     code = (
         "import sys, torch; from pathlib import Path; from lit_peft.training.checkpoint_io import AtomicCheckpointIO\n"

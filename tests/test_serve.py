@@ -75,6 +75,7 @@ def serving(*arguments: str) -> Iterator[str]:
             os.killpg(server.pid, signal.SIGKILL)
 
 
+@pytest.mark.heavy
 def test_concurrent_requests_get_what_their_adapters_alone_say(decoder: Path, tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(decoder)
     expected = {}

@@ -97,6 +97,7 @@ def test_compiling_breaks_no_graph_of_ours() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
+@pytest.mark.heavy
 def test_the_benchmark_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = pytest.importorskip("step")
     chosen = ["V=32k", "AdapterH, reduction 16"]

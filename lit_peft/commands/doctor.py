@@ -7,8 +7,8 @@ import platform
 from importlib import import_module, metadata
 from pathlib import Path
 
-from lit_peft.commands.compare import METHODS
 from lit_peft.commands.options import Options, check_counts
+from lit_peft.methods.registry import METHODS
 from lit_peft.util.errors import LitPeftError, closest, first_line
 
 # Each optional package: what it is for, and the command that installs it.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_peft.commands.options import Options
+from lit_peft.methods.registry import METHODS
 from lit_peft.util.errors import LitPeftError, closest, first_line
 
 
@@ -26,21 +27,15 @@ def run(arguments: list[str]) -> None:
 
     import lit_peft.modules
     from lit_peft.formats.folder import save_adapter
-    from lit_peft.training.module import BaseLM
 
     checkpoint = load_checkpoint(Path(options.ckpt_path))
-    kinds = {
-        name: kind
-        for name, kind in vars(lit_peft.modules).items()
-        if isinstance(kind, type) and issubclass(kind, BaseLM) and kind is not BaseLM
-    }
     method = options.method or _method(Path(options.ckpt_path))
-    if method not in kinds:
-        raise LitPeftError(f"--method {method} is not known: the closest are {closest(method, kinds)}.")
+    if method not in METHODS:
+        raise LitPeftError(f"--method {method} is not known: the closest are {closest(method, METHODS)}.")
     settings: dict[str, Any] = {**checkpoint["hyper_parameters"], **({"base": options.base} if options.base else {})}
     # That is for who exports to say, not for who wrote the checkpoint.
     settings["trust_remote_code"] = options.trust_remote_code
-    module: Any = kinds[method](**settings)
+    module: Any = getattr(lit_peft.modules, method)(**settings)
     module.load_state_dict(checkpoint["state_dict"])
     print(f"exported: {save_adapter(module.model, options.output, options.format)}")
 

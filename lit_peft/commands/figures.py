@@ -1,36 +1,33 @@
-"""The plots of `lit-peft compare`, as matplotlib figures and as SVG inside a page."""
+"""The plots of `lit-peft compare`: matplotlib figures, and SVG elements for an HTML page."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lit_peft.commands.report import FULL, HEAD
+from lit_peft.commands.plan import Plan
+from lit_peft.commands.summary import FULL, HEAD, Summary
 
-if TYPE_CHECKING:
-    from lit_peft.commands.compare import Plan
-    from lit_peft.commands.report import Summary
-
-# Stands for the page's text color until the plot is in the page.
+# A placeholder that `inline_svg` replaces by the text color of the page.
 INK = "#010203"
 _BASELINES = {FULL: INK, HEAD: "#8a9199"}
-# Distinct on light and on dark ground, for eyes that do not tell red from green, too.
+# Distinct on light and dark backgrounds, and without a pair of red and green.
 _COLORS = ("#2f7ed8", "#e08214", "#1fa187", "#b4579e", "#6f63c9", "#c8a415", "#d1495b", "#4bb3d4")
 _SIZE, _FONT = (6.0, 4.4), 9.5
-# Where a label may stand beside its point, in points: right, left, above, below and further off.
-_PLACES = [(7, -3), (-7, -3), (0, 8), (0, -15), *((dx, dy) for dy in (10, -16, 21, -27, 32, -38) for dx in (7, -7))]
+# Offsets of a label from its point, in typographic points: right, left, above, below, and farther away.
+_OFFSETS = [(7, -3), (-7, -3), (0, 8), (0, -15), *((dx, dy) for dy in (10, -16, 21, -27, 32, -38) for dx in (7, -7))]
 
 
 def color(plan: Plan, method: str) -> str:
-    """The color of a method, the same in every plot and in the page's bars."""
+    """Return the color of a method, which is the same in every plot and in the page."""
     others = [name for name in plan.methods if name not in _BASELINES]
     return _BASELINES.get(method) or _COLORS[others.index(method) % len(_COLORS)]
 
 
 def plots(plan: Plan, found: Sequence[Summary]) -> dict[str, Any]:
-    """Return matplotlib figures by name; none where matplotlib is not installed."""
+    """Return matplotlib figures by name; none if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -64,7 +61,7 @@ def plots(plan: Plan, found: Sequence[Summary]) -> dict[str, Any]:
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = axes_of(figure, label, "val_" + metric.partition("_")[2])
         for one in found:
-            x, y = ([point[at] for point in one.curve] for at in (column, 2))
+            x, y = ([point[index] for point in one.curve] for index in (column, 2))
             dashes = "--" if one.method in _BASELINES else "-"
             ink = color(plan, one.method)
             axes.plot(x, y, dashes, marker="o", markersize=3.5, label=one.method, color=ink, lw=1.6)
@@ -80,7 +77,7 @@ def plots(plan: Plan, found: Sequence[Summary]) -> dict[str, Any]:
 
 
 def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write each name beside its point, at the first place where it covers no point and no other name."""
+    """Write each name next to its point, at the first offset where it covers no point and no other name."""
     figure.draw_without_rendering()
     scale = figure.dpi / 72
     spots = axes.transData.transform([(x, y) for _, x, y in points])
@@ -89,9 +86,9 @@ def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -
     for (name, x, y), (px, py) in zip(points, spots, strict=True):
         width, height = 0.56 * _FONT * len(name) * scale, _FONT * scale
 
-        def box(dx: float, dy: float, at: Any = (px, py), size: Any = (width, height)) -> Any:
-            start = at[0] + dx * scale - size[0] * (0 if dx > 0 else 1 if dx < 0 else 0.5)
-            return start, at[1] + dy * scale, start + size[0], at[1] + dy * scale + size[1]
+        def box(dx: float, dy: float, point: Any = (px, py), size: Any = (width, height)) -> Any:
+            start = point[0] + dx * scale - size[0] * (0 if dx > 0 else 1 if dx < 0 else 0.5)
+            return start, point[1] + dy * scale, start + size[0], point[1] + dy * scale + size[1]
 
         def free(one: Any) -> bool:
             inside = left <= one[0] and one[2] <= right
@@ -99,14 +96,14 @@ def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -
                 one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3] for other in taken
             )
 
-        dx, dy = next((place for place in _PLACES if free(box(*place))), _PLACES[0])
+        dx, dy = next((offset for offset in _OFFSETS if free(box(*offset))), _OFFSETS[0])
         taken.append(box(dx, dy))
         side = "left" if dx > 0 else "right" if dx < 0 else "center"
         axes.annotate(name, (x, y), xytext=(dx, dy), textcoords="offset points", fontsize=_FONT - 1, ha=side)
 
 
-def _inked(figure: Any) -> None:
-    """Give everything that is not a method's the stand-in of the page's text color, on no background."""
+def _use_page_color(figure: Any) -> None:
+    """Draw axes, text and legend in the placeholder color, on a transparent background."""
     figure.patch.set_alpha(0)
     for axes in figure.axes:
         axes.patch.set_alpha(0)
@@ -120,10 +117,10 @@ def _inked(figure: Any) -> None:
 
 
 def inline_svg(figure: Any, name: str) -> str:
-    """A figure as an SVG element for an HTML page: text stays text, and takes the page's color."""
+    """Return a figure as an SVG element for an HTML page: text stays text, in the color of the page."""
     import matplotlib
 
-    _inked(figure)
+    _use_page_color(figure)
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata={"Date": None})
@@ -131,7 +128,7 @@ def inline_svg(figure: Any, name: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
-    # Ids are the page's: those of two plots must differ.
+    # Ids must be unique within the page.
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = text.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)

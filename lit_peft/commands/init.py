@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_peft.commands.compare import METHODS
 from lit_peft.commands.options import Options
+from lit_peft.methods.registry import METHODS
 from lit_peft.util.errors import LitPeftError, closest
 
 _SPAN_MODEL, _CAUSAL_MODEL = "FacebookAI/roberta-base", "HuggingFaceTB/SmolLM2-135M"

@@ -234,8 +234,9 @@ def run(arguments: list[str]) -> None:
         LitPeftError: bad input.
     """
     _quiet()
-    for name in lit_peft.data.__all__:
-        getattr(lit_peft.data, name)
+    for package in (lit_peft.data, lit_peft.modules):
+        for name in package.__all__:
+            getattr(package, name)  # jsonargparse finds subclasses that have been imported
     # Comments are what makes a printed configuration worth keeping.
     arguments = ["--print_config=comments" if text == "--print_config" else text for text in arguments]
     sys.argv = [sys.argv[0], *arguments]

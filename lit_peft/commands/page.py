@@ -1,17 +1,15 @@
-"""The report of `lit-peft compare` as one HTML page that needs nothing else, on a desk and on a phone."""
+"""The report of `lit-peft compare` as one self-contained HTML page, for large and small screens."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lit_peft.commands.figures import INK, color, inline_svg
-from lit_peft.commands.report import FULL, HEAD, difference, setting, table, verdict
-
-if TYPE_CHECKING:
-    from lit_peft.commands.compare import Plan
-    from lit_peft.commands.report import Summary
+from lit_peft.commands.plan import Plan
+from lit_peft.commands.report_text import notes, table, verdict
+from lit_peft.commands.summary import FULL, HEAD, Summary, difference
 
 _CAPTIONS = {
     "quality_by_parameters": "Quality against trained parameters",
@@ -73,77 +71,81 @@ figcaption { font-weight: 600; font-size: .92rem; padding: 0 .2rem .5rem; }
 
 
 def page(plan: Plan, found: Sequence[Summary], rows: Sequence[dict[str, Any]], figures: dict[str, Any]) -> str:
-    """The report as one HTML file that needs nothing else."""
+    """Return the report as one HTML page that loads no other file."""
     head, *body = ([html.escape(text) for text in line] for line in table(plan, found))
     cells = "".join(f"<tr>{''.join(f'<td>{text}</td>' for text in line)}</tr>\n" for line in body)
-    said = "".join(f"<li>{html.escape(point)}</li>\n" for point in verdict(found))
+    points = "".join(f"<li>{html.escape(point)}</li>\n" for point in verdict(found))
     drawn = "".join(
         f"<figure><figcaption>{_CAPTIONS[name]}</figcaption>{inline_svg(figure, name)}</figure>\n"
         for name, figure in figures.items()
     )
-    notes = "".join(f"<p>{html.escape(text)}</p>\n" for text in setting(plan, rows))
+    run_notes = "".join(f"<p>{html.escape(text)}</p>\n" for text in notes(plan, rows))
     budget = f"{plan.steps} steps" if plan.seconds is None else f"{plan.seconds:g} s"
     seeds = "1 seed" if plan.seeds == 1 else f"{plan.seeds} seeds"
-    what = html.escape(f"{plan.base.removeprefix('pkg:')} · {plan.task.replace('_', ' ')} · {budget} · {seeds}")
+    subtitle = html.escape(f"{plan.base.removeprefix('pkg:')} · {plan.task.replace('_', ' ')} · {budget} · {seeds}")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>Comparison of methods</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<h1>Comparison of methods</h1>\n<p class="what">{what}</p>\n{_tiles(found)}'
+        f'<h1>Comparison of methods</h1>\n<p class="what">{subtitle}</p>\n{_tiles(found)}'
         + (f"<h2>{html.escape(found[0].metric.replace('_', ' '))}</h2>\n{_bars(plan, found)}" if found else "")
-        + f'<h2>What this shows</h2>\n<ul class="verdict">{said}</ul>\n'
+        + f'<h2>What this shows</h2>\n<ul class="verdict">{points}</ul>\n'
         f'<h2>Results</h2>\n<div class="scroll"><table><thead><tr>{"".join(f"<th>{text}</th>" for text in head)}</tr>'
         f"</thead><tbody>\n{cells}</tbody></table></div>\n"
         + (f'<h2>Plots</h2>\n<div class="plots">\n{drawn}</div>\n' if drawn else "")
-        + f'<h2>What was run</h2>\n<div class="notes">{notes}</div>\n</body>\n</html>\n'
+        + f'<h2>What was run</h2>\n<div class="notes">{run_notes}</div>\n</body>\n</html>\n'
     )
 
 
 def _tiles(found: Sequence[Summary]) -> str:
-    """The three or four numbers to take away."""
+    """The three or four main figures."""
     named = {one.method: one for one in found}
     methods = [one for one in found if one.method not in (FULL, HEAD)]
-    shown = [(f"{methods[0].mean:.4g}", f"{methods[0].method}, {methods[0].share:.2g} % trained")] if methods else []
-    shown += [
-        (f"{named[name].mean:.4g}", what)
-        for name, what in ((FULL, "full fine-tuning"), (HEAD, "head alone"))
+    entries = [(f"{methods[0].mean:.4g}", f"{methods[0].method}, {methods[0].share:.2g} % trained")] if methods else []
+    entries += [
+        (f"{named[name].mean:.4g}", label)
+        for name, label in ((FULL, "full fine-tuning"), (HEAD, "head alone"))
         if name in named
     ]
     gaps = [difference(one, named[FULL]) for one in methods] if FULL in named else []
-    if gaps and all(gap.real or gap.alike for gap in gaps):
-        shown.append((f"{sum(gap.alike for gap in gaps)} of {len(gaps)}", "methods within noise of full fine-tuning"))
-    tiles = "".join(f'<div class="tile"><b>{value}</b><span>{html.escape(what)}</span></div>' for value, what in shown)
+    if gaps and all(gap.significant or gap.within_noise for gap in gaps):
+        entries.append(
+            (f"{sum(gap.within_noise for gap in gaps)} of {len(gaps)}", "methods within noise of full fine-tuning")
+        )
+    tiles = "".join(
+        f'<div class="tile"><b>{value}</b><span>{html.escape(label)}</span></div>' for value, label in entries
+    )
     return f'<div class="tiles">{tiles}</div>\n'
 
 
 def _bars(plan: Plan, found: Sequence[Summary]) -> str:
-    """Each method's mean and standard deviation on one scale, with what it is against the reference."""
+    """The mean and standard deviation of each method on one scale, and its difference to the reference."""
     named = {one.method: one for one in found}
     reference = named.get(FULL, found[0])
     ends = [one.mean + sign * (one.std if len(one.values) > 1 else 0) for one in found for sign in (-1, 1)]
     low, high = min(ends), max(ends)
     span = (high - low) or 1.0
 
-    def at(value: float) -> float:
+    def position(value: float) -> float:
         return 2 + 96 * (value - low) / span
 
     lines = []
     for one in found:
         std = one.std if len(one.values) > 1 else 0.0
         ink = color(plan, one.method).replace(INK, "var(--ink)")
-        marks = "".join(f'<i class="base" style="left:{at(named[name].mean):.2f}%"></i>' for name in (FULL, HEAD)
+        marks = "".join(f'<i class="base" style="left:{position(named[name].mean):.2f}%"></i>' for name in (FULL, HEAD)
                         if name in named)  # fmt: skip
         marks += (
-            f'<i class="spread" style="left:{at(one.mean - std):.2f}%;width:{192 * std / span:.2f}%;'
-            f'background:{ink}"></i><i class="dot" style="left:{at(one.mean):.2f}%;background:{ink}"></i>'
+            f'<i class="spread" style="left:{position(one.mean - std):.2f}%;width:{192 * std / span:.2f}%;'
+            f'background:{ink}"></i><i class="dot" style="left:{position(one.mean):.2f}%;background:{ink}"></i>'
         )
         gap = difference(one, reference)
         kind, tag = "none", "reference"
         if one is not reference:
             better = gap.value > 0 if one.mode == "max" else gap.value < 0
-            kind = "same" if gap.alike or (gap.real and better) else "less" if gap.real else "none"
-            known = f"{gap.value:+.3f}" if gap.real else f"{gap.value:+.3f}, noise unknown"
-            tag = "within noise" if gap.alike else known
+            kind = "same" if gap.within_noise or (gap.significant and better) else "less" if gap.significant else "none"
+            value = f"{gap.value:+.3f}" if gap.significant else f"{gap.value:+.3f}, noise unknown"
+            tag = "within noise" if gap.within_noise else value
         lines.append(
             f'<div><span>{one.method}</span><span class="track">{marks}</span><span class="value">{one.mean:.4f}</span>'
             f'<span class="tag {kind}">{tag}</span></div>\n'

@@ -1,4 +1,4 @@
-"""What every run of `lit-peft compare` needs, imported once in the process that they start from."""
+"""Imports what every run of `lit-peft compare` needs, once, in the process that they are forked from."""
 
 from __future__ import annotations
 
@@ -10,5 +10,7 @@ import transformers.modeling_utils
 import lit_peft.commands.recorder
 import lit_peft.formats.folder
 import lit_peft.modules
+
+lit_peft.modules.LoRA  # noqa: B018
 
 __all__ = ["datasets", "lightning", "lit_peft", "transformers"]

@@ -1,4 +1,4 @@
-"""The learning curve of a run of `lit-peft compare`, and the time of its steps."""
+"""The learning curve and the step times of a run of `lit-peft compare`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Recorder(Callback):
-    """Takes down the monitored metric at every validation, against step and seconds of training alone.
+    """Records the monitored metric at every validation, with the step and the seconds of training so far.
 
     Args:
-        monitor: the metric's name, as it is logged.
-        skip: batches at the start that `seconds_per_step` does not count.
+        monitor: name of the logged metric.
+        skip: number of batches at the start that `seconds_per_step` leaves out.
     """
 
     def __init__(self, monitor: str, skip: int = 0) -> None:
@@ -29,7 +29,7 @@ class Recorder(Callback):
 
     @property
     def seconds_per_step(self) -> float:
-        """The median time of a batch: forward, backward and the optimizer."""
+        """The median time of a batch: forward pass, backward pass and optimizer."""
         return statistics.median(self._times[self.skip :]) if self._times[self.skip :] else 0.0
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
@@ -39,7 +39,7 @@ class Recorder(Callback):
         self._times.append(_now() - self._start)
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive():
-            # Nobody is there any more to take the result.
+            # The command has ended, so nobody would receive the result.
             os._exit(1)
 
     def on_validation_end(self, trainer: Any, *_: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lit_peft.formats import adapterhub, base_record, peft
+from lit_peft.formats import adapterhub, base_record, own, peft
 from lit_peft.formats.card import write_card
 from lit_peft.formats.files import write_extra
 from lit_peft.formats.untrusted import read_json
@@ -44,6 +44,8 @@ def load_adapter(model: Model, folder: str | Path, check_base: bool = True, name
         base_record.check_base(model, folder)
     if "peft_type" in config:
         return peft.read(model, folder, config)
+    if own.KEY in config:
+        return own.read(model, folder, config)
     if "config" in config:
         return adapterhub.read(model, folder, config)
     raise LitPeftError(
@@ -62,7 +64,7 @@ def save_adapter(
     Args:
         model: a model with a method attached.
         folder: where to write; it must not exist yet, or be empty.
-        format: `peft` or `adapterhub`; when None, peft's where peft has the method, else AdapterHub's.
+        format: `peft` or `adapterhub`; when None, the library's that has the method, else a format of our own.
         name: the adapter's name in AdapterHub's format.
 
     Returns:
@@ -81,6 +83,7 @@ def write_adapter(
 ) -> None:
     """Write the files of `save_adapter` into a folder that exists; a reader may see it half written. Raises as it."""
     attachment = attachment_of(model)
+    chosen: str | None = format
     if format not in (None, "peft", "adapterhub"):
         raise LitPeftError(f"format={format!r} is not known: use 'peft' or 'adapterhub'.")
     if not attachment.adapted:
@@ -89,9 +92,11 @@ def write_adapter(
             "model.save_pretrained(folder)."
         )
     if format is None and not adapterhub.holds(attachment):
-        format = "peft"
-    if format == "peft":
+        chosen = "peft" if peft.holds(attachment) else "lit_peft"
+    if chosen == "peft":
         peft.write(model, folder)
+    elif chosen == "lit_peft":
+        own.write(model, folder)
     else:
         adapterhub.write(model, folder, name, own=format is None)
     base = base_record.base_record(model)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
@@ -41,6 +42,12 @@ def torch_handles_saved_tensors() -> bool:
     # `torch.autograd.graph` can push such hooks but not list them.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__.startswith("torch.")
+
+
+def function_transforms_are_active() -> bool:
+    """Return whether `torch.func` transforms (vmap, jvp, …) or forward-mode derivatives are being computed."""
+    # An autograd function with one plain backward formula supports neither, and torch only says so by raising.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -1,0 +1,25 @@
+"""Data modules by task; names are imported lazily."""
+
+# Made by tools/make_stubs.py from the code. Do not edit.
+
+from lit_peft.data.causal_lm import CausalLMData as CausalLMData
+from lit_peft.data.instruction import InstructionData as InstructionData
+from lit_peft.data.base import LitDataModule as LitDataModule
+from lit_peft.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
+from lit_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
+from lit_peft.data.reasoning import ReasoningData as ReasoningData
+from lit_peft.data.seq2seq import Seq2SeqData as Seq2SeqData
+from lit_peft.data.text_classification import TextClassificationData as TextClassificationData
+from lit_peft.data.token_classification import TokenClassificationData as TokenClassificationData
+
+__all__ = [
+    "CausalLMData",
+    "InstructionData",
+    "LitDataModule",
+    "MultipleChoiceData",
+    "QuestionAnsweringData",
+    "ReasoningData",
+    "Seq2SeqData",
+    "TextClassificationData",
+    "TokenClassificationData",
+]
