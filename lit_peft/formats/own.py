@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_peft.formats.base_record import base_name_or_path
-from lit_peft.formats.files import fill, write_json
+from lit_peft.formats.files import copy_tensors, write_json
 from lit_peft.formats.untrusted import read_tensors
 from lit_peft.methods.attachment import MethodSettings, Model, attach, attachment_of, detach
 from lit_peft.methods.registry import all_settings
@@ -78,7 +78,7 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
         )
     attach(model, settings)
     try:
-        fill(_trained(model), stored, folder)
+        copy_tensors(_trained(model), stored, folder)
     except BaseException:
         detach(model)
         raise

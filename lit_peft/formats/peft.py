@@ -101,7 +101,7 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
 
 def holds(attachment: Attachment) -> bool:
     """Whether peft has the method of what is attached."""
-    return any(kind.writes(attachment.settings) for kind in KINDS.values())
+    return any(kind.writes(attachment.settings) for kind in PEFT_FORMATS.values())
 
 
 def write(model: nn.Module, folder: Path) -> None:
