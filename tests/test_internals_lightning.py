@@ -205,8 +205,13 @@ def test_some_tensors_keep_their_type(cast: Any) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 2)
 
-        def tensors_keeping_dtype(self) -> list[Tensor]:
+            self.layer.register_buffer("frequencies", torch.rand(4), persistent=False)
+
+        def parameters_not_rounded(self) -> list[nn.Parameter]:
             return [self.layer.weight]
+
+        def buffers_not_rounded(self) -> list[tuple[nn.Module, str]]:
+            return [(self.layer, "frequencies")]
 
     module = Kept()
     weight = module.layer.weight.detach().clone()
@@ -216,4 +221,7 @@ def test_some_tensors_keep_their_type(cast: Any) -> None:
     assert module.layer.bias.dtype != torch.float32
     assert module.layer.weight is parameter and torch.equal(parameter, weight)
     assert parameter.grad is not None and parameter.grad.dtype == torch.float32
-    assert module.to("meta").layer.weight.is_meta
+    assert module.layer.frequencies.dtype == torch.float32
+    assert module.double().layer.weight.dtype == module.layer.frequencies.dtype == torch.float64
+    module.zero_grad()
+    assert module.to("meta").layer.weight.is_meta and module.layer.frequencies.is_meta

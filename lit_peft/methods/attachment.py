@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from lit_peft.methods.adapter_dtype import set_trained_dtype
 from lit_peft.methods.changes import (
     AddHook,
     AddModule,
@@ -301,6 +302,8 @@ def attached_model(module: nn.Module) -> nn.Module | None:
 def attach(model: Model, settings: MethodSettings) -> Model:
     """Freeze `model` and attach the method that `settings` describe, in place.
 
+    The trained parameters are float32, also on a half-precision model: small updates vanish in bfloat16.
+
     Args:
         model: any transformers model, or any `nn.Module` the settings' targets exist in.
         settings: the method's settings, e.g. `LoRASettings(r=8)`.
@@ -322,6 +325,7 @@ def attach(model: Model, settings: MethodSettings) -> Model:
         settings.attach_to(model, attachment)
         if settings.modules_to_save:
             attachment.train_modules(settings.modules_to_save)
+        set_trained_dtype(attachment)
         if attachment.adapted and hasattr(model, "save_pretrained"):
             attachment.set("", "save_pretrained", SaveAdapter(model))
     except BaseException:

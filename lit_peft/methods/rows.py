@@ -158,7 +158,9 @@ def _trained(attachment: Attachment) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for name, parameter in attachment.trained_copies.items():
         path, _, last = base_name(name).rpartition(".")
-        found.setdefault(path, {})[last] = parameter.detach()
+        # In the type of the base's own, which is on the model now.
+        dtype = attachment.model.get_parameter(base_name(name)).dtype
+        found.setdefault(path, {})[last] = parameter.detach().to(dtype)
     return found
 
 
