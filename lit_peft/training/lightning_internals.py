@@ -58,6 +58,12 @@ def validation_follows(trainer: pl.Trainer) -> bool:
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
+def accumulates_further(trainer: pl.Trainer) -> bool:
+    """Return whether the optimizer steps only after a later batch than the present one."""
+    # It also steps at the end of an epoch; only the loop knows which batch is the last.
+    return trainer.fit_loop._should_accumulate()
+
+
 def log_row_of_step(trainer: pl.Trainer) -> dict[str, Any] | None:
     """Return the row that the loggers will get for the step that is ending; None if nothing is logged now."""
     # Lightning logs a step after all callbacks ran, so that a checkpoint of this step is written before its row.

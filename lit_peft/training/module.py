@@ -15,6 +15,7 @@ from lit_peft.models.tokenization import load_tokenizer
 from lit_peft.nn.torch_internals import DtypeKeepingDict
 from lit_peft.tasks import find_task
 from lit_peft.tasks.base import Batch, Generation, float32_default
+from lit_peft.training.accumulation import WeightedAccumulation
 from lit_peft.training.adapter_methods import AdapterMethods
 from lit_peft.training.building import build_empty_model, build_model, share_average_model
 from lit_peft.training.data_checks import DataChecks
@@ -33,7 +34,7 @@ from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import check_types
 
 
-class BaseLM(AdapterMethods, DataChecks, PreciseModule):
+class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
     """A frozen language model with a task head; the method that is mixed in trains a few parameters.
 
     Contains the training, validation, test and prediction steps, the optimizer, and checkpoints of only the trained
@@ -194,7 +195,8 @@ class BaseLM(AdapterMethods, DataChecks, PreciseModule):
             loss = self.task.loss(self(**batch), batch)
         if trainer_of(self) is not None:
             size = len(next(iter(batch.values())))
-            loss, mean = across_processes(loss, self.task.weight(batch), self.device_mesh)
+            loss, mean, weight = across_processes(loss, self.task.weight(batch), self.device_mesh)
+            self.weight_batch(weight)
             self.log("train_loss", mean, prog_bar=True, batch_size=size)
             if self.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
                 check_finite(mean, self.parameters(), self.global_step, self.learning_rate)
