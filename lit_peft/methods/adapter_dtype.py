@@ -2,47 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lit_peft.methods.attachment import attachment_of
 from lit_peft.methods.changes import TrainParameter
+from lit_peft.nn.linear import adapter_dtype
 from lit_peft.nn.torch_internals import own_parameter
 
+if TYPE_CHECKING:
+    from lit_peft.methods.attachment import Attachment
 
-def set_adapter_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert every trained parameter of a model to `dtype`.
 
-    The methods' layers cast their parameters to the dtype of their input. A module of the base with a trained
+def set_trained_dtype(attachment: Attachment, dtype: torch.dtype | None = None) -> None:
+    """Convert every trained parameter of a method to `dtype`.
+
+    The method's layers cast their parameters to the dtype that they compute in. A module of the base with a trained
     parameter (a head, a bias, a norm) gets that parameter in the frozen model's dtype during each forward.
 
     Args:
-        model: a model with a method attached.
-        dtype: the new dtype of the trained parameters.
-
-    Raises:
-        LitPeftError: no method is attached.
+        attachment: the method, on its model.
+        dtype: the new dtype of the trained parameters; float32 if None, or float64 for a float64 base.
     """
-    attachment = attachment_of(model)
-    frozen = next((p for p in model.parameters() if not p.requires_grad and p.is_floating_point()), None)
+    model, given = attachment.model, dtype
+    frozen = _frozen_parameter(model)
+    if dtype is None:
+        if frozen is None:  # no adapter: the base itself is trained
+            return
+        dtype = adapter_dtype(frozen)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    for change in attachment.changes:
+        if isinstance(change, TrainParameter):
+            change.record_device_and_dtype()
+    if given is not None or (frozen is not None and frozen.dtype != dtype):
+        cast_in_forward(attachment)
+
+
+def cast_in_forward(attachment: Attachment) -> None:
+    """Let modules of the base cast their trained parameters to the frozen model's dtype during each forward."""
+    frozen = _frozen_parameter(attachment.model)
     if frozen is None:
         return
     names_by_module: dict[str, list[str]] = {}
     for path in attachment.trained:
         module_path, _, name = path.rpartition(".")
         names_by_module.setdefault(module_path, []).append(name)
-    for change in attachment.changes:
-        if isinstance(change, TrainParameter):
-            change.record_device_and_dtype()
+    has_cast = {
+        hook.path for hook in attachment.hooks if isinstance(getattr(hook.hook, "__self__", None), _CastDuringForward)
+    }
     for module_path, names in names_by_module.items():
-        cast = _CastDuringForward(names, frozen)
-        attachment.forward_pre_hook(module_path, cast.cast)
-        attachment.forward_hook(module_path, cast.restore, always_call=True)
+        if module_path not in has_cast:
+            cast = _CastDuringForward(names, frozen)
+            attachment.forward_pre_hook(module_path, cast.cast)
+            attachment.forward_hook(module_path, cast.restore, always_call=True)
+
+
+def _frozen_parameter(model: nn.Module) -> nn.Parameter | None:
+    """The first frozen floating-point parameter of a model; None if it has none."""
+    return next((p for p in model.parameters() if not p.requires_grad and p.is_floating_point()), None)
 
 
 class _CastDuringForward:

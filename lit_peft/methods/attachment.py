@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lit_peft.methods.adapter_dtype import set_trained_dtype
 from lit_peft.methods.changes import (
     AddHook,
     AddModule,
@@ -340,6 +341,8 @@ def attached_model(module: nn.Module) -> nn.Module | None:
 def attach(model: Model, settings: MethodSettings) -> Model:
     """Freeze a model and attach a method to it, in place.
 
+    The trained parameters are float32, also on a half-precision model: small updates vanish in bfloat16.
+
     Args:
         model: a transformers model, or any `nn.Module` that has the modules named in the settings.
         settings: the method's settings, e.g. `LoRASettings(r=8)`.
@@ -364,6 +367,7 @@ def attach(model: Model, settings: MethodSettings) -> Model:
             attachment.make(change)
         if settings.modules_to_save:
             attachment.train_modules(settings.modules_to_save)
+        set_trained_dtype(attachment)
         if attachment.adapted and hasattr(model, "save_pretrained"):
             attachment.set("", "save_pretrained", SaveAdapter(model))
     except BaseException:

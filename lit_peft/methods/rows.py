@@ -172,7 +172,9 @@ def _trained_tensors(attachment: Attachment) -> dict[str, dict[str, Tensor]]:
     tensors: dict[str, dict[str, Tensor]] = {}
     for path, parameter in attachment.trained_copies.items():
         module_path, _, name = base_name(path).rpartition(".")
-        tensors.setdefault(module_path, {})[name] = parameter.detach()
+        # In the dtype of the base's own parameter, which is on the model now.
+        dtype = attachment.model.get_parameter(base_name(path)).dtype
+        tensors.setdefault(module_path, {})[name] = parameter.detach().to(dtype)
     return tensors
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_peft.util.disk import write_file
 
@@ -56,6 +56,12 @@ def validation_follows(trainer: pl.Trainer) -> bool:
     # The rule combines five settings with the loop's counters; only the loop itself can evaluate it.
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def accumulates_further(trainer: pl.Trainer) -> bool:
+    """Return whether the optimizer steps only after a later batch than the present one."""
+    # It also steps at the end of an epoch; only the loop knows which batch is the last.
+    return trainer.fit_loop._should_accumulate()
 
 
 def log_row_of_step(trainer: pl.Trainer) -> dict[str, Any] | None:
@@ -224,18 +230,35 @@ class AppendingCSVLogger(CSVLogger):
 
 
 class DtypeKeepingModule(pl.LightningModule):
-    """A LightningModule in which some tensors keep their type when it is cast, e.g. by precision `bf16-true`."""
+    """A LightningModule in which some tensors are not rounded when it is cast, e.g. by precision `bf16-true`."""
 
-    def tensors_keeping_dtype(self) -> list[Tensor]:
-        """Return the parameters and buffers that only move between devices."""
+    def parameters_not_rounded(self) -> list[nn.Parameter]:
+        """Return the parameters that are never cast to a narrower type."""
         return []
+
+    def buffers_not_rounded(self) -> list[tuple[nn.Module, str]]:
+        """Return the buffers that are never cast to a narrower type, each as its module and its name."""
+        return []
+
+    def after_cast(self) -> None:
+        """Run after a cast that would have rounded some of these parameters."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `to`, `half` and `bfloat16` all call this private method, and casts have no public hook.
-        kept = [(t, t.data, None if t.grad is None else t.grad.data) for t in self.tensors_keeping_dtype()]
+        parameters = [(p, p.data, None if p.grad is None else p.grad.data) for p in self.parameters_not_rounded()]
+        buffers = [(owner, name, getattr(owner, name)) for owner, name in self.buffers_not_rounded()]
         super()._apply(fn, recurse)
-        for tensor, data, grad in kept:
-            tensor.grad = None
-            tensor.data = data.to(tensor.device)
-            tensor.grad = None if grad is None else grad.to(tensor.device)
+        cast = False
+        for parameter, data, grad in parameters:
+            if parameter.dtype != data.dtype and parameter.dtype.itemsize <= data.dtype.itemsize:
+                parameter.grad = None
+                parameter.data = data.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
+                cast = True
+        for owner, name, before in buffers:
+            now = getattr(owner, name)
+            if now.dtype != before.dtype and now.dtype.itemsize <= before.dtype.itemsize:
+                setattr(owner, name, before.to(now.device))
+        if cast:
+            self.after_cast()
         return self
