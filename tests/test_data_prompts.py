@@ -103,6 +103,8 @@ def test_an_input_that_is_a_number_stays(decoder: Path, tmp_path: Path) -> None:
         input_column="b",
         output_column="c",
         template="alpaca",
+        system_column="s",
+        history_column="h",
         prompts_only=True,
         max_length=8,
         train_on_inputs=False,

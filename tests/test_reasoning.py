@@ -159,7 +159,7 @@ def test_alpaca_supervises_answers_and_counts_what_is_cut(decoder: Path, tmp_pat
     ]
     assert texts == ["the film was well", "the film was</s>"] or texts == ["the film was well", "the film was </s>"]
     assert any("1 of 2 rows cut" in line and "1 tokens lost" in line for line in data.report())
-    assert any("1 row(s) dropped" in line for line in data.report())
+    assert any("1 of 3 rows dropped" in line for line in data.report())
 
 
 def test_chats_supervise_the_assistant_alone(decoder: Path, tmp_path: Path) -> None:

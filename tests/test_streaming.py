@@ -195,7 +195,14 @@ def test_a_block_of_prompts_that_are_too_long_is_passed_over(decoder: Path, tmp_
     made = data(decoder, path, **settings)
     made.setup("fit")
     assert len(rows(made.train_dataloader())) == 24
-    assert made.report() == ["data.train: 12 row(s) dropped, because data.max_length leaves nothing of their answers."]
+    assert made.report() == [
+        f"data.train: {line} (in one block of the stream)"
+        for line in (
+            "12 of 12 rows dropped, because data.max_length 8 leaves nothing of their answers.",
+            "24 of 24 tokens to learn lost (100.0 %), because data.max_length is 8: set data.max_length to 11 to lose "
+            "none.",
+        )
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in [long] * 12))
     with pytest.raises(LitPeftError, match=r"none of the first rows .* data\.max_length 8"):
         data(decoder, path, **settings).setup("fit")

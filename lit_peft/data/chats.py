@@ -88,7 +88,7 @@ class ChatRenderer:
         """Return messages as the template gets them: text instead of parts, without empty fields and `weight`."""
         out = []
         for message in messages:
-            kept = {key: _without_nulls(value) for key, value in message.items() if value is not None}
+            kept = {key: value for key, value in message.items() if value is not None}
             content = kept.setdefault("content", "")
             if isinstance(content, list) and not self.reads_parts:
                 kept["content"] = "".join(part["text"] for part in content)
@@ -150,6 +150,7 @@ def encode_chats(
     tokenizer: Any,
     messages_column: str,
     template_columns: Sequence[str],
+    filled_columns: Sequence[str],
     max_length: int,
     train_on_inputs: bool,
     prompts_only: bool,
@@ -161,6 +162,7 @@ def encode_chats(
         tokenizer: a tokenizer with a chat template.
         messages_column: column of the messages.
         template_columns: those of `TEMPLATE_COLUMNS` that the table has.
+        filled_columns: the columns whose objects were given the members of all rows, filled with nulls.
         max_length: maximum number of tokens.
         train_on_inputs: put the loss on all turns but those with `weight` or `train` 0.
         prompts_only: return prompts, without the assistant's last turn.
@@ -175,8 +177,10 @@ def encode_chats(
     names = ("input_ids", "length") if prompts_only else ("input_ids", "length", "labels", "supervised", "lost", "kept")
     out: dict[str, list[Any]] = {name: [] for name in names}
     for row, given in enumerate(batch[messages_column]):
-        extra = _template_arguments({name: batch[name][row] for name in template_columns}, row)
-        messages = renderer.clean(given)
+        cells = {name: batch[name][row] for name in template_columns}
+        cells = {name: _without_nulls(cell) if name in filled_columns else cell for name, cell in cells.items()}
+        extra = _template_arguments(cells, row)
+        messages = renderer.clean(_without_nulls(given) if messages_column in filled_columns else given)
         try:
             if prompts_only:
                 while messages[-1]["role"] == "assistant":
@@ -239,7 +243,6 @@ def _template_arguments(cells: dict[str, Any], row: int) -> dict[str, Any]:
                 cell = json.loads(cell)
             except json.JSONDecodeError as problem:
                 raise RowError(row, f"column {name!r} is not valid JSON ({problem}); correct it.") from problem
-        cell = _without_nulls(cell)
         if not cell:
             continue
         is_mapping = name == "chat_template_kwargs"
@@ -251,7 +254,7 @@ def _template_arguments(cells: dict[str, Any], row: int) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Drop the empty members of objects: a table gives each object the members of all others."""
+    """Drop the empty members of objects."""
     if isinstance(value, dict):
         return {key: _without_nulls(member) for key, member in value.items() if member is not None}
     if isinstance(value, list):

@@ -158,6 +158,8 @@ class InstructionData(SupervisedData):
 
     def encode(self, rows: Rows, split: Split) -> Any:
         """Tokens and labels, at most `max_length` per example."""
+        import datasets
+
         if self.messages_column is not None:
             if not getattr(self.tokenizer, "chat_template", None):
                 raise LitPeftError(
@@ -166,8 +168,18 @@ class InstructionData(SupervisedData):
                 )
             columns = self._optional_columns_of(rows.table)
             self._note_template(rows, split, columns)
+            features = rows.table.features
             return self.encode_supervised(
-                rows, split, encode_chats, messages_column=self.messages_column, template_columns=columns
+                rows,
+                split,
+                encode_chats,
+                messages_column=self.messages_column,
+                template_columns=columns,
+                filled_columns=[
+                    name
+                    for name in (self.messages_column, *columns)
+                    if not isinstance(features[name], (datasets.Json, datasets.Value))
+                ],
             )
         return self.encode_supervised(
             rows,

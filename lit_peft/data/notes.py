@@ -49,6 +49,8 @@ class Notes:
         key = re.sub(r"[\d.,]+", "#", line) if self.streaming else line
         if key in self._lines:
             return
+        if self.streaming:
+            line += " (in one block of the stream)"
         self._lines[key] = line
         if warn or self.streaming:
             rank_zero_warn(line)
@@ -106,10 +108,10 @@ def note_lost_labels(
         notes.add(f"{line}, because data.{setting} is {limit}.")
         return
     suggested, longest = suggest_limit(lengths, supervised, limit), max(lengths)
-    advice = f"set data.{setting} to {longest} to lose none"
+    advice = f"to {longest} to lose none"
     if suggested < longest:
-        advice = f"set data.{setting} to {suggested} to lose at most {100 * _SUGGESTED_SHARE:.0f} %, or {advice[4:]}"
-    notes.add(f"{line}, because data.{setting} is {limit}: {advice}.", warn=True)
+        advice = f"to {suggested} to lose at most {100 * _SUGGESTED_SHARE:.0f} %, or {advice}"
+    notes.add(f"{line}, because data.{setting} is {limit}: set data.{setting} {advice}.", warn=True)
 
 
 def suggest_limit(lengths: Sequence[int], supervised: Sequence[int], limit: int) -> int:

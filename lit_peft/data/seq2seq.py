@@ -84,8 +84,7 @@ class Seq2SeqData(LitDataModule):
             return table
         lost = column_values(table, "target_cut")
         lengths = [len(labels) + cut for labels, cut in zip(column_values(table, "labels"), lost, strict=True)]
-        note_lost_labels(self.notes, split, lengths, lengths, lost, self.max_target_length, setting="max_target_length")
-        return drop_cut_column(
+        table = drop_cut_column(
             table,
             self.notes,
             split,
@@ -94,6 +93,8 @@ class Seq2SeqData(LitDataModule):
             column="target_cut",
             setting="max_target_length",
         )
+        note_lost_labels(self.notes, split, lengths, lengths, lost, self.max_target_length, setting="max_target_length")
+        return table
 
     def collator(self, split: Split) -> Collate:
         """As `LitDataModule.collator`, with the targets padded separately."""

@@ -166,13 +166,13 @@ class TokenClassificationData(LitDataModule):
             with_words=split != "train",
             max_length=self.max_length,
         )
+        lost = column_values(table, "lost")
+        table = drop_cut_column(table, self.notes, split, "sentences", self.max_length, column="lost", unit="words")
         if tags_column:
-            lost = column_values(table, "lost")
             labels = [sum(label != IGNORE for label in row) for row in column_values(table, "labels")]
             words = [left + cut for left, cut in zip(labels, lost, strict=True)]
             lengths = column_values(table, "length")
             note_lost_labels(self.notes, split, lengths, words, lost, self.max_length, unit="words")
-        table = drop_cut_column(table, self.notes, split, "sentences", self.max_length, column="lost", unit="words")
         return table.remove_columns("length")
 
     def collator(self, split: Split) -> Collate:
