@@ -226,6 +226,24 @@ def test_chats_that_differ_in_their_tools_are_no_duplicates(decoder: Path, tmp_p
     assert len(data.rows["train"]) + len(data.rows["validation"]) == 2
 
 
+def test_a_system_column_becomes_the_first_message(decoder: Path, tmp_path: Path, texts: list[str]) -> None:
+    system = {"role": "system", "content": "it was"}
+    rows = [
+        {"messages": chat(), "system": "it was"},
+        {"messages": [system, *chat("this story")], "system": "it was"},
+        {"messages": chat("acting"), "system": ""},
+    ]
+    data = chats(decoder, lines(tmp_path / "a.jsonl", *rows))
+    data.setup("fit")
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    for messages in ([system, *chat()], [system, *chat("this story")], chat("acting")):
+        assert tokenizer.apply_chat_template(messages, chat_template=PLAIN, tokenize=False) in texts
+    assert learned(data) == "is good </s>"
+    other = {"messages": [system, *chat()], "system": "good"}
+    with pytest.raises(LitPeftError, match="row 2: the messages start with another system prompt than 'good'"):
+        chats(decoder, lines(tmp_path / "b.jsonl", rows[0], other)).examples("train")
+
+
 # ------------------------------------------------------------------------------------------- Alpaca's form
 
 

@@ -75,7 +75,7 @@ def test_a_template_takes_any_column(letters: Any, tmp_path: Path) -> None:
     with pytest.raises(LitPeftError, match="does not fit"):
         prompts("{x.y:d}")
     data = CausalLMData(predict=file, prompt_column="x", completion_column="out")
-    with pytest.raises(LitPeftError, match=r"row 1: column 'x' holds"):
+    with pytest.raises(LitPeftError, match=r"row 1: column 'x' has"):
         data.examples("predict")
 
 

@@ -45,7 +45,7 @@ BROKEN: list[tuple[str, str | bytes | None, str]] = [
     ("infinity.json", '[Infinity, {"text": {}}]', "row 1 is not a JSON object ('Infinity')"),
     ("lists.json", '[["text", "label"], ["good", "pos"]]', "row 1 is not a JSON object"),
     ("text.json", '"good"', "line 1 is not a JSON object"),
-    ("columns.json", json.dumps({"text": ["good"], "label": ["pos"]}), "row 1: column 'text' holds ['good']"),
+    ("columns.json", json.dumps({"text": ["good"], "label": ["pos"]}), "row 1: column 'text' has ['good']"),
     ("splits.json", json.dumps({"train": ROWS}), "no column 'text' (data.text_column); it has 'train'"),
     ("deep.jsonl", LINES + '{"m":' * 9_000, "line 3 is nested too deeply"),
     ("deep.json", '[{"m":' + "[" * 9_000, "row 1 is nested too deeply"),
@@ -57,7 +57,7 @@ BROKEN: list[tuple[str, str | bytes | None, str]] = [
     ("short.csv", TABLE + "good\n", "row 3 has no label"),
     ("quote.csv", TABLE + '"good,pos\n', "a quote opened in row"),
     ("text.jsonl", LINES + '{"text": null, "label": "pos"}', "row 3 has no text"),
-    ("list.jsonl", LINES + '{"text": ["x"], "label": "pos"}', "row 3: column 'text' holds ['x'], not a text"),
+    ("list.jsonl", LINES + '{"text": ["x"], "label": "pos"}', "row 3: column 'text' has ['x'], which is not text"),
     ("label.jsonl", LINES + '{"text": "x"}', "row 3 has no label"),
     ("nan.jsonl", LINES + '{"text": "x", "label": NaN}', "row 3 has no label"),
     ("inf.jsonl", LINES + '{"text": "x", "label": -Infinity}', "row 3 has no label"),
@@ -71,7 +71,7 @@ BROKEN: list[tuple[str, str | bytes | None, str]] = [
     (
         "bytes.parquet",
         Dataset.from_dict({"text": [b"good", b"bad"], "label": ["pos", "neg"]}),  # type: ignore[list-item]
-        "row 1: column 'text' holds b'good', not a text",
+        "row 1: column 'text' has b'good', which is not text",
     ),
     ("folder.jsonl", None, "is a folder"),
     ("folder", None, "is a folder"),

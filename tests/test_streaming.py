@@ -160,7 +160,7 @@ def test_what_does_not_go_with_it_is_told(decoder: Path, file: Path, encoder: Pa
         ("a.jsonl", '{"text": "good"}\n' * 40 + '["b"]', "line 41 is not a JSON object"),
         ("a.jsonl", '{"text": "good"}\n{"text": "\\ud800"}', "line 2 has half of a surrogate pair"),
         ("a.jsonl", b'{"text": "good"}\n{"text": "caf\xe9"}', "is not UTF-8: byte 0xe9 in line 2"),
-        ("a.jsonl", '{"text": "good"}\n{"text": ["x"]}', "row 2: column 'text' holds .'x'., not a text"),
+        ("a.jsonl", '{"text": "good"}\n{"text": ["x"]}', "row 2: column 'text' has .'x'., which is not text"),
         ("a.jsonl", '{"text": "good"}\n' * 50 + '{"text": " "}', "row 51 has no text"),
         ("a.jsonl", "\n\n", "has no rows"),
         ("a.json", "[]", "has no rows"),

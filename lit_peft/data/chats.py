@@ -151,6 +151,7 @@ def encode_chats(
     messages_column: str,
     template_columns: Sequence[str],
     filled_columns: Sequence[str],
+    system_column: str | None,
     max_length: int,
     train_on_inputs: bool,
     prompts_only: bool,
@@ -163,6 +164,7 @@ def encode_chats(
         messages_column: column of the messages.
         template_columns: those of `TEMPLATE_COLUMNS` that the table has.
         filled_columns: the columns whose objects were given the members of all rows, filled with nulls.
+        system_column: column of a system prompt, which becomes the first message; None: there is none.
         max_length: maximum number of tokens.
         train_on_inputs: put the loss on all turns but those with `weight` or `train` 0.
         prompts_only: return prompts, without the assistant's last turn.
@@ -180,7 +182,9 @@ def encode_chats(
         cells = {name: batch[name][row] for name in template_columns}
         cells = {name: _without_nulls(cell) if name in filled_columns else cell for name, cell in cells.items()}
         extra = _template_arguments(cells, row)
-        messages = renderer.clean(_without_nulls(given) if messages_column in filled_columns else given)
+        given = _without_nulls(given) if messages_column in filled_columns else given
+        given = _add_system(given, batch[system_column][row] if system_column else None, row)
+        messages = renderer.clean(given)
         try:
             if prompts_only:
                 while messages[-1]["role"] == "assistant":
@@ -251,6 +255,22 @@ def _template_arguments(cells: dict[str, Any], row: int) -> dict[str, Any]:
             raise RowError(row, f"column {name!r} has {brief(cell)}; give {form}.")
         arguments.update(cell if is_mapping else {name: cell})
     return arguments
+
+
+def _add_system(messages: list[dict[str, Any]], system: Any, row: int) -> list[dict[str, Any]]:
+    """Put a system prompt before the messages, if there is one.
+
+    Raises:
+        RowError: the messages start with another system prompt.
+    """
+    if system is None or not str(system).strip():
+        return messages
+    first = messages[0]
+    if first["role"] != "system":
+        return [{"role": "system", "content": str(system)}, *messages]
+    if first.get("content") != system:
+        raise RowError(row, f"the messages start with another system prompt than {brief(system)}; remove one of them.")
+    return messages
 
 
 def _without_nulls(value: Any) -> Any:

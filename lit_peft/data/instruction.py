@@ -31,24 +31,26 @@ if TYPE_CHECKING:
 class InstructionData(SupervisedData):
     """Instructions in Alpaca's form, or chats, with the loss on the answers only.
 
-    Alpaca: a row has an instruction, an output and optionally an input, a system prompt, which replaces the first
-    sentences of Alpaca's prompt, and a history, a list of earlier [instruction, answer] pairs, which are not learned.
-    Chat: a row has messages, a list of `{role, content}`, which the tokenizer's chat template renders; the loss is on
-    the assistant's turns, including their end-of-turn tokens, except for messages with `weight: 0` or `train: false`.
-    Content may be a list of text parts. The columns `tools`, `documents` and `chat_template_kwargs`, if there are any,
-    are given to the template. Batches: `input_ids`, `attention_mask`, `labels`, all [batch, length]; labels are -100
-    where there is no loss. Prediction reads prompts, padded on the left; of a chat, everything before the assistant's
-    last turn.
+    Alpaca: a row has an instruction, an output and optionally an input, a system prompt (it replaces the first
+    sentences of Alpaca's prompt) and a history: earlier [instruction, answer] pairs, which are not learned.
+
+    Chat: a row has messages, a list of `{role, content}`, which the tokenizer's chat template renders; content may be a
+    list of text parts. The loss is on the assistant's turns, including their end-of-turn tokens, except for messages
+    with `weight: 0` or `train: false`. A row's system prompt becomes the first message, and the columns `tools`,
+    `documents` and `chat_template_kwargs`, if the file has them, are given to the template.
+
+    Batches: `input_ids`, `attention_mask`, `labels`, all [batch, length]; labels are -100 where there is no loss.
+    Prediction reads prompts, padded on the left; of a chat, everything before the assistant's last turn.
 
     Args:
         instruction_column: column of the instruction.
         input_column: column of the input; optional in rows and in files.
         output_column: column of the answer.
-        system_column: column of the system prompt; optional in rows and in files.
-        history_column: column of the earlier instructions and answers; optional in rows and in files.
         template: `alpaca`, or `llm_adapters` (see `fill_template`).
         messages_column: column of the messages; set it (usually to `messages`) for chats.
         chat_template: the chat template, or a file with it, for tokenizers without one.
+        system_column: column of the system prompt; optional in rows and in files.
+        history_column: column of the earlier instructions and answers; optional in rows and in files.
         **common: see `SupervisedData` and `LitDataModule`.
     """
 
@@ -74,7 +76,7 @@ class InstructionData(SupervisedData):
         self.system_column = system_column
         self.history_column = history_column
         alpaca_columns = (input_column, system_column, history_column)
-        self.optional_columns = alpaca_columns if messages_column is None else TEMPLATE_COLUMNS
+        self.optional_columns = alpaca_columns if messages_column is None else (system_column, *TEMPLATE_COLUMNS)
         if messages_column is None:
             refuse_unused("without data.messages_column", {"chat_template": chat_template is not None})
         else:
@@ -83,7 +85,6 @@ class InstructionData(SupervisedData):
                 "input_column": input_column != "input",
                 "output_column": output_column != "output",
                 "template": template != "alpaca",
-                "system_column": system_column != "system",
                 "history_column": history_column != "history",
             }
             refuse_unused("with data.messages_column", instructions)
@@ -167,6 +168,8 @@ class InstructionData(SupervisedData):
                     "template; set data.chat_template, or use the instruct version of the base model."
                 )
             columns = self._optional_columns_of(rows.table)
+            system_column = self.system_column if self.system_column in columns else None
+            columns = [column for column in columns if column != system_column]
             self._note_template(rows, split, columns)
             features = rows.table.features
             return self.encode_supervised(
@@ -175,6 +178,7 @@ class InstructionData(SupervisedData):
                 encode_chats,
                 messages_column=self.messages_column,
                 template_columns=columns,
+                system_column=system_column,
                 filled_columns=[
                     name
                     for name in (self.messages_column, *columns)

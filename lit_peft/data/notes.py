@@ -21,7 +21,7 @@ _SUGGESTED_SHARE = 0.01
 # Columns that look like a part of the example; one that no setting reads is noted.
 _MEANINGFUL_COLUMNS = {
     *("tools", "functions", "documents", "chat_template_kwargs", "system", "system_prompt", "history"),
-    *("input", "context", "weight", "weights", "sample_weight", "loss_weight", "train"),
+    *("input", "context", "weight", "weights", "sample_weight", "loss_weight", "train", "is_impossible"),
     *("image", "images", "audio", "audios", "video", "videos"),
 }
 

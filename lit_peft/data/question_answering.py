@@ -136,7 +136,7 @@ class QuestionAnsweringData(LitDataModule):
         for index in rows.indices:
             if isinstance(given[index], dict) and "text" not in given[index]:
                 raise LitPeftError(
-                    f"{rows.locate(index)}: column {self.answers_column!r} holds {brief(given[index])}; give "
+                    f"{rows.locate(index)}: column {self.answers_column!r} has {brief(given[index])}; give "
                     '{"text": [...], "answer_start": [...]}, or a text.'
                 )
         for index, answers in zip(rows.indices, self._answers(rows), strict=True):

@@ -86,5 +86,5 @@ def require_text(rows: Rows, columns: Iterable[str | None], may_be_empty: bool =
                 raise LitPeftError(f"{rows.locate(index)} has no text in column {column!r}; remove the row.")
             if isinstance(texts[index], (dict, list, bytes)):
                 raise LitPeftError(
-                    f"{rows.locate(index)}: column {column!r} holds {brief(texts[index])}, not a text; correct it."
+                    f"{rows.locate(index)}: column {column!r} has {brief(texts[index])}, which is not text; correct it."
                 )
