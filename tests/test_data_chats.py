@@ -119,7 +119,7 @@ def test_chats_without_a_learned_turn_are_skipped_and_counted(decoder: Path, tmp
     rows = [{"messages": chat(weight=0)}, {"messages": chat("it", "was bad", weight=1)}]
     data = chats(decoder, lines(tmp_path / "a.jsonl", *rows))
     assert len(data.examples("train")) == 1 and learned(data) == "was bad </s>"
-    line = "data.train: 1 of 2 chats skipped, because the weight of all their answers is 0."
+    line = "data.train: 1 of 2 chats (50.0 %) skipped, because the weight of all their answers is 0."
     assert line in data.report()
     with pytest.raises(LitPeftError, match="no chat has a turn to learn"):
         chats(decoder, lines(tmp_path / "b.jsonl", rows[0])).examples("train")

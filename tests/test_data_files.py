@@ -296,7 +296,7 @@ def test_cut_texts_are_counted(encoder: Path, tmp_path: Path) -> None:
     file.write_text(f"text,label\n{'good ' * 9},0\nbad,1\n")
     made = data(encoder, file, max_length=6)
     made.setup("fit")
-    assert made.report() == ["data.train: 1 of 2 texts cut to 6 tokens (data.max_length); 3 tokens lost."]
+    assert made.report() == ["data.train: 1 of 2 texts (50.0 %) cut to 6 tokens (data.max_length); 3 tokens lost."]
 
 
 _MEASURE = """

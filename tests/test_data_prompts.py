@@ -35,7 +35,7 @@ def test_raw_prompts_that_are_cut_are_counted(decoder: Path, tmp_path: Path) -> 
     bad = AutoTokenizer.from_pretrained(decoder)("bad")["input_ids"]
     assert [len(ids) for ids in examples["input_ids"]] == [6, 1] and examples["input_ids"][0][-1:] == bad
     assert examples.column_names == ["input_ids"]
-    assert data.report() == ["data.predict: 1 of 2 prompts cut to 6 tokens (data.max_length); 4 tokens lost."]
+    assert data.report() == ["data.predict: 1 of 2 prompts (50.0 %) cut to 6 tokens (data.max_length); 4 tokens lost."]
 
 
 @pytest.mark.parametrize("make", [CausalLMData, InstructionData, Seq2SeqData])

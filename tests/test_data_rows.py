@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from pathlib import Path
 
 import datasets
 import pytest
 
-from lit_peft import LitPeftError
+from lit_peft import CausalLMData, LitPeftError
 from lit_peft.data.encoding import longest_and_largest, token_counts
 from lit_peft.data.labels import canonical_label, parse_number
 from lit_peft.data.notes import Notes
@@ -98,7 +99,7 @@ def test_overlap_with_validation_and_test_is_removed_from_training() -> None:
     notes = Notes()
     assert without_overlap(found, by_text, notes).indices == [0, 3]
     assert notes.lines() == [
-        "data.train: 2 of 4 rows removed, because they also occur in validation or test.",
+        "data.train: 2 of 4 rows (50.0 %) removed, because they also occur in validation or test.",
     ]
     with pytest.raises(LitPeftError, match=r"every row also occurs in data\.validation or data\.test"):
         without_overlap({"train": rows_of(["b"]), "test": rows_of(["b", "c"])}, by_text, Notes())
@@ -111,7 +112,7 @@ def test_held_out_rows_are_distinct_and_duplicates_are_counted() -> None:
     texts = {split: [train.table[index]["text"] for index in rows.indices] for split, rows in parts.items()}
     assert {split: len(part) for split, part in texts.items()} == {"train": 10, "test": 5, "validation": 5}
     assert sorted(text for part in texts.values() for text in part) == sorted({f"t{index}" for index in range(20)})
-    assert notes.lines() == ["data.train: 20 of 40 rows removed, because they are duplicates."]
+    assert notes.lines() == ["data.train: 20 of 40 rows (50.0 %) removed, because they are duplicates."]
 
 
 def test_rows_are_selected_by_columns_and_values() -> None:
@@ -136,6 +137,15 @@ def test_a_source_is_a_file_or_a_split_of_the_dataset() -> None:
     assert hub.has("train") and not hub.has("x.csv")
     with pytest.raises(LitPeftError, match=r"data.test 'devs' is neither a file nor a split of 'glue'; nearest: 'dev'"):
         hub.find("test", "devs")
+
+
+def test_a_file_that_could_not_be_read_is_told_again(tmp_path: Path) -> None:
+    data = CausalLMData(train=str(tmp_path / "a.jsonl"), validation_fraction=0)
+    for _ in range(2):
+        with pytest.raises(LitPeftError, match="does not exist"):
+            data.setup("fit")
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n')
+    assert len(data.rows["train"]) == 1
 
 
 def test_lengths_and_ids_are_measured() -> None:

@@ -150,7 +150,7 @@ def test_words_that_are_cut_are_reported_and_missed(base: str, tmp_path: Path) -
     file = lines(tmp_path / "a.jsonl", rows)
     data = TokenClassificationData(base=base, train=file, test=file, max_length=8, validation_fraction=0)
     data.setup("test")
-    assert "1 of 1 sentences cut to 8 tokens" in data.report()[0] and "4 words" in data.report()[0]
+    assert "1 of 1 sentences (100.0 %) cut to 8 tokens" in data.report()[0] and "4 words" in data.report()[0]
     module = lit_peft.HeadOnly(base=base, task="token_classification")
     metrics = pl.Trainer(**OPTIONS).test(module, data, verbose=False)[0]
     assert metrics["test_recall"] == 0
@@ -393,7 +393,7 @@ def test_targets_are_padded_and_cut(t5: str, tmp_path: Path) -> None:
     batch = next(iter(data.test_dataloader()))
     assert batch["labels"][1].tolist()[3:] == [-100, -100] and batch["labels"].shape == (2, 5)
     assert batch["labels"][0, -1] == 3  # the end stays
-    assert "1 of 2 targets cut to 5 tokens" in data.report()[0] and "3 tokens" in data.report()[0]
+    assert "1 of 2 targets (50.0 %) cut to 5 tokens" in data.report()[0] and "3 tokens" in data.report()[0]
 
 
 def test_generated_text_is_scored_as_the_libraries_score_it(t5: str) -> None:

@@ -198,8 +198,8 @@ def test_a_block_of_prompts_that_are_too_long_is_passed_over(decoder: Path, tmp_
     assert made.report() == [
         f"data.train: {line} (in one block of the stream)"
         for line in (
-            "12 of 12 rows dropped, because data.max_length 8 leaves nothing of their answers.",
-            "24 of 24 tokens to learn lost (100.0 %), because data.max_length is 8: set data.max_length to 11 to lose "
+            "12 of 12 rows (100.0 %) dropped, because data.max_length 8 leaves nothing of their answers.",
+            "24 of 24 tokens to learn (100.0 %) lost, because data.max_length is 8: set data.max_length to 11 to lose "
             "none.",
         )
     ]

@@ -238,21 +238,22 @@ class LitDataModule(pl.LightningDataModule):
 
     def _rows_of(self, split: Split) -> Rows | None:
         """Read the rows that a split's setting names, once; None if it names nothing."""
-        if split not in self._read:
-            value = self.hub.find(split, self.sources[split])
-            self._read[split] = None
-            if value is not None:
-                field, source = f"data.{split}", value
-                if self.hub.has(value):
-                    table, source = self.hub.table(value, split, self.limits.get(split)), f"{self.dataset}:{value}"
-                else:
-                    table = self.read(value, field, split)
-                table = self.prepare_table(table, split, field, source)
-                where = {} if split == "predict" else self.where
-                used = (*self.columns(split).values(), *self.optional_columns, *where)
-                note_unused_columns(self.notes, field, table.column_names, used)
-                self._read[split] = select_rows(table, field, source, self.columns(split), where)
-        return self._read[split]
+        if split in self._read:
+            return self._read[split]
+        value, rows = self.hub.find(split, self.sources[split]), None
+        if value is not None:
+            field, source = f"data.{split}", value
+            if self.hub.has(value):
+                table, source = self.hub.table(value, split, self.limits.get(split)), f"{self.dataset}:{value}"
+            else:
+                table = self.read(value, field, split)
+            table = self.prepare_table(table, split, field, source)
+            where = {} if split == "predict" else self.where
+            rows = select_rows(table, field, source, self.columns(split), where)
+            used = (*self.columns(split).values(), *self.optional_columns, *where)
+            note_unused_columns(self.notes, field, table.column_names, used)
+        self._read[split] = rows
+        return rows
 
     @cached_property
     def rows(self) -> Mapping[Split, Rows]:

@@ -16,6 +16,7 @@ from lit_peft.data.chats import (
     template_fields,
 )
 from lit_peft.data.files import column_values
+from lit_peft.data.notes import share_of
 from lit_peft.data.prompt_templates import TEMPLATES, fill_template, parse_history
 from lit_peft.data.rows import RowError, Rows, Split, require_text, text_key
 from lit_peft.data.settings import refuse_unused
@@ -152,8 +153,8 @@ class InstructionData(SupervisedData):
             raise LitPeftError(f"{rows.field} {rows.source!r}: no chat has a turn to learn; set a weight to 1.")
         if len(kept) < len(rows):
             self.notes.add(
-                f"{rows.field}: {len(rows) - len(kept):,} of {len(rows):,} chats skipped, because the weight of all "
-                "their answers is 0."
+                f"{rows.field}: {share_of(len(rows) - len(kept), len(rows), 'chats')} skipped, because the weight of "
+                "all their answers is 0."
             )
         return replace(rows, indices=kept)
 

@@ -62,6 +62,11 @@ class Notes:
         return list(self._lines.values())
 
 
+def share_of(count: int, total: int, items: str) -> str:
+    """Return a count with its share, such as "2 of 8 rows (25.0 %)"."""
+    return f"{count:,} of {total:,} {items} ({100 * count / total:.1f} %)"
+
+
 def note_unused_columns(notes: Notes, field: str, columns: Collection[str], used: Collection[str | None]) -> None:
     """Note the columns that look like a part of the example but that no setting reads.
 
@@ -102,16 +107,18 @@ def note_lost_labels(
     """
     if not sum(lost):
         return
-    share = sum(lost) / sum(supervised)
-    line = f"data.{split}: {sum(lost):,} of {sum(supervised):,} {unit} to learn lost ({100 * share:.1f} %)"
-    if share <= _WARN_SHARE:
-        notes.add(f"{line}, because data.{setting} is {limit}.")
+    line = (
+        f"data.{split}: {share_of(sum(lost), sum(supervised), f'{unit} to learn')} lost, because data.{setting} is "
+        f"{limit}"
+    )
+    if sum(lost) <= _WARN_SHARE * sum(supervised):
+        notes.add(f"{line}.")
         return
     suggested, longest = suggest_limit(lengths, supervised, limit), max(lengths)
     advice = f"to {longest} to lose none"
     if suggested < longest:
         advice = f"to {suggested} to lose at most {100 * _SUGGESTED_SHARE:.0f} %, or {advice}"
-    notes.add(f"{line}, because data.{setting} is {limit}: set data.{setting} {advice}.", warn=True)
+    notes.add(f"{line}: set data.{setting} {advice}.", warn=True)
 
 
 def suggest_limit(lengths: Sequence[int], supervised: Sequence[int], limit: int) -> int:
@@ -156,7 +163,7 @@ def drop_cut_column(
     cuts = [cut for cut in column_values(table, column) if cut]
     if cuts:
         notes.add(
-            f"data.{split}: {len(cuts):,} of {len(table):,} {items} cut to {limit} tokens (data.{setting}); "
+            f"data.{split}: {share_of(len(cuts), len(table), items)} cut to {limit} tokens (data.{setting}); "
             f"{sum(cuts):,} {unit} lost."
         )
     return table.remove_columns(column)

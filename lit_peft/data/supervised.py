@@ -10,7 +10,7 @@ from lit_peft.data.base import LitDataModule, pad_collator
 from lit_peft.data.collate import IGNORE, PadCollator
 from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values
-from lit_peft.data.notes import note_lost_labels
+from lit_peft.data.notes import note_lost_labels, share_of
 from lit_peft.data.rows import RowError, Rows, Split
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
@@ -95,7 +95,7 @@ class SupervisedData(LitDataModule):
             )
         if len(kept) < len(rows):
             self.notes.add(
-                f"data.{split}: {len(rows) - len(kept):,} of {len(rows):,} rows dropped, because data.max_length "
+                f"data.{split}: {share_of(len(rows) - len(kept), len(rows), 'rows')} dropped, because data.max_length "
                 f"{self.max_length} leaves nothing of their answers."
             )
         self._note_cut_rows(split, [lengths[index] for index in kept], "end")
@@ -108,8 +108,8 @@ class SupervisedData(LitDataModule):
         cuts = [length - self.max_length for length in lengths if length > self.max_length]
         if cuts:
             self.notes.add(
-                f"data.{split}: {len(cuts):,} of {len(lengths):,} rows cut to {self.max_length} tokens at the {end} "
-                f"(data.max_length); {sum(cuts):,} tokens lost, {100 * sum(cuts) / sum(lengths):.1f} %."
+                f"data.{split}: {share_of(len(cuts), len(lengths), 'rows')} cut to {self.max_length} tokens at the "
+                f"{end} (data.max_length); {share_of(sum(cuts), sum(lengths), 'tokens')} lost."
             )
 
 
