@@ -189,6 +189,14 @@ def test_a_template_with_a_mistake_is_told(decoder: Path, tmp_path: Path) -> Non
         chats(decoder, file, PLAIN + "{% if add_generation_prompt %}of it{% endif %}").examples("train")
 
 
+def test_a_template_is_read_from_its_file(decoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jinja").write_text(PLAIN)
+    file = lines(tmp_path / "a.jsonl", {"messages": chat()})
+    assert learned(chats(decoder, file, str(tmp_path / "a.jinja"))) == "is good </s>"
+    with pytest.raises(LitPeftError, match=r"data.chat_template '.*b.jinja' is neither a template nor a readable file"):
+        chats(decoder, file, str(tmp_path / "b.jinja")).examples("train")
+
+
 def test_tools_of_another_form_are_named_by_row(decoder: Path, tmp_path: Path) -> None:
     for tools, problem in (("{", "is not valid JSON"), ({"a": 1}, "has {'a': 1}; give a list of objects")):
         file = lines(tmp_path / "a.jsonl", {"messages": chat()}, {"messages": chat("it"), "tools": tools})

@@ -68,6 +68,10 @@ def has_learned_turn(messages: list[dict[str, Any]]) -> bool:
     return any(message["role"] == "assistant" and is_learned(message) for message in messages)
 
 
+class RewrittenTurnError(Exception):
+    """A chat template renders a turn differently once later turns follow."""
+
+
 class ChatRenderer:
     """Renders chats with a tokenizer's chat template.
 
@@ -109,13 +113,13 @@ class ChatRenderer:
         trailing white space.
 
         Raises:
-            ValueError: the template renders the message differently once later ones follow.
+            RewrittenTurnError: the template renders the message differently once later ones follow.
         """
         is_answer = messages[index]["role"] == "assistant"
         before = self.render(messages[:index], is_answer, **extra) if index or is_answer else ""
         until = self.render(messages[: index + 1], **extra).rstrip()
         if not until.startswith(before) or not text.startswith(until):
-            raise ValueError(
+            raise RewrittenTurnError(
                 "the tokenizer's chat template renders a turn differently when later turns follow (for example without "
                 "its reasoning), so the assistant's text cannot be found; set data.chat_template to one that only "
                 f"appends. The turn: {brief(messages[index]['content'])}"
@@ -226,7 +230,7 @@ def _overlaps(offset: tuple[int, int], spans: list[tuple[int, int]]) -> bool:
 
 
 def _template_problem(problem: Exception) -> str:
-    if type(problem) is ValueError:
+    if isinstance(problem, RewrittenTurnError):
         return str(problem)
     return (
         f"the chat template cannot render this chat ({type(problem).__name__}: {first_line(problem)}); correct the "

@@ -22,7 +22,7 @@ from lit_peft.data.rows import RowError, Rows, Split, require_text, text_key
 from lit_peft.data.settings import refuse_unused
 from lit_peft.data.supervised import SupervisedData, encode_answers
 from lit_peft.models.tokenization import stop_tokens
-from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.errors import LitPeftError, closest, first_line
 from lit_peft.util.type_checks import brief
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ class InstructionData(SupervisedData):
         """The tokenizer, with `chat_template` if that is set."""
         tokenizer = super().tokenizer
         if self.chat_template is not None:
-            is_path = "\n" not in self.chat_template and Path(self.chat_template).is_file()
-            tokenizer.chat_template = Path(self.chat_template).read_text("utf-8") if is_path else self.chat_template
+            tokenizer.chat_template = read_template(self.chat_template)
         return tokenizer
 
     @tokenizer.setter
@@ -225,6 +224,23 @@ class InstructionData(SupervisedData):
                 f"The chat template ends the assistant's turn with {end!r}, at which generation does not stop: add its "
                 "token to eos_token_id in the base model's generation_config.json."
             )
+
+
+def read_template(value: str) -> str:
+    """Return a chat template, given as itself or as the path of its file.
+
+    Raises:
+        LitPeftError: it is neither, or the file cannot be read.
+    """
+    if "{" in value:
+        return value
+    try:
+        return Path(value).expanduser().read_text("utf-8")
+    except (OSError, ValueError) as problem:
+        raise LitPeftError(
+            f"data.chat_template {value!r} is neither a template nor a readable file ({first_line(problem)}); give "
+            "one of them."
+        ) from problem
 
 
 def encode_instructions(
