@@ -181,7 +181,7 @@ def test_a_row_that_the_template_refuses_is_named(
     assert len(str(e.value).splitlines()) == 1
 
 
-def test_a_template_with_a_mistake_is_told(decoder: Path, tmp_path: Path) -> None:
+def test_a_template_with_a_mistake_is_reported(decoder: Path, tmp_path: Path) -> None:
     file = lines(tmp_path / "a.jsonl", {"messages": chat()})
     with pytest.raises(LitPeftError, match=r"row 1: the chat template cannot render this chat \(TemplateSyntaxError: "):
         chats(decoder, file, "{% for %}").examples("train")

@@ -1,4 +1,4 @@
-"""Prompts, and what is learned after them: nothing is cut, left out or emptied without a word."""
+"""Prompts and their answers: nothing is cut, dropped or emptied silently."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_raw_prompts_that_are_cut_are_counted(decoder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("make", [CausalLMData, InstructionData, Seq2SeqData])
-def test_rows_with_nothing_to_learn_are_told(make: Any, letters: Any, tmp_path: Path) -> None:
+def test_rows_with_nothing_to_learn_are_reported(make: Any, letters: Any, tmp_path: Path) -> None:
     columns = {
         CausalLMData: ("prompt", "completion", {"completion_column": "completion"}),
         InstructionData: ("instruction", "output", {}),
@@ -53,7 +53,7 @@ def test_rows_with_nothing_to_learn_are_told(make: Any, letters: Any, tmp_path: 
         data.examples("train")
 
 
-def test_text_without_a_token_to_predict_is_told(letters: Any, tmp_path: Path) -> None:
+def test_text_without_a_token_to_predict_is_reported(letters: Any, tmp_path: Path) -> None:
     data = CausalLMData(train=lines(tmp_path / "a.jsonl", {"text": "a"}, {"text": "b"}), validation_fraction=0)
     data.tokenizer = letters
     with pytest.raises(LitPeftError, match=r"data\.train .* no row has two tokens"):

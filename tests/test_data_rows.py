@@ -139,7 +139,7 @@ def test_a_source_is_a_file_or_a_split_of_the_dataset() -> None:
         hub.find("test", "devs")
 
 
-def test_a_file_that_could_not_be_read_is_told_again(tmp_path: Path) -> None:
+def test_a_file_that_could_not_be_read_is_reported_again(tmp_path: Path) -> None:
     data = CausalLMData(train=str(tmp_path / "a.jsonl"), validation_fraction=0)
     for _ in range(2):
         with pytest.raises(LitPeftError, match="does not exist"):

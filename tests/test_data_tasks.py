@@ -139,7 +139,7 @@ def test_only_first_tokens_are_labelled(base: str, tmp_path: Path) -> None:
 def test_byte_level_words_are_found() -> None:
     from lit_peft.data.token_classification import first_tokens
 
-    # "ab c", with the space as part of the token after it, and as one of its own.
+    # "ab c", with the space as part of the next token, and as a separate token.
     assert first_tokens([(0, 1), (1, 2), (2, 4)], ["ab", "c"]) == [0, -1, 1]
     assert first_tokens([(0, 2), (2, 3), (3, 4)], ["ab", "c"]) == [0, -1, 1]
     assert first_tokens([(0, 0), (0, 2)], ["ab", "c"]) == [-1, 0]
@@ -165,14 +165,14 @@ def test_words_that_are_cut_are_reported_and_missed(base: str, tmp_path: Path) -
         ([{"tokens": ["a", "b"], "tags": ["O", "B-X"]}, {"tokens": ["a"], "tags": ["B-Y"]}], "row 2: tag 'B-Y'"),
     ],
 )
-def test_wrong_tags_are_told(rows: list[dict[str, Any]], said: str, base: str, tmp_path: Path) -> None:
+def test_wrong_tags_are_reported(rows: list[dict[str, Any]], said: str, base: str, tmp_path: Path) -> None:
     file = lines(tmp_path / "a.jsonl", rows)
     data = TokenClassificationData(base=base, train=file, labels=["O", "B-X"], validation_fraction=0)
     with pytest.raises(LitPeftError, match=said):
         data.setup("fit")
 
 
-def test_a_broken_conll_line_is_told(base: str, tmp_path: Path) -> None:
+def test_a_broken_conll_line_is_reported(base: str, tmp_path: Path) -> None:
     file = tmp_path / "a.conll"
     file.write_text("ann B-PER\nlives\n")
     with pytest.raises(LitPeftError, match=r"line 2 \('lives'\)"):
@@ -343,7 +343,7 @@ def test_choices_in_several_shapes(
         assert text == data.tokenizer.decode(data.tokenizer("s", "q y")["input_ids"], skip_special_tokens=True)
 
 
-def test_wrong_answers_are_told(base: str, tmp_path: Path) -> None:
+def test_wrong_answers_are_reported(base: str, tmp_path: Path) -> None:
     for answer in ("E", 2, "nothing", None):
         file = lines(tmp_path / "a.jsonl", [{"question": "q", "choices": ["a", "b"], "answer": answer}])
         with pytest.raises(LitPeftError, match=r"row 1: answer .* none of the 2 choices"):
@@ -471,7 +471,7 @@ def test_metrics_over_uneven_processes_equal_those_of_one(base: str, tmp_path: P
         assert one == pytest.approx(two, abs=1e-5)
 
 
-def test_a_question_that_is_none_is_told(base: str, tmp_path: Path) -> None:
+def test_a_question_that_is_none_is_reported(base: str, tmp_path: Path) -> None:
     articles = [{"paragraphs": [{"context": "good film", "qas": [None]}]}]
     (tmp_path / "a.json").write_text(json.dumps({"data": articles}))
     data = lit_peft.QuestionAnsweringData(base=base, train=str(tmp_path / "a.json"))

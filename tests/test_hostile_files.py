@@ -1,4 +1,4 @@
-"""Odd and broken files through the command: one clear paragraph and nothing half written, or the right result."""
+"""Odd and broken files through the command: one clear paragraph and no incomplete output, or the right result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS = [{"text": f"{word} film", "label": label} for word, label in zip(("good",
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 TABLE = "text,label\ngood film,pos\nbad film,neg\n"
 
-# Name of the file, its content (None: a folder), and what is said of it.
+# Name of the file, its content (None: a folder), and a part of the error message.
 BROKEN: list[tuple[str, str | bytes | None, str]] = [
     ("latin.jsonl", LINES.encode() + b'{"text": "caf\xe9", "label": "pos"}', "not UTF-8: byte 0xe9 in line 3"),
     ("latin.csv", TABLE.encode() + b"caf\xe9,pos\n", "not UTF-8: byte 0xe9 in line 4"),
@@ -135,7 +135,7 @@ def command(stage: str, base: Path, **data: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "content", "said"), BROKEN, ids=[case[0] for case in BROKEN])
-def test_a_broken_file_is_told(
+def test_a_broken_file_is_reported(
     name: str, content: Any, said: str, encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(name, content)
@@ -191,7 +191,7 @@ def test_one_row(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_installed_command_leaves_nothing(encoder: Path) -> None:
-    """It stops with a status of its own and one paragraph, with workers as well."""
+    """It stops with exit status 2 and one paragraph, also with workers."""
     write("bad.jsonl", LINES * 40 + "[1]\n")
     call = [str(Path(sysconfig.get_path("scripts")) / "lit-peft")]
     data: dict[str, Any] = {"labels": ["neg", "pos"], "num_workers": 2}
