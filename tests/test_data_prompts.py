@@ -53,6 +53,19 @@ def test_rows_with_nothing_to_learn_are_reported(make: Any, letters: Any, tmp_pa
         data.examples("train")
 
 
+@pytest.mark.parametrize("make", [CausalLMData, InstructionData, Seq2SeqData])
+def test_a_tokenizer_without_an_end_is_a_warning(make: Any, letters: Any, decoder: Path, tmp_path: Path) -> None:
+    row = {"text": "a b", "instruction": "a", "output": "b", "source": "a", "target": "b"}
+    file = lines(tmp_path / "a.jsonl", row)
+    data = make(train=file, validation_fraction=0)
+    data.tokenizer = letters
+    with pytest.warns(UserWarning, match=r"no end-of-text token \(eos_token\), so the model does not learn to stop"):
+        data.setup("fit")
+    data = make(base=str(decoder), train=file, validation_fraction=0)
+    data.setup("fit")
+    assert not [line for line in data.report() if "stop" in line]
+
+
 def test_text_without_a_token_to_predict_is_reported(letters: Any, tmp_path: Path) -> None:
     data = CausalLMData(train=lines(tmp_path / "a.jsonl", {"text": "a"}, {"text": "b"}), validation_fraction=0)
     data.tokenizer = letters

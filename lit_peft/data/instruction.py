@@ -76,6 +76,7 @@ class InstructionData(SupervisedData):
         self.chat_template = chat_template
         self.system_column = system_column
         self.history_column = history_column
+        self._checked_end = False
         alpaca_columns = (input_column, system_column, history_column)
         self.optional_columns = alpaca_columns if messages_column is None else (system_column, *TEMPLATE_COLUMNS)
         if messages_column is None:
@@ -201,15 +202,24 @@ class InstructionData(SupervisedData):
         return [column for column in self.optional_columns if column in table.column_names]
 
     def _note_template(self, rows: Rows, split: Split, columns: list[str]) -> None:
-        """Note what the chat template does not read, and whether the model learns to stop."""
+        """Note what the chat template does not read and, once, whether the model learns to stop."""
         renderer, table = ChatRenderer(self.tokenizer), rows.to_table()
         used = [column for column in columns if column != TEMPLATE_COLUMNS[-1] and any(column_values(table, column))]
         fields = template_fields(column_values(table, str(self.messages_column)))
         unused = renderer.unused_fields([*used, *fields])
         if unused:
             self.notes.add(f"{rows.field}: the chat template does not read {', '.join(map(repr, unused))}.")
-        end = renderer.end_of_turn()
-        if self.generates(split) or end is None:
+        if not self.generates(split) and not self._checked_end:
+            self._checked_end = True
+            self._note_end_of_turn(renderer.end_of_turn())
+
+    def _note_end_of_turn(self, end: str | None) -> None:
+        """Note whether the model learns to stop.
+
+        Args:
+            end: what the template puts after the assistant's text; None if it is unknown.
+        """
+        if end is None:
             return
         if not end:
             self.notes.add(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -80,6 +80,12 @@ def note_unused_columns(notes: Notes, field: str, columns: Collection[str], used
     if unused:
         names = ", ".join(map(repr, unused))
         notes.add(f"{field}: column {names} not used." if len(unused) == 1 else f"{field}: columns {names} not used.")
+
+
+def note_missing_end(notes: Notes, tokenizer: Any) -> None:
+    """Note that a tokenizer has no token to end a text with."""
+    if tokenizer.eos_token_id is None:
+        notes.add("The tokenizer has no end-of-text token (eos_token), so the model does not learn to stop.", warn=True)
 
 
 def note_lost_labels(

@@ -11,7 +11,7 @@ from lit_peft.data.collate import IGNORE, PadCollator
 from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values
 from lit_peft.data.loaders import Collate
-from lit_peft.data.notes import drop_cut_column, note_lost_labels
+from lit_peft.data.notes import drop_cut_column, note_lost_labels, note_missing_end
 from lit_peft.data.rows import Rows, Split, require_text, text_key
 from lit_peft.util.errors import LitPeftError
 
@@ -82,6 +82,7 @@ class Seq2SeqData(LitDataModule):
         table = drop_cut_column(table, self.notes, split, "sources", self.max_length, column="source_cut")
         if split == "predict":
             return table
+        note_missing_end(self.notes, self.tokenizer)
         lost = column_values(table, "target_cut")
         lengths = [len(labels) + cut for labels, cut in zip(column_values(table, "labels"), lost, strict=True)]
         table = drop_cut_column(

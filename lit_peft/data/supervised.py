@@ -10,7 +10,7 @@ from lit_peft.data.base import LitDataModule, pad_collator
 from lit_peft.data.collate import IGNORE, PadCollator
 from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values
-from lit_peft.data.notes import note_lost_labels, share_of
+from lit_peft.data.notes import note_lost_labels, note_missing_end, share_of
 from lit_peft.data.rows import RowError, Rows, Split
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
@@ -84,8 +84,7 @@ class SupervisedData(LitDataModule):
         if self.generates(split):
             self._note_cut_rows(split, lengths, "start")
             return table.remove_columns("length")
-        if self.tokenizer.eos_token_id is None:
-            self.notes.add("The tokenizer has no end-of-text token, so the model does not learn to stop.")
+        note_missing_end(self.notes, self.tokenizer)
         kept = [index for index, is_kept in enumerate(column_values(table, "kept")) if is_kept]
         # Other blocks of a stream may have rows that fit.
         if not kept and not self.streaming:
