@@ -227,9 +227,9 @@ class InstructionData(SupervisedData):
                 "data.chat_template to one that ends a turn with an end token.",
                 warn=True,
             )
-        elif not set(self.tokenizer(end, add_special_tokens=False)["input_ids"]) & stop_tokens(
-            self.tokenizer, None if self.tokenizer_name else self.base, self.revision
-        ):
+            return
+        tokens = self.tokenizer(end, add_special_tokens=False)["input_ids"]
+        if not stop_tokens(self.tokenizer, self.base, self.revision).intersection(tokens):
             self.notes.add(
                 f"The chat template ends the assistant's turn with {end!r}, at which generation does not stop: add its "
                 "token to eos_token_id in the base model's generation_config.json."
