@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lit_peft.data.files import ROW_NUMBER, require_columns, stream_file
 from lit_peft.data.json_rows import table_of
+from lit_peft.data.notes import note_unused_columns
 from lit_peft.data.rows import Rows
 from lit_peft.data.sources import missing_split, text_options
 from lit_peft.util.errors import LitPeftError, causes
@@ -163,6 +164,8 @@ def encode_block(data: LitDataModule, features: Any, block: dict[str, list[Any]]
             # Rows of a hub dataset, and rows that `prepare_table` made out of one, have no number in the file.
             field, numbers = "a streamed block of data.train", None
         require_columns(table, data.columns("train"), field, source)
+        used = (*data.columns("train").values(), *data.optional_columns)
+        note_unused_columns(data.notes, "data.train", table.column_names, used)
         rows = Rows(table, list(range(len(table))), field, source, numbers)
         return list(data.encode(data.check_rows(rows, "train"), "train"))
     finally:
