@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lit_peft
 from lit_peft import ReasoningData
-from lit_peft.data.base import lengths_of
 from lit_peft.data.collate import PadCollator
+from lit_peft.data.encoding import token_counts
 from lit_peft.data.packing import PackCollator
 from lit_peft.data.sampling import ByBatch, SeededBatches
 from lit_peft.tasks.causal_lm import CausalLM
@@ -44,7 +44,7 @@ def main() -> None:
     for file in given.files:
         settings: dict[str, Any] = {"tokenizer": given.tokenizer, "max_length": given.max_length}
         examples += list(ReasoningData(train=file, validation_fraction=0, **settings).examples("train"))
-    lengths = lengths_of(examples)
+    lengths = token_counts(examples)
 
     padded = SeededBatches(len(examples), given.batch_size, 0)
     budget = statistics.mean(max(lengths[at] for at in batch) * len(batch) for batch in padded)
@@ -65,7 +65,7 @@ def main() -> None:
 
     def step(batch: dict[str, Any]) -> float:
         began = time.process_time()
-        with task.loss_alone(model):
+        with task.loss_only(model):
             task.run(model, batch).loss.backward()
         return time.process_time() - began
 

@@ -1,4 +1,4 @@
-"""Lightning callbacks, each usable with any LightningModule; names are imported lazily."""
+"""Lightning callbacks, each usable with any LightningModule; imported when they are first used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the frozen layers below the lowest trained one compute, kept from the first epoch for all that follow."""
+"""Compute the frozen layers below the lowest trained one only in the first epoch."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from lit_peft.models.architectures import Layer, layer_stacks, token_model
 from lit_peft.models.call_arguments import arguments, by_name, cache_of
 from lit_peft.util.errors import LitPeftError
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 
 class ActivationCache(Callback):
-    """Runs the layers below the lowest trained one once for each example, not once for each epoch.
+    """Runs the layers below the lowest trained one once for each example instead of once in each epoch.
 
         layers cut … L-1, trained      every step
-        ─────────── hidden states ◄─── from the second epoch on read from here, keyed by the row's tokens
-        layers 0 … cut-1, frozen       the first time a row is seen
+        ─────────── hidden states ◄─── from the second epoch on read from here, by the tokens of the row
+        layers 0 … cut-1, frozen       the first time a row is used
 
-    Adapt the upper layers alone (`layers_to_transform` of LoRA, `leave_out` of the others), or the head alone. A row is
-    known by its tokens, positions and types, padding aside, so it is found again in another batch, order or padding.
-    The losses are those without the cache. Works with any LightningModule around a transformers model; in training
-    steps only.
+    Train only the upper layers (`layers_to_transform` of LoRA, `leave_out` of the other methods) or only the head. The
+    key of a row is made of its tokens, positions and types without padding, so that it is found again in another batch,
+    order or padding. The losses are the same as without the cache. Works with any LightningModule around a transformers
+    model, and only in training steps.
 
     Args:
-        folder: where to keep the states on disk, for further runs too; in the processor's memory when None. Each base
-            and cut has a subfolder of its own, named by a fingerprint of the weights below the cut.
-        max_gb: keep no more than this; rows beyond it are computed each time.
+        folder: folder for the states, which other runs can also use; if None, they are in the memory of the processor.
+            Each base and cut has its own subfolder, named by a fingerprint of the weights below the cut.
+        max_gb: maximal size; further rows are computed every time.
 
     Raises:
-        LitPeftError: when fitting starts, nothing frozen lies below the trained layers, the model is an
-            encoder-decoder, its layers hand on more than hidden states (T5), or dropout is on below the cut (each epoch
-            would have to see another mask); at the first step, something below the cut is trained after all, e.g. a
-            prompt.
+        LitPeftError: when fitting starts, if nothing frozen is below the trained layers, the model is an
+            encoder-decoder, its layers pass on more than hidden states (T5), or there is dropout below the cut (which
+            has to differ in each epoch); at the first step, if something below the cut is trained, e.g. a prompt.
     """
 
     def __init__(self, folder: str | None = None, max_gb: float = 16.0) -> None:
@@ -50,19 +51,19 @@ class ActivationCache(Callback):
         self._undo: list[Callable[[], object]] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the cut and stand in for the layers below it."""
+        """Find the cut and replace the forward of the layers below it."""
         stacks = layer_stacks(pl_module)
         layers = stacks[0]
         if len(stacks) != 1 or "position_bias" in arguments(layers[0].module):
             raise LitPeftError(
-                "ActivationCache knows models with one stack of layers, each of which hands on hidden states and no "
-                f"more, and {type(layers[0].module).__name__} is of another kind: leave the callback out."
+                "ActivationCache supports models with one stack of layers, each of which passes on only hidden states; "
+                f"{type(layers[0].module).__name__} is different: leave the callback out."
             )
-        cut = next((at for at, layer in enumerate(layers) if _is_trained(layer.module)), len(layers))
+        cut = next((index for index, layer in enumerate(layers) if _is_trained(layer.module)), len(layers))
         if not cut:
             raise LitPeftError(
-                f"ActivationCache has nothing to keep: layer 0 of {len(layers)} is trained. Adapt the upper layers "
-                f"alone, e.g. layers_to_transform={list(range(len(layers) * 3 // 4, len(layers)))}, or leave the "
+                f"ActivationCache cannot save anything: layer 0 of {len(layers)} is trained. Train only the upper "
+                f"layers, e.g. layers_to_transform={list(range(len(layers) * 3 // 4, len(layers)))}, or leave the "
                 "callback out."
             )
         owner = _owner(pl_module, layers[0])
@@ -77,15 +78,15 @@ class ActivationCache(Callback):
         self._keys: list[bytes] | None = None
         self._states: Tensor | None = None
         self._undo.append(owner.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-        for number, layer in enumerate(layers[:cut]):
-            self._stand_in(layer.module, last=number == cut - 1)
+        for index, layer in enumerate(layers[:cut]):
+            self._replace_forward(layer.module, last=index == cut - 1)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Learn of the rows that other processes stored."""
+        """Find the rows that other processes stored."""
         self._store.refresh()
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         while self._undo:
             self._undo.pop()()
         self._keys = self._states = None
@@ -103,8 +104,8 @@ class ActivationCache(Callback):
         rows = _rows(given)
         if rows is None:
             warnings.warn(
-                "ActivationCache cannot tell the rows of this batch apart (no input_ids, a KV cache, or a mask of "
-                "another form than [batch, length]): it is computed in full.",
+                "ActivationCache cannot identify the rows of this batch (no input_ids, a KV cache, or a mask that is "
+                "not [batch, length]): it is computed in full.",
                 stacklevel=2,
             )
             return
@@ -118,18 +119,18 @@ class ActivationCache(Callback):
         else:
             self.misses += len(self._keys)
 
-    def _stand_in(self, layer: nn.Module, last: bool) -> None:
-        whole = layer.forward
-        parts: int | None = None  # of the layer's output, where it is a tuple
+    def _replace_forward(self, layer: nn.Module, last: bool) -> None:
+        original = layer.forward
+        length: int | None = None  # of the layer's output, if that is a tuple
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal parts
+            nonlocal length
             if self._states is not None:
                 hidden = self._states if last else (args[0] if args else kwargs["hidden_states"])
-                return hidden if parts is None else (hidden, *[None] * (parts - 1))
-            output = whole(*args, **kwargs)
+                return hidden if length is None else (hidden, *[None] * (length - 1))
+            output = original(*args, **kwargs)
             if self._keys is not None:
-                parts = len(output) if isinstance(output, tuple) else None
+                length = len(output) if isinstance(output, tuple) else None
                 if last:
                     self._record(layer, output)
             return output
@@ -146,7 +147,7 @@ class ActivationCache(Callback):
             )
         if hidden.shape[:2] != self._mask.shape:
             raise LitPeftError(
-                f"ActivationCache needs hidden states of shape [batch, length, d], and {type(layer).__name__} gives "
+                f"ActivationCache needs hidden states of shape [batch, length, d], but {type(layer).__name__} returns "
                 f"{tuple(hidden.shape)} for tokens of shape {tuple(self._mask.shape)}: leave the callback out."
             )
         assert self._keys is not None
@@ -164,33 +165,33 @@ def _is_trained(module: nn.Module) -> bool:
 def _owner(model: nn.Module, layer: Layer) -> nn.Module:
     path = token_model(model, layer)
     if path is None:
-        raise LitPeftError(f"No model around {layer.path} takes input_ids: leave ActivationCache out.")
+        raise LitPeftError(f"ActivationCache: no model around {layer.path} takes input_ids: leave the callback out.")
     return model.get_submodule(path)
 
 
 def _below(owner: nn.Module, layers: list[Layer], cut: int) -> list[tuple[str, nn.Module]]:
-    """Every module of the owner by name, those of the layers from the cut on left out."""
+    """Return the modules of the owner by name, without the layers from the cut on."""
     above = {id(inner) for layer in layers[cut:] for inner in layer.module.modules()}
     return [(name, module) for name, module in owner.named_modules() if id(module) not in above]
 
 
 def _check_dropout(below: list[tuple[str, nn.Module]]) -> None:
-    """Refuse dropout, be it a module or a probability that a module keeps as a number."""
+    """Refuse dropout: modules, and probabilities that other modules have as attributes."""
     for name, module in below:
         numbers = {key: value for key, value in vars(module).items() if "drop" in key and isinstance(value, float)}
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, _DROPOUTS):
             numbers = {"p": module.p}
         for key, value in numbers.items():
             if value:
                 raise LitPeftError(
-                    f"ActivationCache keeps what the frozen layers compute, and dropout would change it from epoch to "
-                    f"epoch: {name}.{key}={value}. Set the base's dropout to 0 in its config.json, or leave the "
-                    "callback out."
+                    f"ActivationCache stores what the frozen layers compute, but dropout changes it in every epoch: "
+                    f"{name}.{key}={value}. Set the base's dropout to 0 in its config.json, or leave the callback "
+                    "out."
                 )
 
 
 def _fingerprint(below: list[tuple[str, nn.Module]], precision: str) -> str:
-    """A hash of the names, shapes, types and a sample of the values of all weights below the cut."""
+    """Return a hash of the names, shapes and types of all weights below the cut, and of a sample of their values."""
     digest = hashlib.blake2b(precision.encode(), digest_size=12)
     for name, module in below:
         for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -203,13 +204,13 @@ def _fingerprint(below: list[tuple[str, nn.Module]], precision: str) -> str:
 
 
 def _rows(given: dict[str, Any]) -> tuple[list[bytes], Tensor] | None:
-    """Return a key for each row and the mask of its real tokens, [batch, length] on the CPU; None where that fails."""
+    """Return a key for each row and the mask of its tokens, [batch, length] on the CPU; None if that is impossible."""
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     if not isinstance(ids, Tensor) or cache_of(given) is not None:
         return None
     if mask is None:
         mask = torch.ones_like(ids)
-    # Whatever else comes with a token is part of its row's key.
+    # All other values that belong to the tokens are part of the key.
     others = {key: value for key, value in given.items() if isinstance(value, Tensor) and key != "attention_mask"}
     if not isinstance(mask, Tensor) or any(value.shape != ids.shape for value in (mask, *others.values())):
         return None
@@ -217,7 +218,7 @@ def _rows(given: dict[str, Any]) -> tuple[list[bytes], Tensor] | None:
     columns = torch.stack([others[key].long() for key in sorted(others)], dim=-1).cpu()
     names = repr(sorted(others)).encode()
     keys = [
-        hashlib.blake2b(names + row[seen].numpy().tobytes(), digest_size=16).digest()
-        for row, seen in zip(columns, mask, strict=True)
+        hashlib.blake2b(names + row[real].numpy().tobytes(), digest_size=16).digest()
+        for row, real in zip(columns, mask, strict=True)
     ]
     return keys, mask

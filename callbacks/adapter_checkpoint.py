@@ -1,68 +1,62 @@
-"""Adapters saved during training, as folders that other libraries load."""
+"""Save adapters during training, as folders that other libraries can load."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from filelock import FileLock, Timeout
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lit_peft.callbacks.adapter_ema import averaged
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from lit_peft.callbacks.adapter_folders import clean_up, read_note, remove_folder, set_link, write_adapter_folder
+from torch import Tensor
 
-from lit_peft.formats.files import write_json
-from lit_peft.formats.folder import write_adapter
-from lit_peft.methods.attachment import attached_model
+from lit_peft.training.lightning_internals import SelectiveCheckpoint
 from lit_peft.training.run_folder import RunLogger
 from lit_peft.training.sharding import whole_parameters
-from lit_peft.util.disk import replace_folder, sync, temporary_folder, write_failure
+from lit_peft.util.disk import replace_folder, temporary_folder, write_failure
 from lit_peft.util.errors import LitPeftError
-
-NOTE = "adapter_checkpoint.json"
 
 
 class AdapterCheckpoint(Callback):
     """Writes the adapter as a folder: the best ones by a monitored value, and the last one.
 
-    Which and when is decided as `ModelCheckpoint` decides it, and the arguments are its own. Each folder holds
-    `adapter_config.json` and `adapter_model.safetensors`, in the method's format (a module without a lit_peft method:
-    its trainable tensors by name), and `adapter_checkpoint.json`: step, epoch, monitored value. `last` is a link to
-    the newest one.
+    The rules of what to keep and when to save, and the arguments for them, are those of `ModelCheckpoint`. Each folder
+    contains `adapter_config.json` and `adapter_model.safetensors` in the method's format (for a module without a
+    lit_peft method, its trained tensors by name), and `adapter_checkpoint.json` with step, epoch and monitored value.
+    `last` is a link to the newest folder.
 
-    A folder appears whole or not at all, and synced to the disk; an older one is removed only when nothing refers to
-    it any more, the training checkpoint on disk included. A run resumed from a training checkpoint goes on with its
-    list of the best. It is no `Checkpoint` of Lightning's: the training checkpoints, and what `ckpt_path="best"` and
-    `"last"` mean, stay those of `ModelCheckpoint`.
+    A folder appears only when it is complete and synced to the disk. An older one is removed only when nothing refers
+    to it any more, not even the training checkpoint on disk. A run resumed from a training checkpoint continues with
+    its list of the best adapters. This is not a `Checkpoint` of Lightning: the training checkpoints, and the meaning of
+    `ckpt_path="best"` and `"last"`, remain those of `ModelCheckpoint`.
 
     Args:
-        dirpath: folder of the folders; `adapters` in the run's folder when unset. One run at a time writes to it.
+        dirpath: the folder that contains the folders; `adapters` in the run's folder if unset. Only one run at a time
+            may write to it.
         filename: name of a folder, with metrics in braces.
-        monitor: the logged value to choose by; the newest adapter is kept when unset.
+        monitor: the logged value to choose by; if unset, the newest adapter is kept.
         mode: `min` or `max`.
-        save_top_k: how many of the best to keep; -1: all, 0: none.
-        save_last: keep the last one, too.
-        every_n_train_steps: optimizer steps between savings.
-        every_n_epochs: epochs between savings; each one when nothing else is given.
-        train_time_interval: time between savings.
-        save_on_train_epoch_end: save at the end of the training epoch, rather than of the validation.
-        save_on_exception: save the last one when training breaks off.
-        format: `peft` or `adapterhub`; the method's own when unset.
-        asynchronous: bring folders to the disk in a thread, while training goes on. An error shows at the next saving.
+        save_top_k: number of the best adapters to keep; -1: all, 0: none.
+        save_last: also keep the last adapter.
+        every_n_train_steps: optimizer steps between saves.
+        every_n_epochs: epochs between saves; every epoch if no interval is given.
+        train_time_interval: time between saves.
+        save_on_train_epoch_end: save at the end of the training epoch instead of the end of validation.
+        save_on_exception: save the last adapter if training fails.
+        format: `peft` or `adapterhub`; the method's own format if unset.
+        asynchronous: write folders to the disk in a thread while training continues. An error is raised at the next
+            save.
 
     Raises:
-        LitPeftError: another run writes to the folder, or writing failed; the folders that were there still are.
+        LitPeftError: another run writes to the folder, or writing failed; existing folders are unchanged.
     """
 
     def __init__(
@@ -99,7 +93,7 @@ class AdapterCheckpoint(Callback):
 
     @property
     def best_model_path(self) -> str:
-        """The best adapter's folder; empty before the first."""
+        """The folder of the best adapter; empty before the first save."""
         return self.keeper.best_model_path
 
     @property
@@ -109,12 +103,12 @@ class AdapterCheckpoint(Callback):
 
     @property
     def best_k_models(self) -> dict[str, Tensor]:
-        """The folders kept for their monitored value, and that value."""
+        """The folders of the best adapters, and their monitored values."""
         return self.keeper.best_k_models
 
     @property
     def last_model_path(self) -> str:
-        """The last adapter's folder; empty before the first."""
+        """The folder of the last adapter; empty before the first save."""
         return self.keeper.last_model_path
 
     @property
@@ -128,7 +122,7 @@ class AdapterCheckpoint(Callback):
         self.keeper.load_state_dict(state_dict)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and not trainer.fast_dev_run:
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.keeper.open(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -159,8 +153,8 @@ class AdapterCheckpoint(Callback):
         self.keeper.close(finished=stage == "fit")
 
 
-class _Keeper(ModelCheckpoint):
-    """`ModelCheckpoint`'s rules over folders."""
+class _Keeper(SelectiveCheckpoint):  # checkpoints refer to it by this name
+    """Applies the rules of `ModelCheckpoint` to folders."""
 
     FILE_EXTENSION = ""
     CHECKPOINT_NAME_LAST = "last-{step}"
@@ -176,19 +170,18 @@ class _Keeper(ModelCheckpoint):
         self._removable: set[str] = set()
         self._orphans: dict[str, int] = {}
         self._module: Any = None
-        # Tells this run's folders from another's; a resumed run has its own again.
+        # Marks the folders of this run. A resumed run takes over the mark.
         self._run = uuid.uuid4().hex
 
-    # ----------------------------------------------------------------------------------- the run's span
+    # ------------------------------------------------------------------------------ start and end of a run
 
     def open(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the folder for this run, and clear away what a killed one left half written."""
+        """Lock the folder for this run, and clean up after a killed one."""
         self._module = pl_module
         if self.dirpath is None:
             root = Path(trainer.log_dir or trainer.default_root_dir)
             if isinstance(trainer.logger, RunLogger):
-                # Whatever a start of this run left in its own folder is this run's, were it killed before its first
-                # checkpoint.
+                # All folders in the run's own folder belong to it, even if it was killed before its first checkpoint.
                 self._run = "the folder's"
             self.dirpath = str(root.expanduser().resolve() / "adapters")
         self.dirpath = trainer.strategy.broadcast(self.dirpath)
@@ -196,10 +189,10 @@ class _Keeper(ModelCheckpoint):
         problem = ""
         if trainer.is_global_zero:
             try:
-                self._take(Path(str(self.dirpath)))
+                self._lock_folder(Path(str(self.dirpath)))
             except (OSError, Timeout) as error:
                 problem = (
-                    f"dirpath={str(self.dirpath)!r} is being written by another run: give each run its own."
+                    f"dirpath={str(self.dirpath)!r} is in use by another run: give each run a folder of its own."
                     if isinstance(error, Timeout)
                     else f"Adapters cannot be written to dirpath={str(self.dirpath)!r} ({error}): give another folder."
                 )
@@ -209,33 +202,25 @@ class _Keeper(ModelCheckpoint):
         if self.asynchronous and trainer.is_global_zero:
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="adapter-checkpoint")
 
-    def _take(self, folder: Path) -> None:
+    def _lock_folder(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # One lock for all callbacks of a process.
         lock = FileLock(folder / ".lock", is_singleton=True)
         lock.acquire(blocking=False)
         self._lock = lock
-        for left in folder.glob(".*.old"):
-            # Killed between taking the old folder away and putting the new one in its place.
-            target = folder / left.name[1:].removesuffix(".old")
-            if target.exists():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.rename(target)
-        for left in folder.glob(".*.tmp-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        clean_up(folder)
         self._find_orphans()
 
     def _find_orphans(self) -> None:
-        """Note the folders of this run that it does not know of."""
+        """Find the folders of this run that are not in its list."""
         self._orphans = {}
         for folder in Path(str(self.dirpath)).iterdir():
-            note = _note(folder)
-            if self._own(note) and str(folder) not in self._kept() and not folder.is_symlink():
+            note = read_note(folder)
+            if self._is_own(note) and str(folder) not in self._kept() and not folder.is_symlink():
                 self._orphans[str(folder)] = note["step"]
 
     def close(self, finished: bool) -> None:
-        """Finish what is being written, and let the folder go."""
+        """Finish writing, and unlock the folder."""
         try:
             if finished:
                 self._doomed += self._orphans
@@ -254,9 +239,7 @@ class _Keeper(ModelCheckpoint):
 
     # ------------------------------------------------------------------------------------------- saving
 
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = filepath
+    def write(self, trainer: pl.Trainer, path: str) -> None:
         name = self.monitor
         value = trainer.callback_metrics.get(name) if name else None
         note = {
@@ -272,50 +255,46 @@ class _Keeper(ModelCheckpoint):
         with averaged(trainer, self._module), whole_parameters(trainer.strategy.model or self._module):
             if trainer.is_global_zero:
                 try:
-                    self._write(Path(filepath), note)
+                    self._write_folder(Path(path), note)
                 except OSError as error:
-                    problem = _failure(Path(filepath), error)
+                    problem = write_failure("The adapter", Path(path), error)
         problem = trainer.strategy.broadcast(problem)
         if problem:
             raise LitPeftError(problem)
 
-    def _write(self, target: Path, note: dict[str, Any]) -> None:
+    def _write_folder(self, target: Path, note: dict[str, Any]) -> None:
         temporary = temporary_folder(target)
         try:
-            _fill(self._module, temporary, self.format)
-            write_json(temporary / NOTE, note)
-            self._do(lambda: replace_folder(temporary, target), target, temporary)
-        except BaseException as error:
+            write_adapter_folder(self._module, temporary, self.format, note)
+            self._run_or_queue(lambda: replace_folder(temporary, target), target, temporary)
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, SafetensorError):  # its only trouble in writing is the disk
-                raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
             raise
 
-    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        super()._save_last_checkpoint(trainer, monitor_candidates)
+    def after_last(self, trainer: pl.Trainer) -> None:
         if self.save_last and trainer.is_global_zero:
             link, target = Path(str(self.dirpath)) / "last", Path(self.last_model_path)
-            self._do(lambda: _link(link, target.name), link)
+            self._run_or_queue(lambda: set_link(link, target.name), link)
 
     def file_exists(self, filepath: Any, trainer: pl.Trainer) -> bool:
-        # A killed run that is resumed comes again to what it wrote before: that is written over.
-        own = trainer.is_global_zero and self._own(_note(Path(filepath)))
+        # A resumed run may come again to a step that it saved before it was killed: it replaces its own folders.
+        own = trainer.is_global_zero and self._is_own(read_note(Path(filepath)))
         return False if trainer.strategy.broadcast(own) else super().file_exists(filepath, trainer)
 
-    def _own(self, note: dict[str, Any]) -> bool:
+    def _is_own(self, note: dict[str, Any]) -> bool:
         return note.get("callback") == self.state_key and note.get("run") == self._run
 
     # ----------------------------------------------------------------------------------------- removing
 
-    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        self._doomed.append(filepath)
-        if not any(isinstance(callback, Checkpoint) for callback in trainer.callbacks):
-            self._removable.add(filepath)
+    def remove(self, trainer: pl.Trainer, path: str) -> None:
+        self._doomed.append(path)
+        if not any(isinstance(callback, Checkpoint) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self._removable.add(path)
 
     def sweep(self, trainer: pl.Trainer) -> None:
         """Remove the folders that no training checkpoint refers to any more, and those that a killed run left."""
-        passed = [path for path, step in self._orphans.items() if step < trainer.global_step]
-        for path in passed:
+        outdated = [path for path, step in self._orphans.items() if step < trainer.global_step]
+        for path in outdated:
             del self._orphans[path]
             if path not in self._kept():
                 self._doomed.append(path)
@@ -326,27 +305,27 @@ class _Keeper(ModelCheckpoint):
         return {*self.best_k_models, self.best_model_path, self.last_model_path}
 
     def _remove(self) -> None:
-        gone = [path for path in self._doomed if path in self._removable]
+        ready = [path for path in self._doomed if path in self._removable]
         self._doomed = [path for path in self._doomed if path not in self._removable]
-        self._removable -= set(gone)
+        self._removable -= set(ready)
         if self._lock is not None:
-            for path in gone:
+            for path in ready:
                 if path not in self._kept():
-                    self._do(lambda path=path: _discard(Path(path)), Path(path))  # type: ignore[misc]
+                    self._run_or_queue(partial(remove_folder, Path(path)), Path(path))
 
     # -------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        # What a training checkpoint refers to is on the disk before it.
+        # All folders that a training checkpoint refers to must be on the disk before it.
         self._wait()
         self._removable.update(self._doomed)
-        return {**super().state_dict(), "run": self._run, "step": self._last_global_step_saved}
+        return {**super().state_dict(), "run": self._run, "step": self.saved_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._run = state_dict["run"]
-        # Where gradients are added up, the next batch ends at the same step, which is saved already.
-        self._last_global_step_saved = state_dict.get("step", 0)
+        # While gradients are accumulated, the next batch ends at the same step, which is already saved.
+        self.saved_step = state_dict.get("step", 0)
         if self._lock is None:
             return
         self.best_k_models = {path: value for path, value in self.best_k_models.items() if Path(path).is_dir()}
@@ -354,19 +333,19 @@ class _Keeper(ModelCheckpoint):
 
     # ------------------------------------------------------------------------------------------ writing
 
-    def _do(self, work: Callable[[], None], target: Path, temporary: Path | None = None) -> None:
-        """Do it now, or, asynchronously, after everything begun before; `temporary` goes if that failed."""
+    def _run_or_queue(self, work: Callable[[], None], target: Path, temporary: Path | None = None) -> None:
+        """Do the work now, or, if asynchronous, after all earlier work; remove `temporary` if earlier work failed."""
         if self._writer is None:
             try:
                 work()
             except OSError as error:
-                raise LitPeftError(_failure(target, error)) from error
+                raise LitPeftError(write_failure("The adapter", target, error)) from error
             return
         self._wait(done_only=True)
         before = self._pending[-1] if self._pending else None
 
         def in_turn() -> None:
-            # Nothing is removed after what was to replace it failed.
+            # If a folder could not be written, the one that it should replace must not be removed.
             try:
                 if before is not None:
                     before.result()
@@ -386,50 +365,4 @@ class _Keeper(ModelCheckpoint):
                 self._pending.remove(future)
         except OSError as error:
             self._pending = []
-            raise LitPeftError(_failure(Path(str(self.dirpath)), error)) from error
-
-
-def _fill(module: nn.Module, folder: Path, format: Literal["peft", "adapterhub"] | None) -> None:
-    """Write the adapter's files; a module without a method: its trainable tensors by name."""
-    model = attached_model(module)
-    if model is not None:
-        with contextlib.suppress(LitPeftError):  # a method that no format has: its tensors
-            write_adapter(model, folder, format)
-            return
-    tensors = {
-        name: parameter.detach().cpu().clone().contiguous()
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    names = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    write_json(folder / "adapter_config.json", {"module": type(module).__name__, "tensors": names})
-
-
-def _note(folder: Path) -> dict[str, Any]:
-    try:
-        note: dict[str, Any] = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return note
-
-
-def _link(link: Path, name: str) -> None:
-    """Point `link` to the folder `name` beside it, in one step."""
-    new = link.with_name(f".{link.name}.tmp-{os.getpid()}")
-    new.unlink(missing_ok=True)
-    new.symlink_to(name, target_is_directory=True)
-    new.replace(link)
-    sync(link.parent)
-
-
-def _discard(folder: Path) -> None:
-    """Remove a folder so that nobody sees half of it."""
-    if folder.is_dir():
-        away = folder.with_name(f".{folder.name}.tmp-gone")
-        folder.rename(away)
-        shutil.rmtree(away, ignore_errors=True)
-
-
-def _failure(target: Path, error: OSError) -> str:
-    return write_failure("The adapter", target, error)
+            raise LitPeftError(write_failure("The adapter", Path(str(self.dirpath)), error)) from error

@@ -1,4 +1,4 @@
-"""The norms of what is trained, and of its gradients."""
+"""The norms of the trained parameters and of their gradients."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lit_peft.util.errors import LitPeftError
 class AdapterNorms(Callback):
     """Logs the 2-norms of the trained parameters and of their gradients, before the gradients are clipped.
 
-    Logged are `grad_norm` and `param_norm` of everything trained and, with `per_adapter`, `grad_norm/NAME` and
-    `param_norm/NAME` of each module that has trained parameters of its own (an adapted layer, a bottleneck's `down`).
+    It logs `grad_norm` and `param_norm` over all trained parameters and, with `per_adapter`, `grad_norm/NAME` and
+    `param_norm/NAME` for each module with trained parameters (an adapted layer, the `down` layer of a bottleneck).
 
     Args:
-        every_n_steps: optimizer steps between measurements; the Trainer's `log_every_n_steps` when unset.
-        per_adapter: log each module's norms as well.
+        every_n_steps: optimizer steps between measurements; the Trainer's `log_every_n_steps` if unset.
+        per_adapter: also log the norms of each module.
 
     Raises:
         LitPeftError: `every_n_steps` is not positive.
@@ -30,11 +30,11 @@ class AdapterNorms(Callback):
 
     def __init__(self, every_n_steps: int | None = None, per_adapter: bool = False) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise LitPeftError(f"every_n_steps={every_n_steps}: give a positive number, or leave it out.")
+            raise LitPeftError(f"every_n_steps={every_n_steps}: give a positive number, or leave it unset.")
         self.every_n_steps, self.per_adapter = every_n_steps, per_adapter
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        if trainer.global_step % (self.every_n_steps or max(trainer.log_every_n_steps, 1)):
+        if trainer.global_step % (self.every_n_steps or max(trainer.log_every_n_steps, 1)):  # type: ignore[attr-defined]
             return
         squares: dict[str, list[tuple[str, Tensor]]] = {"grad_norm": [], "param_norm": []}
         for name, parameter in trained(pl_module).items():
@@ -51,7 +51,7 @@ class AdapterNorms(Callback):
             for owner, values in groups.items():
                 if values:
                     key = f"{kind}/{owner}" if owner else kind
-                    self.log(key, torch.stack(values).sum().sqrt(), batch_size=1)
+                    pl_module.log(key, torch.stack(values).sum().sqrt(), batch_size=1)
 
 
 def _square(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training checkpoints that a run goes on from as if it had never stopped."""
+"""Resume a run as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from lit_peft.training.lightning_internals import (
+    is_within_step,
+    log_row_of_step,
+    validation_follows,
+    validation_is_next,
+)
 from lit_peft.training.run_folder import RunLogger
 
 KEY = "exact_resume"
 
 
 class ExactResume(Callback):
-    """Lets a run that was killed anywhere go on with its validations and its log complete.
+    """Completes the validations and the log of a resumed run, wherever the run was killed.
 
-    A checkpoint of `ModelCheckpoint(every_n_train_steps=…)` is written within a step. When the run is killed between
-    it and what belongs to the step, Lightning goes on behind that: a validation that was due is skipped, and with it
-    the best checkpoint it would have chosen, and the step's row of the log is missing. The checkpoints written beside
-    this callback say what was due; and the log of a `RunLogger` (that of `lit-peft fit`) is brought back to where it
-    was.
+    `ModelCheckpoint(every_n_train_steps=…)` writes its checkpoint in the middle of a step. If the run is killed between
+    the checkpoint and the end of the step, Lightning resumes after the step: a validation that was due is skipped, with
+    the best checkpoint that it might have chosen, and the step's row of the log is missing. With this callback, the
+    checkpoints record what is still due, and the log of a `RunLogger` (used by `lit-peft fit`) is reset to the
+    checkpoint.
     """
 
     def __init__(self) -> None:
@@ -28,15 +34,12 @@ class ExactResume(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        total = loop.batch_progress.total
-        within_a_step = bool(trainer.training) and total.completed == total.processed - 1
+        within_a_step = is_within_step(trainer)
         logger = _run_logger(trainer)
         if logger is not None:
-            checkpoint[KEY] = {"rows": logger.rows(), "row": _row(trainer) if within_a_step else None}
-        fetcher = trainer.fit_loop._data_fetcher
-        if within_a_step and fetcher is not None and loop._should_check_val_fx(fetcher):
-            _validation_is_next(checkpoint["loops"]["fit_loop"])
+            checkpoint[KEY] = {"rows": logger.rows(), "row": log_row_of_step(trainer) if within_a_step else None}
+        if within_a_step and validation_follows(trainer):
+            validation_is_next(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -49,37 +52,5 @@ class ExactResume(Callback):
             logger.go_back(**(self._known or {"rows": 0}))
 
 
-class _Recorder:
-    """Takes the place of a logger, to see what it would be given."""
-
-    row: dict[str, Any] | None = None
-
-    def log_metrics(self, metrics: dict[str, Any], step: int) -> None:
-        self.row = {**metrics, "step": step}
-
-    def save(self) -> None:
-        pass
-
-
 def _run_logger(trainer: pl.Trainer) -> RunLogger | None:
     return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
-
-
-def _row(trainer: pl.Trainer) -> dict[str, Any] | None:
-    """What the step that is ending is going to log."""
-    loggers, recorder = trainer.loggers, _Recorder()
-    try:
-        trainer.loggers = [recorder]  # type: ignore[list-item]
-        trainer._logger_connector.update_train_step_metrics()
-    finally:
-        trainer.loggers = loggers
-    return recorder.row
-
-
-def _validation_is_next(loops: dict[str, Any]) -> None:
-    """Say in the state of the loops that the batch is done, and its validation has begun."""
-    for counts in ("total", "current"):
-        loops["epoch_loop.batch_progress"][counts]["completed"] += 1
-        validated = loops["epoch_loop.val_loop.batch_progress"][counts]
-        done = validated["completed"] if counts == "total" else 0
-        validated.update(ready=done + 1, started=done + 1, processed=done, completed=done)

@@ -1,4 +1,4 @@
-"""Frozen means frozen: a check that costs a read of the weights."""
+"""Check that frozen weights do not change."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lit_peft.util.errors import LitPeftError
 
 
 class FrozenWeightsGuard(Callback):
-    """Stops training with an error when a frozen parameter has changed, or began to be trained.
+    """Stops training with an error if a frozen parameter has changed, or is no longer frozen.
 
-    Each frozen parameter has a checksum of all its bits, taken when training starts and compared every now and then and
-    at the end: a single changed bit shows. It is summed where the parameter is, and one number is read back.
+    A checksum over all bits of each frozen parameter is computed when training starts, and compared at intervals and at
+    the end: a single changed bit is found. It is computed on the parameter's device, and one number is read back.
 
     Args:
         every_n_steps: optimizer steps between checks.
 
     Raises:
-        LitPeftError: a frozen parameter moved; the message names it. Or `every_n_steps` is not positive.
+        LitPeftError: a frozen parameter changed; the message names it. Or `every_n_steps` is not positive.
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
@@ -44,22 +44,22 @@ class FrozenWeightsGuard(Callback):
         self.check(trainer, pl_module)
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compare every frozen parameter with what it was.
+        """Compare every frozen parameter with its checksum.
 
         Raises:
-            LitPeftError: one moved, or is not frozen any more.
+            LitPeftError: one has changed, or is no longer frozen.
         """
         now = _checksums(pl_module)
-        kept = [name for name in self._sums if name in now]
-        gone = [name for name in self._sums if name not in now]
-        if kept:
-            same = torch.stack([(self._sums[name] == now[name]).to("cpu", non_blocking=True) for name in kept]).tolist()
-            gone += [name for name, equal in zip(kept, same, strict=True) if not equal]
-        if gone:
+        frozen = [name for name in self._sums if name in now]
+        changed = [name for name in self._sums if name not in now]
+        if frozen:
+            same = [(self._sums[name] == now[name]).to("cpu", non_blocking=True) for name in frozen]
+            changed += [name for name, equal in zip(frozen, torch.stack(same).tolist(), strict=True) if not equal]
+        if changed:
             raise LitPeftError(
-                f"{len(gone)} frozen parameters changed, or are not frozen any more, between steps {self._checked} and "
-                f"{trainer.global_step}: {', '.join(gone[:3])}. See what writes to them (an optimizer over all "
-                "parameters, a tied weight, a callback), and go on from a checkpoint of before."
+                f"{len(changed)} frozen parameters changed, or are no longer frozen, between steps {self._checked} and "
+                f"{trainer.global_step}: {', '.join(changed[:3])}. Find out what writes to them (an optimizer over all "
+                "parameters, a tied weight, a callback), and resume from an earlier checkpoint."
             )
         self._checked = trainer.global_step
 
@@ -74,7 +74,7 @@ def _checksum(tensor: Tensor) -> Tensor:
         flat = part.contiguous().reshape(-1)
         whole = flat.view(torch.uint8)
         words = whole[: whole.numel() // 4 * 4].view(torch.int32) if whole.data_ptr() % 4 == 0 else whole
-        # In order, so that swapped halves show as well.
+        # With different factors, so that swapped halves are found as well.
         first, second = words.tensor_split(2)
         total += first.sum(dtype=torch.int64) + 3 * second.sum(dtype=torch.int64)
         total += 5 * whole[whole.numel() // 4 * 4 :].sum(dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""A checkpoint before a run is stopped from outside."""
+"""Write a checkpoint before a run is stopped from outside."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_peft.training.lightning_internals import cluster_environment, request_stop
+
 
 class GracefulStop(Callback):
     """On SIGTERM, or the first Ctrl-C, writes `last.ckpt` and stops; on SLURM's signal, writes it and requeues the job.
 
-    The signal is only noted when it comes, and obeyed when the optimizer has stepped and no validation is going on, by
-    all processes at the same step: the checkpoint is one that a run goes on from exactly. The process ends with status
-    143 (SIGTERM) or 130 (Ctrl-C). A second Ctrl-C stops at once.
+    The signal only sets a flag. Training stops after an optimizer step, never during a validation, and all processes
+    stop at the same step, so that a run can be resumed exactly from the checkpoint. The process ends with status 143
+    (SIGTERM) or 130 (Ctrl-C). A second Ctrl-C stops at once.
 
     The checkpoint is the last one of the Trainer's `ModelCheckpoint`; without one (`enable_checkpointing=False`), none
-    is written. On SLURM, the requeued job finds Lightning's own `hpc_ckpt_….ckpt` besides.
+    is written. On SLURM, the requeued job also finds Lightning's own `hpc_ckpt_….ckpt`.
     """
 
     def __init__(self) -> None:
@@ -39,18 +41,18 @@ class GracefulStop(Callback):
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._take(number)
-        environment = trainer._accelerator_connector.cluster_environment
+            self._handle(number)
+        environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             # Lightning's handler would save in the middle of a step.
             number = environment.requeue_signal or signal.SIGUSR1
-            self._take(number)
+            self._handle(number)
             self._requeue = self._before[number]
 
-    def _take(self, number: int) -> None:
-        self._before[number] = signal.signal(number, self._note)
+    def _handle(self, number: int) -> None:
+        self._before[number] = signal.signal(number, self._remember)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _remember(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self._signal is not None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
@@ -58,33 +60,33 @@ class GracefulStop(Callback):
         if number == signal.SIGINT:
             print("\nStopping after this step; Ctrl-C again stops at once.", flush=True)
 
-    def _give_back(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._give_back()
+        self._restore_handlers()
 
-    # ------------------------------------------------------------------------------------------ obeying
+    # ------------------------------------------------------------------------------------------ stopping
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
-            self._obey(trainer)
+            self._stop(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Half a validation is none: it is over first.
-        trainer._signal_connector.received_sigterm = False
+        # Half a validation is of no use: finish it first.
+        request_stop(trainer, False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._obey(trainer)
+            self._stop(trainer)
 
-    def _obey(self, trainer: pl.Trainer) -> None:
-        """Let the loop stop where it next looks: after the step, validation included, or at the end of the epoch."""
+    def _stop(self, trainer: pl.Trainer) -> None:
+        """Make the loop stop where it checks next: after the step and its validation, or at the end of the epoch."""
         number = self._signal or 0
         if trainer.world_size > 1:
             ours = torch.tensor(float(number), device=trainer.strategy.root_device)
@@ -97,36 +99,36 @@ class GracefulStop(Callback):
             self._requeue(number, None)
             return
         self._signal = number
-        trainer._signal_connector.received_sigterm = True
+        request_stop(trainer, True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._give_back()
+        self._restore_handlers()
         if not isinstance(exception, SIGTERMException):
             return
         exception.code = 128 + (self._signal or signal.SIGTERM)
         if self._signal is None:
-            # Training had not begun.
+            # Training had not started.
             return
         path = self._save(trainer)
         if trainer.is_global_zero:
             kept = (
-                f"{path} is written. To go on, start the same command again with --ckpt_path last (from Python: "
+                f"{path} is written. To continue, run the same command again with --ckpt_path last (from Python: "
                 f"trainer.fit(..., ckpt_path={str(path)!r}))."
                 if path
-                else "The Trainer has no ModelCheckpoint, so nothing is kept of it."
+                else "The Trainer has no ModelCheckpoint, so the run cannot be resumed."
             )
             print(
                 f"\nStopped by {signal.Signals(self._signal).name} after step {trainer.global_step}. {kept}", flush=True
             )
 
     def _save(self, trainer: pl.Trainer) -> Path | None:
-        """Write the last checkpoint, where there is somebody to keep it, and return its path."""
+        """Write the last checkpoint and return its path; None if the Trainer keeps no checkpoints."""
         keeper = next((found for found in trainer.checkpoint_callbacks if isinstance(found, ModelCheckpoint)), None)
         return save_last(trainer, keeper) if keeper is not None and keeper.dirpath else None
 
 
 def save_last(trainer: pl.Trainer, keeper: ModelCheckpoint) -> Path:
-    """Write what `keeper`, whose `dirpath` is known, calls the last checkpoint, as of now; return its path."""
+    """Write the last checkpoint of `keeper`, whose `dirpath` is known; return its path."""
     name = f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
     keeper.last_model_path = keeper.last_model_path or str(Path(str(keeper.dirpath)) / name)
     trainer.save_checkpoint(keeper.last_model_path)

@@ -1,4 +1,4 @@
-"""A picture of the run."""
+"""Draw the metrics of a run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lit_peft.util.errors import LitPeftError
 
 
 class LearningCurve(Callback):
-    """Draws every logged metric over the steps, as a PNG, when training ends or breaks off.
+    """Draws every logged metric over the steps as a PNG when training ends or fails.
 
-    One panel for the losses and one for the other metrics. A resumed run draws its whole curve.
+    There is one panel for the losses and one for the other metrics. The curve of a resumed run is complete.
 
     Args:
-        filename: the picture's name in the run's folder, or a path.
-        metrics: beginnings of the names to draw, e.g. `[train_loss, val]`; all when unset.
+        filename: name of the picture in the run's folder, or a path.
+        metrics: first letters of the names to draw, e.g. `[train_loss, val]`; all metrics if unset.
         every_n_steps: optimizer steps between the points of metrics logged in training; the Trainer's
-            `log_every_n_steps` when unset.
+            `log_every_n_steps` if unset.
 
     Attributes:
-        points: step and value by metric.
+        points: pairs of step and value, by metric.
 
     Raises:
         LitPeftError: matplotlib is not installed.
@@ -39,13 +39,13 @@ class LearningCurve(Callback):
         self.points: dict[str, list[tuple[int, float]]] = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        every = self.every_n_steps or max(trainer.log_every_n_steps, 1)
+        every = self.every_n_steps or max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
         if trainer.global_step % every == 0 or trainer.global_step == 1:
-            self._note(trainer, trainer.progress_bar_metrics | trainer.logged_metrics, validated=False)
+            self._add_points(trainer, trainer.progress_bar_metrics | trainer.logged_metrics, validated=False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._note(trainer, trainer.callback_metrics, validated=True)
+            self._add_points(trainer, trainer.callback_metrics, validated=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._draw(trainer)
@@ -53,10 +53,10 @@ class LearningCurve(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._draw(trainer)
 
-    def _note(self, trainer: pl.Trainer, values: Any, validated: bool) -> None:
+    def _add_points(self, trainer: pl.Trainer, values: Any, validated: bool) -> None:
         for name, value in values.items():
-            wanted = self.metrics is None or name.startswith(tuple(self.metrics))
-            if not wanted or name in ("epoch", "v_num") or name.startswith("val") != validated:
+            selected = self.metrics is None or name.startswith(tuple(self.metrics))
+            if not selected or name in ("epoch", "v_num") or name.startswith("val") != validated:
                 continue
             points = self.points.setdefault(name, [])
             if not points or points[-1][0] != trainer.global_step:
@@ -88,4 +88,6 @@ class LearningCurve(Callback):
         return {"points": self.points}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.points = {name: [(int(at), float(value)) for at, value in p] for name, p in state_dict["points"].items()}
+        self.points = {
+            name: [(int(step), float(value)) for step, value in p] for name, p in state_dict["points"].items()
+        }

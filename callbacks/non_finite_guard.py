@@ -1,4 +1,4 @@
-"""A loss that is not a number stops training before it reaches the weights."""
+"""Stop training at a loss that is infinite or NaN, before it reaches the weights."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from torch import Tensor
 
 
 class NonFiniteGuard(Callback):
-    """Stops training at the first loss that is infinite or not a number, and saves the batch it came from.
+    """Stops training at the first loss that is infinite or NaN, and saves the batch that caused it.
 
-    The step is not taken: the weights and the optimizer stay as they were, and training ends as with `EarlyStopping`,
-    checkpoints and all. The batch's tensors are written to `nonfinite-step=STEP-rank=RANK.safetensors`, by name, with
-    step, batch number and loss as metadata. All processes stop when one has such a loss.
+    The optimizer step is skipped, so that the weights and the optimizer do not change. Training ends as with
+    `EarlyStopping`, including its checkpoints. The tensors of the batch are written by name to
+    `nonfinite-step=STEP-rank=RANK.safetensors`, with step, batch index and loss as metadata. All processes stop if one
+    has such a loss.
 
     Args:
-        dirpath: folder for the batch; the run's folder when unset.
+        dirpath: folder for the batch; the run's folder if unset.
 
     Attributes:
-        saved: the file of this process's batch, None while there is none.
+        saved: the file with this process's batch; None if there is none.
     """
 
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
         self.saved: Path | None = None
         self._batch: Any = None
-        self._at = 0
+        self._batch_idx = 0
         self._stopped = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -40,7 +41,7 @@ class NonFiniteGuard(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch, self._at = batch, batch_idx
+        self._batch, self._batch_idx = batch, batch_idx
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         bad = not bool(torch.isfinite(loss.detach()).all())
@@ -49,12 +50,12 @@ class NonFiniteGuard(Callback):
         if trainer.strategy.reduce_boolean_decision(bad, all=False):
             self._stopped = trainer.should_stop = True
             rank_zero_warn(
-                f"The loss is not finite at step {trainer.global_step}: training stops, the step is not taken"
+                f"The loss is not finite at step {trainer.global_step}: training stops without this step"
                 + (f", and the batch is in {self.saved}." if self.saved else ".")
             )
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        # A gradient scaler (16-mixed) leaves the step out by itself, and needs the gradients to see why.
+        # A gradient scaler (16-mixed) skips the step itself, and needs the gradients to decide that.
         if self._stopped and getattr(trainer.precision_plugin, "scaler", None) is None:
             for parameter in pl_module.parameters():
                 parameter.grad = None
@@ -66,13 +67,13 @@ class NonFiniteGuard(Callback):
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"nonfinite-step={trainer.global_step}-rank={trainer.global_rank}.safetensors"
-        facts = {"step": trainer.global_step, "batch_idx": self._at, "loss": loss}
+        facts = {"step": trainer.global_step, "batch_idx": self._batch_idx, "loss": loss}
         save_file(_tensors(self._batch), path, metadata={name: str(value) for name, value in facts.items()})
         self.saved = path
 
 
 def _tensors(batch: Any, name: str = "") -> dict[str, Tensor]:
-    """The tensors in nested dicts, lists and tuples, by their path."""
+    """Return the tensors in nested dicts, lists and tuples, by their paths."""
     if isinstance(batch, Tensor):
         return {name or "batch": batch.detach().cpu().clone().contiguous()}
     items = batch.items() if isinstance(batch, dict) else enumerate(batch) if isinstance(batch, list | tuple) else ()

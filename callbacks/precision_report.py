@@ -1,4 +1,4 @@
-"""What is held in which type, in bytes, measured in one training step."""
+"""Measure the memory of training by type, in one training step."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Bytes = dict[str, int]
 
 
 class PrecisionReport(Callback):
-    """Prints, after the first optimizer step, the type and the bytes of everything that training holds.
+    """Prints the type and the bytes of everything that training keeps in memory, after the first optimizer step.
 
-    - `base`: what is frozen, the scales of quantized weights and the buffers included;
-    - `adapter`: what is trained; `gradients`: its gradients; `optimizer`: its state;
-    - `activations`: what the forward pass kept for the backward pass, parameters not counted (each memory once).
+    - `base`: the frozen parameters, with the scales of quantized weights and the buffers;
+    - `adapter`: the trained parameters; `gradients`: their gradients; `optimizer`: the state of the optimizer;
+    - `activations`: what the forward pass saves for the backward pass, without parameters.
 
-    Nothing is estimated: activations are what autograd saves, in the step's first batch. `report` holds the numbers.
-    In a sharded model, they are of this process.
+    All numbers are measured: activations are the tensors that autograd saves in the first batch of the step; shared
+    memory counts once. In a sharded model, the numbers are those of this process.
 
     Attributes:
         report: bytes by part and type, e.g. `report["base"]["int8"]`; empty before the first step.
@@ -42,7 +42,7 @@ class PrecisionReport(Callback):
         own = {part.untyped_storage().data_ptr() for tensor in _state(pl_module) for part in parts(tensor)}
         saved: dict[int, tuple[str, int]] = {}
 
-        def note(tensor: Tensor) -> Tensor:
+        def record(tensor: Tensor) -> Tensor:
             for part in parts(tensor):
                 storage = part.untyped_storage()
                 if storage.data_ptr() not in own:
@@ -50,7 +50,7 @@ class PrecisionReport(Callback):
             return tensor
 
         self._saved = saved
-        self._hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor))
+        self._hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor))
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._hooks.close()
@@ -64,7 +64,7 @@ class PrecisionReport(Callback):
             }
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self._hooks.close()  # where the optimization is manual, and a loss is not returned
+        self._hooks.close()  # with manual optimization no loss is returned
         if not self.report or "optimizer" in self.report:
             return
         states = (state for optimizer in trainer.optimizers for state in optimizer.state.values())
@@ -89,7 +89,7 @@ class PrecisionReport(Callback):
 
 
 def _state(module: nn.Module) -> list[Tensor]:
-    """Everything a module holds: parameters, buffers, and what bitsandbytes keeps beside its weights."""
+    """Return all tensors of a module: parameters, buffers, and the scales that bitsandbytes attaches to weights."""
     tensors = [*module.parameters(), *module.buffers()]
     for parameter in module.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -99,7 +99,7 @@ def _state(module: nn.Module) -> list[Tensor]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> Bytes:
-    """Bytes by type, memory that tensors share counted once."""
+    """Return the bytes by type; memory that tensors share counts once."""
     seen: dict[int, tuple[str, int]] = {}
     for tensor in tensors:
         for part in parts(tensor):

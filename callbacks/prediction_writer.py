@@ -1,4 +1,4 @@
-"""Predictions as JSON lines, in the order of the input."""
+"""Write predictions as JSON lines, in the order of the input."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lit_peft.util.disk import whole_file
 class PredictionWriter(BasePredictionWriter):
     """Writes each predicted example as one JSON line with its row number, in input order over all processes.
 
-    Prediction is resumable: rows are appended to `.NAME.partial-RANK` beside the file as they come, and the file
-    appears whole at the end. The same command after a kill runs the missing rows alone, if the data module takes
-    `finished` (a set of row numbers), and the data, the weights and the settings are the same; else it starts again.
-    Testing writes what the task judges (generated text with its answer) in the same form, at once at the end.
+    Prediction can be resumed: rows are appended to `.NAME.partial-RANK` next to the file, and the complete file is
+    written at the end. After a kill, the same command computes only the missing rows, if the data module accepts
+    `finished` (a set of row numbers) and the data, the weights and the settings are the same; else it starts again.
+    Testing writes the text that the task generated and evaluated in the same form, at the end.
 
     Args:
-        output: the file; `predictions.jsonl` (of tests, `test_predictions.jsonl`) in the run's folder when unset.
+        output: the file; `predictions.jsonl` (for tests `test_predictions.jsonl`) in the run's folder if unset.
     """
 
     def __init__(self, output: str | None = None) -> None:
@@ -38,14 +38,14 @@ class PredictionWriter(BasePredictionWriter):
         self._tested: list[tuple[int, dict[str, Any]]] = []
 
     def path(self, trainer: pl.Trainer) -> Path:
-        """Return where the predictions go."""
+        """Return the path of the predictions."""
         name = "test_predictions.jsonl" if trainer.testing else "predictions.jsonl"
         return Path(self.output or Path(trainer.log_dir or trainer.default_root_dir) / name)
 
     # -------------------------------------------------------------------------------------------- predicting
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Open the partial file, and tell the data module which rows it holds."""
+        """Open the partial file, and tell the data module which rows are finished."""
         super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
@@ -67,7 +67,7 @@ class PredictionWriter(BasePredictionWriter):
         if resumable:
             data.finished = finished
         if finished and trainer.is_global_zero:
-            print(f"predictions: {len(finished):,} rows are in {path.parent} already; the others follow")
+            print(f"predictions: {len(finished):,} rows in {path.parent} are finished; computing the others")
         elif trainer.is_global_zero and self.output is None:
             print(f"predictions: {path} (after an interruption, continue with --output {path})")
         own = self._file(trainer, path)
@@ -90,13 +90,13 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        # Loaders without a sampler tell no row numbers; processes take every n-th example in turn.
+        # Loaders without a sampler report no row numbers; with n processes, each takes every n-th example.
         step, first = trainer.world_size, trainer.global_rank + trainer.world_size * self._seen
         self._seen += len(prediction)
         numbers = batch_indices or range(first, first + step * len(prediction), step)
         for number, row in zip(numbers, prediction, strict=True):
             self._partial.write(_line(number, row) + "\n")
-        # To the system, which outlives the process.
+        # Pass it to the operating system, so that it survives a kill of the process.
         self._partial.flush()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -104,14 +104,16 @@ class PredictionWriter(BasePredictionWriter):
         path = Path(trainer.strategy.broadcast(str(self.path(trainer))))
         trainer.strategy.barrier("predictions written")
         if trainer.is_global_zero:
-            # A distributed sampler may repeat rows to even out the processes: each row number once.
+            # A distributed sampler may repeat rows so that all processes have equally many: keep each row once.
             files = _partials(path)
             places = {
-                row: (at, place) for at, file in enumerate(files) for row, place in _places(file, self._key)[0].items()
+                row: (index, place)
+                for index, file in enumerate(files)
+                for row, place in _places(file, self._key)[0].items()
             }
             with contextlib.ExitStack() as stack:
                 streams = [stack.enter_context(file.open("rb")) for file in files]
-                _write(path, (_line_at(streams[at], place) for _, (at, place) in sorted(places.items())))
+                _write(path, (_line_at(streams[index], place) for _, (index, place) in sorted(places.items())))
             for file in files:
                 file.unlink()
             print(f"predictions: {path} ({len(places):,} rows)")
@@ -138,9 +140,9 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         rows = outputs.get("rows") if isinstance(outputs, dict) else None
         start = len(self._tested)
-        # Processes take every n-th example in turn.
+        # With n processes, each takes every n-th example.
         step, first = trainer.world_size, trainer.global_rank
-        self._tested += [(first + step * (start + at), row) for at, row in enumerate(rows or ())]
+        self._tested += [(first + step * (start + index), row) for index, row in enumerate(rows or ())]
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         gathered: list[Any] = [self._tested]
@@ -159,7 +161,7 @@ def _line(number: int, row: dict[str, Any]) -> str:
 
 
 def _write(path: Path, lines: Any) -> None:
-    """Write a file whole or not at all."""
+    """Write a file so that it is never incomplete."""
     with whole_file(path) as temporary, temporary.open("x", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
 
@@ -170,9 +172,9 @@ def _partials(path: Path) -> list[Path]:
 
 
 def _places(file: Path, key: str) -> tuple[dict[int, int], int]:
-    """Return where each row's line begins in a partial file, and where what is whole ends, in bytes.
+    """Return the offset of each row's line in a partial file, and the end of the last complete line, in bytes.
 
-    A kill leaves a line half-written. A file of another key, which is its first line, has no rows.
+    A kill may leave an incomplete line. A file whose first line has another key has no rows.
     """
     places: dict[int, int] = {}
     with file.open("rb") as stream:
@@ -190,7 +192,7 @@ def _places(file: Path, key: str) -> tuple[dict[int, int], int]:
 
 
 def _parsed(line: bytes) -> Any:
-    """Return what a line holds, None if it is not whole."""
+    """Return the content of a line; None if it is incomplete."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -203,7 +205,7 @@ def _line_at(stream: BinaryIO, place: int) -> str:
 
 
 def _key(trainer: pl.Trainer, module: pl.LightningModule) -> str:
-    """Hash what decides the predictions: the data's fingerprint, the weights or their file, and the settings."""
+    """Return a hash of all that determines the predictions: data, weights (or their file) and settings."""
     data: Any = getattr(trainer, "datamodule", None)
     identity = data.identity("predict") if hasattr(data, "identity") else ""
     settings = json.dumps(dict(module.hparams), sort_keys=True, default=str)

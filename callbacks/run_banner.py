@@ -1,4 +1,4 @@
-"""What is about to be trained, in a few lines."""
+"""Print what will be trained, in a few lines."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lit_peft.methods.attachment import trainable_parameters
 
 
 class RunBanner(Callback):
-    """Prints, when fitting starts, the base, method, trainable parameters, precision, devices and results folder.
+    """Prints the base, method, trainable parameters, precision, devices and results folder when fitting starts.
 
-    Works with any LightningModule; a `describe()` on it adds base, task and method.
+    Works with any LightningModule; base, task and method come from its `describe()` if it has that method.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        results = trainer.log_dir or trainer.default_root_dir  # asks all processes
+        results = trainer.log_dir or trainer.default_root_dir  # communicates, so all processes need it
         if not trainer.is_global_zero:
             return
         describe = getattr(pl_module, "describe", None)

@@ -1,4 +1,4 @@
-"""What the model writes while it is being trained."""
+"""Generate sample texts during training."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lit_peft.util.errors import LitPeftError, first_line
 
 
 class SampleGenerations(Callback):
-    """Generates from the same prompts at every validation, and writes what came out.
+    """Generates text from the same prompts at every validation, and writes it to a file.
 
-    Each text is a line of `samples.jsonl` in the run's folder (`step`, `prompt`, `output`), and goes to every logger
-    that takes text (TensorBoard, Weights & Biases). Sampling changes nothing of the training's random numbers.
+    Each text is a line of `samples.jsonl` in the run's folder (`step`, `prompt`, `output`), and is sent to every logger
+    that accepts text (TensorBoard, Weights & Biases). Sampling does not affect the random numbers of training.
 
     Args:
-        prompts: what to go on from.
+        prompts: texts to continue.
         generation: arguments for `generate`, e.g. `{max_new_tokens: 64, do_sample: true}`.
-        tokenizer: model folder or hub id of the tokenizer; the module's, or the data module's, when unset.
+        tokenizer: model folder or hub id of the tokenizer; if unset, that of the module or of the data module.
         every_n_validations: validations between samples.
         filename: name of the file.
 
     Raises:
-        LitPeftError: there are no prompts, or, when fitting starts, no tokenizer, a prompt without
-            tokens for it, or nothing that generates.
+        LitPeftError: there are no prompts; or, when fitting starts, there is no tokenizer, a prompt has no tokens, or
+            no module has `generate`.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class SampleGenerations(Callback):
         filename: str = "samples.jsonl",
     ) -> None:
         if isinstance(prompts, str) or not prompts:
-            raise LitPeftError(f"prompts={prompts!r}: give a list of texts, at least one.")
+            raise LitPeftError(f"prompts={prompts!r}: give a list of at least one text.")
         if every_n_validations < 1:
             raise LitPeftError(f"every_n_validations={every_n_validations}: give a positive number, e.g. 1.")
         self.prompts, self.generation = list(prompts), {"max_new_tokens": 32, **(generation or {})}
@@ -65,12 +65,12 @@ class SampleGenerations(Callback):
             self._loaded = next((tokenizer for tokenizer in found if callable(tokenizer)), None)
         if self._loaded is None:
             raise LitPeftError(
-                "SampleGenerations finds no tokenizer on the module or the data module: name one, e.g. "
+                "SampleGenerations found no tokenizer on the module or the data module: name one, e.g. "
                 "SampleGenerations(prompts, tokenizer='path/to/model')."
             )
         for prompt in self.prompts:
             if not len(self._loaded(prompt)["input_ids"]):
-                raise LitPeftError(f"prompts has {prompt!r}, in which the tokenizer finds no tokens: leave it out.")
+                raise LitPeftError(f"prompts has {prompt!r}, which has no tokens: leave it out.")
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -82,11 +82,11 @@ class SampleGenerations(Callback):
         device = pl_module.device
         rows = []
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            # One by one: no padding, whose side not every model gets right. Sharded models need every process here.
+            # One by one, since not every model handles padding on the left. Sharded models need every process here.
             for prompt in self.prompts:
                 ids = self._loaded(prompt, return_tensors="pt")["input_ids"].to(device)
                 out = _generator(pl_module)(input_ids=ids, attention_mask=torch.ones_like(ids), **self.generation)
-                # An encoder-decoder gives back its answer alone.
+                # An encoder-decoder returns only the new text.
                 new = out[0][ids.shape[1] :] if torch.equal(out[0][: ids.shape[1]], ids[0]) else out[0]
                 text = self._loaded.decode(new, skip_special_tokens=True)
                 rows.append({"step": trainer.global_step, "prompt": prompt, "output": text})
@@ -102,9 +102,9 @@ class SampleGenerations(Callback):
             if hasattr(logger, "log_text"):
                 values = [[row["step"], row["prompt"], row["output"]] for row in rows]
                 logger.log_text("samples", ["step", "prompt", "output"], values)
-            elif hasattr(logger.experiment, "add_text"):
+            elif hasattr(logger.experiment, "add_text"):  # type: ignore[attr-defined]
                 for row in rows:
-                    logger.experiment.add_text(f"samples/{row['prompt']}", row["output"], row["step"])
+                    logger.experiment.add_text(f"samples/{row['prompt']}", row["output"], row["step"])  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self._validations}
@@ -114,8 +114,11 @@ class SampleGenerations(Callback):
 
 
 def _generator(module: pl.LightningModule) -> Any:
-    """The first `generate` of the module, or of a module inside it."""
+    """Return the `generate` of the module, or of the first module inside it that has one."""
     found = next((inner.generate for inner in module.modules() if callable(getattr(inner, "generate", None))), None)
     if found is None:
-        raise LitPeftError(f"SampleGenerations: neither {type(module).__name__} nor a module in it has a `generate`.")
+        raise LitPeftError(
+            f"SampleGenerations needs a `generate` method, but {type(module).__name__} and the modules inside it have "
+            "none: leave the callback out."
+        )
     return found

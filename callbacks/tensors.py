@@ -1,4 +1,4 @@
-"""What callbacks look at in tensors of every kind."""
+"""Access to tensors of every kind, for callbacks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the plain tensors that a tensor is made of: a shard's local part, a quantized tensor's codes and scales."""
+    """Yield the plain tensors inside a tensor: the local part of a shard, codes and scales of a quantized one."""
     inner: Any = tensor.detach()
     if hasattr(inner, "to_local"):
         inner = inner.to_local()
@@ -22,5 +22,5 @@ def parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters of a module by name."""
+    """Return the trained parameters of a module by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""How fast training is, and how much memory it takes."""
+"""Measure the speed and the memory of training."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lit_peft.util.memory import peak_memory
 class Throughput(Callback):
     """Logs tokens and samples per second of all devices, the model FLOPs utilization (MFU), and the peak memory.
 
-    Logged are `tokens_per_second`, `samples_per_second`, `mfu` and `peak_memory_mb`, each over the steps since it was
-    logged last; validation does not count. Tokens are those of `attention_mask`, so padding does not count, or of
-    `input_ids` where there is no mask. FLOPs are counted, not estimated: of the forward and backward pass of the first
-    batch, and taken in proportion to the samples afterwards. MFU divides them by what the device can do. Peak memory is
-    the accelerator's allocated memory, or the process's resident memory on a CPU.
+    It logs `tokens_per_second`, `samples_per_second`, `mfu` and `peak_memory_mb`, each over the steps since the last
+    time, without validation. Tokens are counted by `attention_mask`, so padding does not count, or by `input_ids` if
+    there is no mask. FLOPs are counted in the forward and backward pass of the first batch, and scaled by the number of
+    samples afterwards. MFU divides them by the peak of the device. Peak memory is the allocated memory of the
+    accelerator, or the resident memory of the process on a CPU.
 
     Args:
-        every_n_steps: optimizer steps between measurements; the Trainer's `log_every_n_steps` when unset.
-        peak_flops: FLOP per second one device can do; known by its name for most GPUs when unset, and no MFU elsewhere.
-        count_flops: count the first batch's FLOPs, without which there is no MFU.
+        every_n_steps: optimizer steps between measurements; the Trainer's `log_every_n_steps` if unset.
+        peak_flops: peak FLOP per second of one device; if unset, looked up for most GPUs, and no MFU on other devices.
+        count_flops: count the FLOPs of the first batch; without this there is no MFU.
 
     Raises:
         LitPeftError: a number is not positive.
@@ -39,7 +39,7 @@ class Throughput(Callback):
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("peak_flops", peak_flops)):
             if value is not None and not value > 0:
-                raise LitPeftError(f"{name}={value}: give a positive number, or leave it out.")
+                raise LitPeftError(f"{name}={value}: give a positive number, or leave it unset.")
         self.every_n_steps, self.peak_flops, self.count_flops = every_n_steps, peak_flops, count_flops
         self.flops_per_sample: float | None = None
         self._counter: FlopCounterMode | None = None
@@ -72,7 +72,7 @@ class Throughput(Callback):
     ) -> None:
         samples, tokens = _size(batch)
         if self._stop_counting() and samples and self._counter is not None:
-            # Counting is slow: its batch is not timed.
+            # Counting is slow, so this batch is not timed.
             self.flops_per_sample = self._counter.get_total_flops() / samples
             self._counter = None
             self._reset()
@@ -80,13 +80,13 @@ class Throughput(Callback):
             return
         self._samples += samples
         self._tokens = self._tokens + tokens
-        every = self.every_n_steps or trainer.log_every_n_steps
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step - self._step >= every > 0 and self._samples:
             self._log(trainer)
             self._step = trainer.global_step
 
     def _log(self, trainer: pl.Trainer) -> None:
-        tokens = int(self._tokens)  # a device has done all its work when it answers
+        tokens = int(self._tokens)  # this waits until the device has finished its work
         seconds = self._seconds + (time.perf_counter() - (self._since or time.perf_counter()))
         values = {"samples_per_second": self._samples * trainer.world_size / seconds}
         if tokens:
@@ -97,7 +97,7 @@ class Throughput(Callback):
         if memory is not None:
             values["peak_memory_mb"] = memory / 2**20
         for name, value in values.items():
-            self.log(name, value, batch_size=1)
+            trainer.lightning_module.log(name, value, batch_size=1)
         self._reset()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -116,7 +116,7 @@ class Throughput(Callback):
 
 
 def _size(batch: Any) -> tuple[int, Any]:
-    """The number of samples in a batch and of their tokens, the latter a tensor where counting needs the device."""
+    """Return the number of samples and of tokens in a batch; the latter as a tensor if it is counted on the device."""
     if isinstance(batch, dict) and isinstance(batch.get("attention_mask"), Tensor):
         return len(batch["attention_mask"]), batch["attention_mask"].sum()
     if isinstance(batch, dict) and isinstance(batch.get("input_ids"), Tensor):

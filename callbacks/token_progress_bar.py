@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 class TokenProgressBar(TQDMProgressBar):
     """Lightning's bar (loss, steps, elapsed and remaining time) with the tokens per second of all devices.
 
-    Tokens are counted by the attention mask, so padding does not count; in packed rows, which have none, it does.
+    Tokens are counted by the attention mask, so padding does not count; it does in packed rows, which have no mask.
 
     Args:
         refresh_rate: batches between updates; 0 disables the bar.
-        process_position: line of the bar, where several are shown.
+        process_position: line of the bar, if there are several.
         leave: keep the bars of finished epochs.
     """
 
@@ -36,12 +36,12 @@ class TokenProgressBar(TQDMProgressBar):
         if mask is None and isinstance(batch, dict) and "input_ids" in batch:
             self._tokens = self._tokens + batch["input_ids"].numel()
         elif mask is not None:
-            # Added up on the device: a device is not waited for until the bar is drawn.
+            # Added up on the device, so that nothing waits for the device until the bar is drawn.
             self._tokens = self._tokens + mask.sum()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Return what stands behind the bar."""
+        """Return the values to show after the bar."""
         items: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
         items.pop("v_num", None)
         elapsed = time.perf_counter() - self._since

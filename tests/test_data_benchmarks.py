@@ -128,7 +128,7 @@ def test_multirc_is_judged_by_question_and_by_answer(suffix: str, encoder: Path,
     # What is held out shares no paragraph with what is trained on.
     held = TextClassificationData(train=file, validation_fraction=0.5, **settings)
     held.setup("fit")
-    parts = [{rows[at]["paragraph"] for at in held.rows[split].numbers} for split in ("train", "validation")]
+    parts = [{rows[at]["paragraph"] for at in held.rows[split].indices} for split in ("train", "validation")]
     assert all(parts) and not parts[0] & parts[1]
 
 
@@ -252,11 +252,11 @@ def test_a_choice_benchmark_trains_tests_and_predicts(name: str, encoder: Path, 
 def test_wrong_cloze_rows_are_told(encoder: Path, tmp_path: Path) -> None:
     wrong = {
         "row 2: column 'query' has no '@placeholder'": {"query": "it was good"},
-        "row 2: of the answers .'Eve'. in column 'answers' none is one of the 3 choices": {"answers": ["Eve"]},
+        "row 2: none of the answers .'Eve'. in column 'answers' is one of the 3 choices": {"answers": ["Eve"]},
         "row 2 has 0 choice": {"entities": []},
-        "row 2: of the answers .. in column": {"answers": []},
-        "row 2: column 'answers' is 'good', and other rows have lists": {"answers": "good"},
-        "row 2: column 'answers' is None, and other rows have lists": {"answers": None},
+        "row 2: none of the answers .. in column": {"answers": []},
+        "row 2: column 'answers' is 'good', but other rows have lists": {"answers": "good"},
+        "row 2: column 'answers' is None, but other rows have lists": {"answers": None},
     }
     for said, changed in wrong.items():
         file = written(tmp_path / "a.jsonl", [RECORD[0], {**RECORD[1], **changed}])
@@ -347,7 +347,7 @@ def test_glues_own_files_are_read(config: str, streaming: bool, encoder: Path, t
         file.write_text("".join(line.replace("|", "\t") + "\n" for line in bare))
         other = TextClassificationData(base=str(encoder), benchmark=f"glue/{config}", test=str(file), labels=["0", "1"])
         if config != "mrpc":
-            with pytest.raises(LitPeftError, match=r"has no column 'label'.*test files come without"):
+            with pytest.raises(LitPeftError, match=r"has no column 'label'.*test files come without labels"):
                 other.setup("test")
 
 
@@ -474,7 +474,7 @@ def test_super_glues_own_files_are_read(name: str, streaming: bool, encoder: Pat
     # Its test file, without labels, is told, and predicted.
     text = json.dumps(line).replace('"label"', '"other"').replace('"answers": [{"start"', '"others": [{"start"')
     bare = written(tmp_path / "test.jsonl", [json.loads(text)])
-    with pytest.raises(LitPeftError, match="test files come without"):
+    with pytest.raises(LitPeftError, match="test files come without labels"):
         kind(test=bare, **settings).setup("test")
     # Neither the hub's training split nor a file is read for that.
     assert len(kind(predict=bare, **settings).examples("predict")) == len(rows)
@@ -487,7 +487,7 @@ def test_broken_files_of_super_glue_are_told(encoder: Path, tmp_path: Path) -> N
         del nested["span1_text" if name == "wsc" else "text"]
         kind = MultipleChoiceData if name == "record" else TextClassificationData
         data = kind(base=str(encoder), test=written(tmp_path / f"{name}.jsonl", [line]), benchmark=f"super_glue/{name}")
-        with pytest.raises(LitPeftError, match=r"is not as the benchmark's own files are: '(text|span1_text)' is None"):
+        with pytest.raises(LitPeftError, match=r"the benchmark's own files: '(text|span1_text)' is None"):
             data.setup("test")
 
 

@@ -70,7 +70,7 @@ def test_broken_files_are_told(
         assert "has no rows" in error("text,label\n", "csv")
         assert "line 3 has 3 cells" in error("text,label\ngood,x\ngood,x,y", "csv")
         assert "is not a readable parquet file" in error("PAR1", "parquet")
-        assert "unknown kind '.xlsx'" in error("a", "xlsx")
+        assert "unknown suffix '.xlsx'" in error("a", "xlsx")
     # Without a worked out answer, the gold one is learned.
     for column in row.keys() - ({"output"} if name == "ReasoningData" else set()):
         others = {other: value for other, value in {**row, "more": "x"}.items() if other != column}

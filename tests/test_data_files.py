@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from lit_peft import LitPeftError, TextClassificationData
 from lit_peft.data import json_rows
 from lit_peft.data.conll import read_conll
-from lit_peft.data.evened import Evened, RealOnly
+from lit_peft.data.even_shards import DropSurplus, EvenShards
 from lit_peft.data.files import column_values, read_file
 from lit_peft.data.text_classification import encode_texts
 
@@ -85,7 +85,7 @@ def test_parquet_with_extra_columns(encoder: Path, tmp_path: Path) -> None:
         ("a.csv", b"text,label\na,0\n ,1\n", "row 2 has no text"),
         ("a.csv", b"text,label\na,0\nb,\n", "row 2 has no label"),
         ("a.parquet", b"PAR1 no", "not a readable parquet file"),
-        ("a.xlsx", b"x", "unknown kind '.xlsx'"),
+        ("a.xlsx", b"x", "unknown suffix '.xlsx'"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_place(
@@ -148,12 +148,12 @@ def test_a_type_that_shows_late_holds_for_all_rows(first: Any, then: Any, tmp_pa
         ("a.json", '[null, {"a": "x"}, "%s", {"a": "y"}]', "row 1 is not a JSON object"),
         ("a.json", '[Infinity, {"a": {}}, {"a": "x"}]', "row 1 is not a JSON object"),
         ("a.jsonl", '{"a": 1}\nnull\n', "line 2 is not a JSON object"),
-        ("a.jsonl", '{"a": "x"}\n{"a": "\\ud800"}\n', "line 2 holds half of a surrogate pair"),
+        ("a.jsonl", '{"a": "x"}\n{"a": "\\ud800"}\n', "line 2 has half of a surrogate pair"),
         ("a.jsonl", '{"a":' * 100_000, "line 1 is nested too deeply"),
         ("a.json", "[" * 100_000, "is nested too deeply"),
         ("a.json", "{}", "has no rows"),
-        ("a.json", '[{"a": 1}]\n[{"a": 2}]', "more stands after the end of the list"),
-        ("a.json", '[{"a": "\\udc00"}]', "row 1 holds half of a surrogate pair"),
+        ("a.json", '[{"a": 1}]\n[{"a": 2}]', "there is text after the end of the list"),
+        ("a.json", '[{"a": "\\udc00"}]', "row 1 has half of a surrogate pair"),
         ("a.json", '{\n"a": [1,\n}', "broken JSON at line 3, column 1"),
         ("a.json", b'[{"a": 1},\n{"a": "\xe9"}]', r"byte 0xe9 in line 2 \(offset 18\)"),
     ],
@@ -294,11 +294,9 @@ def test_tokens_are_kept_for_the_next_run(encoder: Path, tmp_path: Path, monkeyp
 def test_cut_texts_are_counted(encoder: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text(f"text,label\n{'good ' * 9},0\nbad,1\n")
-    said: list[str] = []
     made = data(encoder, file, max_length=6)
-    made.say = said.append  # type: ignore[method-assign]
     made.setup("fit")
-    assert said == ["data.train: 1 of 2 texts cut to 6 tokens (data.max_length); 3 tokens were cut away."]
+    assert made.report() == ["data.train: 1 of 2 texts cut to 6 tokens (data.max_length); 3 tokens lost."]
 
 
 _MEASURE = """
@@ -336,7 +334,7 @@ def test_every_process_gets_as_many_examples_and_none_counts_twice() -> None:
         return {"at": [example["at"] for example in examples]}
 
     examples = [{"at": at} for at in range(5)]
-    evened, real = Evened(examples, 4), RealOnly(collate)
+    evened, real = EvenShards(examples, 4), DropSurplus(collate)
     shares = [[evened[at] for at in range(process, len(evened), 4)] for process in range(4)]
     assert [len(share) for share in shares] == [2, 2, 2, 2]
     batches = [real(share[at : at + 1]) for share in shares for at in range(2)]

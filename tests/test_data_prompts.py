@@ -30,14 +30,12 @@ def letters() -> Any:
 
 def test_raw_prompts_that_are_cut_are_counted(decoder: Path, tmp_path: Path) -> None:
     file = lines(tmp_path / "a.jsonl", {"text": "good " * 9 + "bad"}, {"text": "bad"})
-    said: list[str] = []
     data = CausalLMData(base=str(decoder), predict=file, max_length=6)
-    data.say = said.append  # type: ignore[method-assign]
     examples = data.examples("predict")
     bad = AutoTokenizer.from_pretrained(decoder)("bad")["input_ids"]
     assert [len(ids) for ids in examples["input_ids"]] == [6, 1] and examples["input_ids"][0][-1:] == bad
     assert examples.column_names == ["input_ids"]
-    assert said == ["data.predict: 1 of 2 prompts cut to 6 tokens (data.max_length); 4 tokens were cut away."]
+    assert data.report() == ["data.predict: 1 of 2 prompts cut to 6 tokens (data.max_length); 4 tokens lost."]
 
 
 @pytest.mark.parametrize("make", [CausalLMData, InstructionData, Seq2SeqData])
@@ -105,7 +103,7 @@ def test_an_input_that_is_a_number_stays(decoder: Path, tmp_path: Path) -> None:
         input_column="b",
         output_column="c",
         template="alpaca",
-        prompts=True,
+        prompts_only=True,
         max_length=8,
         train_on_inputs=False,
     )

@@ -24,6 +24,7 @@ from lit_peft import (
     TokenClassificationData,
 )
 from lit_peft.tasks import find_task
+from lit_peft.tasks.base import Generation
 
 OPTIONS: dict[str, Any] = {**QUIET, "enable_checkpointing": False, "check_val_every_n_epoch": 100}
 WORDS = "a b c d e f g h ann bob lives in rome oslo who where ? . is red blue the sky sea what color".split()  # noqa: SIM905
@@ -145,14 +146,12 @@ def test_byte_level_words_are_found() -> None:
     assert first_tokens([(0, 0), (0, 2)], ["ab", "c"]) == [-1, 0]
 
 
-def test_words_cut_away_are_reported_and_missed(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_words_that_are_cut_are_reported_and_missed(base: str, tmp_path: Path) -> None:
     rows = [{"tokens": ["a"] * 9 + ["ann"], "tags": ["O"] * 9 + ["B-PER"]}]
     file = lines(tmp_path / "a.jsonl", rows)
     data = TokenClassificationData(base=base, train=file, test=file, max_length=8, validation_fraction=0)
-    said: list[str] = []
-    data.say = said.append  # type: ignore[method-assign]
     data.setup("test")
-    assert "1 of 1 sentences cut to 8 tokens" in said[0] and "4 words" in said[0]
+    assert "1 of 1 sentences cut to 8 tokens" in data.report()[0] and "4 words" in data.report()[0]
     module = lit_peft.HeadOnly(base=base, task="token_classification")
     metrics = pl.Trainer(**OPTIONS).test(module, data, verbose=False)[0]
     assert metrics["test_recall"] == 0
@@ -222,7 +221,7 @@ def test_answering_end_to_end(version: int, base: str, tmp_path: Path) -> None:
         doc_stride=4,
         max_question_length=8,
     )
-    data._without_overlap = lambda found: found["train"]  # type: ignore[method-assign]
+    data.drops_overlap = False
     metrics, rows = fit(data, base, "question_answering", 12)
     # Naming a place at random is right half of the time.
     assert metrics["test_exact_match"] > 0.6 and metrics["test_f1"] >= metrics["test_exact_match"]
@@ -245,7 +244,7 @@ def test_windows_cover_the_context_and_hold_the_answer(base: str, tmp_path: Path
     file = lines(tmp_path / "a.jsonl", rows)
     settings = {"base": base, "max_length": 24, "doc_stride": 6, "max_question_length": 8}
     data = QuestionAnsweringData(train=file, test=file, validation_fraction=0, **settings)
-    data._without_overlap = lambda found: found["train"]  # type: ignore[method-assign]
+    data.drops_overlap = False
     batch = next(iter(data.test_dataloader()))
     counts = batch["windows"].tolist()
     assert counts[1] == 1 and sum(counts) == len(batch["input_ids"]) and counts[0] > 3
@@ -283,7 +282,7 @@ def test_flat_answers_are_found_in_the_context(base: str, tmp_path: Path) -> Non
     place = batch["offsets"][0, batch["start_positions"][0]].tolist()
     assert batch["contexts"][0][slice(*place)] == "rome"
     file.write_text("question,context,answers\nwhere ?,ann in oslo,rome\n")
-    with pytest.raises(LitPeftError, match="row 1: the answer 'rome' does not stand in the context"):
+    with pytest.raises(LitPeftError, match="row 1: the answer 'rome' is not in the context"):
         QuestionAnsweringData(base=base, test=str(file)).setup("test")
     with pytest.raises(LitPeftError, match="doc_stride"):
         QuestionAnsweringData(base=base, max_length=100, doc_stride=90)
@@ -307,7 +306,7 @@ def test_choosing_end_to_end(base: str, tmp_path: Path) -> None:
     columns = {"question_column": "q", "choices_column": "c", "answer_column": "a"}
     files = {"validation": file, "test": file, "predict": file}
     data = MultipleChoiceData(base=base, train=file, **files, batch_size=8, **columns)
-    data._without_overlap = lambda found: found["train"]  # type: ignore[method-assign]
+    data.drops_overlap = False
     metrics, rows = fit(data, base, "multiple_choice", 30)
     assert metrics["test_accuracy"] > 0.7
     assert len(rows) == 32 and rows[0]["text"] == ["red", "blue"][rows[0]["choice"]]
@@ -379,7 +378,7 @@ def test_seq2seq_end_to_end(t5: str, tmp_path: Path) -> None:
     columns = {"source_column": "translation.en", "target_column": "translation.xx", "prefix": "what : "}
     files = {"validation": file, "test": file, "predict": file}
     data = Seq2SeqData(base=t5, train=file, **files, batch_size=16, **columns)
-    data._without_overlap = lambda found: found["train"]  # type: ignore[method-assign]
+    data.drops_overlap = False
     metrics, predicted = fit(data, t5, "seq2seq", 2, generation={"max_new_tokens": 4})
     assert {"test_rouge1", "test_rouge2", "test_rougeL", "test_bleu", "test_sacrebleu", "test_loss"} <= set(metrics)
     assert len(predicted) == 32 and set(predicted[0]) == {"source", "text"}
@@ -391,13 +390,11 @@ def test_seq2seq_end_to_end(t5: str, tmp_path: Path) -> None:
 
 def test_targets_are_padded_and_cut(t5: str, tmp_path: Path) -> None:
     rows = [{"source": "a", "target": "a b c d e f"}, {"source": "a b", "target": "a"}]
-    said: list[str] = []
     data = Seq2SeqData(base=t5, test=lines(tmp_path / "a.jsonl", rows), max_target_length=5, max_length=64)
-    data.say = said.append  # type: ignore[method-assign]
     batch = next(iter(data.test_dataloader()))
     assert batch["labels"][1].tolist()[3:] == [-100, -100] and batch["labels"].shape == (2, 5)
     assert batch["labels"][0, -1] == 3  # the end stays
-    assert "1 of 2 targets cut to 5 tokens" in said[0] and "3 tokens" in said[0]
+    assert "1 of 2 targets cut to 5 tokens" in data.report()[0] and "3 tokens" in data.report()[0]
 
 
 def test_generated_text_is_scored_as_the_libraries_score_it(t5: str) -> None:
@@ -406,7 +403,7 @@ def test_generated_text_is_scored_as_the_libraries_score_it(t5: str) -> None:
     task = find_task("seq2seq")
     texts = ["the red sky is the sea .", "ann lives in rome a b", "bob , who ?"]
     references = ["the sky is red .", "ann lives in oslo a b", "where is bob , ann ?"]
-    task._generate = lambda module, batch: [texts.pop(0)]  # type: ignore[attr-defined]
+    task._generate = lambda model, batch, generation: [texts.pop(0)]  # type: ignore[attr-defined]
     metrics = task.metrics(None)
     module = lit_peft.LoRA(base=t5, task="seq2seq")
     module.configure_model()
@@ -414,7 +411,7 @@ def test_generated_text_is_scored_as_the_libraries_score_it(t5: str) -> None:
     for reference in references:
         ids = torch.tensor([[5, 3]])
         batch = {"input_ids": ids, "attention_mask": ids > 0, "labels": ids, "references": [reference]}
-        task.evaluate(module, metrics, batch)
+        task.evaluate(module.model, metrics, batch, Generation(lambda: module.tokenizer))
     scorer = rouge.RougeScorer(["rouge1", "rouge2", "rougeL"])
     for name in ("rouge1", "rouge2", "rougeL"):
         scores = [scorer.score(ref, text)[name].fmeasure for ref, text in zip(references, wanted, strict=True)]

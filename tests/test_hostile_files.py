@@ -39,7 +39,7 @@ BROKEN: list[tuple[str, str | bytes | None, str]] = [
     ("comma.jsonl", LINES + '{"text": "x", "label": "pos"},\n', "line 3 is not valid JSON (column 30"),
     ("comma.json", f"[{json.dumps(ROWS[0])},\n]", "broken JSON at line 2, column 1"),
     ("cut.json", json.dumps(ROWS)[:-3], "broken JSON at line 1"),
-    ("more.json", json.dumps(ROWS) + "[", "more stands after the end of the list"),
+    ("more.json", json.dumps(ROWS) + "[", "there is text after the end of the list"),
     ("numbers.json", "[1, 2]", "row 1 is not a JSON object ('1')"),
     ("null.json", '[null, {"text": "x"}]', "row 1 is not a JSON object ('null')"),
     ("infinity.json", '[Infinity, {"text": {}}]', "row 1 is not a JSON object ('Infinity')"),
@@ -49,7 +49,7 @@ BROKEN: list[tuple[str, str | bytes | None, str]] = [
     ("splits.json", json.dumps({"train": ROWS}), "no column 'text' (data.text_column); it has 'train'"),
     ("deep.jsonl", LINES + '{"m":' * 9_000, "line 3 is nested too deeply"),
     ("deep.json", '[{"m":' + "[" * 9_000, "row 1 is nested too deeply"),
-    ("half.jsonl", LINES + '{"text": "\\ud83d", "label": "pos"}', "line 3 holds half of a surrogate pair"),
+    ("half.jsonl", LINES + '{"text": "\\ud83d", "label": "pos"}', "line 3 has half of a surrogate pair"),
     ("column.jsonl", '{"txt": "good", "label": "pos"}', "no column 'text' (data.text_column); it has 'txt', 'label'"),
     ("column.csv", "good film,pos\nbad film,neg\n", "no column 'text' (data.text_column); it has 'good film', 'pos'"),
     ("twice.csv", "text,text,label\na,b,pos\n", "repeated column names (['text'])"),
@@ -66,7 +66,7 @@ BROKEN: list[tuple[str, str | bytes | None, str]] = [
     ("gz.jsonl", gzip.compress(LINES.encode()), "is compressed; unpack it"),
     ("bz.csv", bz2.compress(TABLE.encode()), "is compressed; unpack it"),
     ("page.json", "<!DOCTYPE html><html></html>", "is a web page"),
-    ("pointer.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "only Git LFS' pointer"),
+    ("pointer.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "only a Git LFS pointer"),
     ("bad.parquet", b"PAR1 no", "not a readable parquet file"),
     (
         "bytes.parquet",
@@ -75,7 +75,7 @@ BROKEN: list[tuple[str, str | bytes | None, str]] = [
     ),
     ("folder.jsonl", None, "is a folder"),
     ("folder", None, "is a folder"),
-    ("rows", LINES, "is of an unknown kind ''"),
+    ("rows", LINES, "has the unknown suffix ''"),
 ]
 # Files that are read, and the texts and labels that they hold.
 READ: list[tuple[str, str | bytes, list[tuple[str, str]]]] = [
@@ -187,7 +187,7 @@ def test_one_row(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("fit", encoder, train="one.csv", labels=["neg", "pos"])) == 0
     assert main(command("test", encoder, test="one.csv", labels=["neg", "pos"])) == 0
     assert main(command("fit", encoder, train="one.csv")) == 2
-    assert "holds only the label 'pos'" in capsys.readouterr().err
+    assert "has only the label 'pos'" in capsys.readouterr().err
 
 
 @pytest.mark.heavy

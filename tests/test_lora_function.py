@@ -1,8 +1,9 @@
-"""LoRA's one operation against the plain formula: outputs, gradients, what is saved."""
+"""LoRA as one operation, compared with the plain formula: outputs, gradients of any order, and what is saved."""
 
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_peft.nn import LoRALinear, factors, lora
+from lit_peft.nn import LoRALinear
+from lit_peft.nn.factors import factors_or_self
 from lit_peft.nn.lora import LoRAEmbedding
 from lit_peft.nn.lora_function import lora_linear, pack_bits, unpack_bits
 
@@ -32,21 +34,34 @@ def gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [out.detach(), x.grad, *(p.grad for p in module.parameters() if p.requires_grad)]  # type: ignore[list-item]
 
 
+class Formula(nn.Module):
+    """The layer as the paper writes it, with the same parameters."""
+
+    def __init__(self, module: LoRALinear) -> None:
+        super().__init__()
+        self.layer = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        dropped = F.dropout(x, layer.lora_dropout, layer.training)
+        low = F.linear(dropped, layer.lora_A.to(x.dtype)) * layer.scaling
+        out: Tensor = layer.base_layer(x)
+        return out + F.linear(low, layer.lora_B.to(x.dtype)).to(out.dtype)
+
+
 def is_plain(module: LoRALinear, x: torch.Tensor) -> bool:
     return module._is_plain(x, module.base_layer, module.weight)
 
 
 @pytest.mark.parametrize("kind", ["linear", "no bias", "Conv1D"])
 @pytest.mark.parametrize("trained_bias", [False, True])
-def test_equals_the_plain_formula(kind: str, trained_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_plain_formula(kind: str, trained_bias: bool) -> None:
     module, x = layer(kind), torch.randn(2, 5, 12)
     if trained_bias and module.bias is not None:
         module.bias.requires_grad_(True)
     assert is_plain(module, x)
     ours = gradients(module, x)
-    monkeypatch.setattr(lora, "FUSED", False)
-    assert not is_plain(module, x)
-    for mine, theirs in zip(ours, gradients(module, x), strict=True):
+    for mine, theirs in zip(ours, gradients(Formula(module), x), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
@@ -108,7 +123,7 @@ def test_bits() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16(autocast: bool) -> None:
     module = layer()
     if not autocast:
         module.base_layer.bfloat16()
@@ -116,8 +131,7 @@ def test_bfloat16(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = gradients(copy.deepcopy(module).float(), x.float())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours = gradients(module, x)
-        monkeypatch.setattr(lora, "FUSED", False)
-        plain = gradients(module, x)
+        plain = gradients(Formula(module), x)
     for mine, theirs, truth in zip(ours, plain, exact, strict=True):
         assert mine.dtype == theirs.dtype
         assert (mine.float() - truth).norm() <= 1.2 * (theirs.float() - truth).norm() + 1e-3 * truth.norm()
@@ -165,25 +179,25 @@ def saved_storages(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_product_is_kept_as_its_factors_bit_for_bit(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_is_kept_as_its_factors_bit_for_bit(autocast: bool) -> None:
     module = layer(lora_dropout=0.3)
     gate, up = torch.randn(2, 64, 12).requires_grad_(), torch.randn(2, 64, 12).requires_grad_()
 
-    def step() -> tuple[int, list[Tensor]]:
+    def step(copied: bool) -> tuple[int, list[Tensor]]:
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            size, out = saved_storages(lambda: module(F.silu(gate) * up))
+            # A copy of the product is no product: it is kept itself.
+            size, out = saved_storages(lambda: module((F.silu(gate) * up).clone() if copied else F.silu(gate) * up))
         leaves = (gate, up, module.lora_A, module.lora_B)
         return size, [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
 
-    size, values = step()
-    monkeypatch.setattr(factors, "KEEP_FACTORS", False)
-    plain_size, plain = step()
+    size, values = step(False)
+    plain_size, plain = step(True)
     assert plain_size - size == gate.nbytes
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(values, plain, strict=True))
 
 
-def test_a_product_under_checkpointing_and_offloading(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_under_checkpointing_and_offloading() -> None:
     module = layer()
     gate, up = torch.randn(3, 12).requires_grad_(), torch.randn(3, 12).requires_grad_()
     leaves = (gate, up, module.lora_A, module.lora_B)
@@ -204,8 +218,82 @@ def test_what_is_not_a_product_of_two_of_its_shape_is_kept_itself() -> None:
     x = torch.randn(3, 12).requires_grad_()
     for other in (2.0, torch.randn(12).requires_grad_(), torch.randn(3, 12)):
         product = x * other
-        assert factors.factors_or_self(product) == (product,)
-    assert len(factors.factors_or_self(x + x)) == 1
+        assert factors_or_self(product) == (product,)
+    assert len(factors_or_self(x + x)) == 1
+
+
+def second_gradients(module: nn.Module, x: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor]:
+    """The gradients of a gradient penalty, as in WGAN-GP: of the squares of all first gradients."""
+    torch.manual_seed(0)
+    first = torch.autograd.grad(module(x).pow(3).sum(), leaves, create_graph=True)
+    return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["linear", "no bias", "Conv1D"])
+def test_gradients_of_gradients(kind: str, dropout: float) -> None:
+    module = layer(kind, lora_dropout=dropout).double()
+    x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+    leaves = (x, module.lora_A, module.lora_B)
+    ours = second_gradients(module, x, leaves)
+    masked = Formula(module)
+    if dropout:
+        # The same mask: torch draws it for the rows of x.
+        torch.manual_seed(0)
+        mask = torch.native_dropout(torch.ones(6, 12, dtype=torch.float64), dropout, True)[0].view(2, 3, 12)
+        base, a, b, s = module.base_layer, module.lora_A, module.lora_B, module.scaling
+        masked.forward = lambda x: base(x) + s * (x * mask) @ a.T @ b.T  # type: ignore[method-assign]
+    for mine, theirs in zip(ours, second_gradients(masked, x, leaves), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_gradients_of_gradients_through_a_product(held: bool) -> None:
+    """Its factors are kept, yet its own gradient may be asked for as long as somebody holds the product."""
+    module = layer().double()
+    gate, up = (torch.randn(3, 12, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def run(net: nn.Module) -> list[Tensor]:
+        product = F.silu(gate) * up
+        out = net(product)
+        wanted = (gate, up, module.lora_A, *((product,) if held else ()))
+        del product
+        gc.collect()
+        first = torch.autograd.grad(out.pow(3).sum(), (module.lora_A, module.lora_B), create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), wanted))  # type: ignore[arg-type]
+
+    for mine, theirs in zip(run(module), run(Formula(module)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_second_gradients_are_checked_by_differences() -> None:
+    torch.manual_seed(0)
+    x, w, bias, a, b = (torch.randn(*s, dtype=torch.float64) for s in [(3, 5), (4, 5), (4,), (2, 5), (4, 2)])
+    for tensor in (x, bias, a, b):
+        tensor.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda *t: lora_linear(t[0], w, *t[1:], 0.5), (x, bias, a, b))
+
+
+def test_function_transforms_take_the_plain_path() -> None:
+    module, x = layer().double(), torch.randn(4, 12, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.vmap(module)(x), module(x))
+    torch.testing.assert_close(torch.func.jacrev(module)(x[0]), torch.func.jacfwd(module)(x[0]))
+    direction = torch.randn_like(x)
+    out, change = torch.func.jvp(module, (x,), (direction,))
+    torch.testing.assert_close(out, module(x))
+    torch.testing.assert_close(change, module(x + direction) - module(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "no bias", "Conv1D"])
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 5, 12), (0, 12)], ids=str)
+def test_the_output_may_be_changed_in_place(kind: str, shape: tuple[int, ...]) -> None:
+    module, x = layer(kind), torch.randn(shape, requires_grad=True)
+    results = []
+    for change in (lambda out: out.add_(1).relu_(), lambda out: (out + 1).relu()):
+        out = change(module(x))
+        results.append([out, *torch.autograd.grad(out.square().sum(), (x, module.lora_A, module.lora_B))])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("kind", ["linear", "Conv1D", "embedding"])

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 
 import lit_peft
 from lit_peft import LitPeftError
-from lit_peft.data.evened import Evened
+from lit_peft.data.even_shards import EvenShards
 from lit_peft.data.sampling import SeededBatches
 
 
@@ -100,7 +100,7 @@ def test_fewer_rows_than_processes() -> None:
     rows = [{"input_ids": [at]} for at in range(2)]
     shares = [list(SeededBatches(2, 1, 0, num_replicas=5, rank=rank)) for rank in range(5)]
     assert all(len(share) == 1 for share in shares)
-    evened = Evened(rows, 5)
+    evened = EvenShards(rows, 5)
     assert len(evened) == 5 and sum("surplus" not in evened[at] for at in range(5)) == 2
 
 

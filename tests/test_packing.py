@@ -16,7 +16,7 @@ from models import DECODERS, close, make, scramble
 import lit_peft
 from lit_peft import InstructionData, LitPeftError
 from lit_peft.data.collate import PadCollator
-from lit_peft.data.packing import PackCollator, exchanged, pack
+from lit_peft.data.packing import PackCollator, pack, swap_equal_lengths
 from lit_peft.tasks.causal_lm import CausalLM
 from lit_peft.tasks.packed import check_packing, packed_inputs
 
@@ -37,7 +37,7 @@ def examples(*lengths: int) -> list[dict[str, Any]]:
 def results(model: Any, batch: dict[str, Any], alone: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
     task = CausalLM()
     model.zero_grad()
-    context = task.loss_alone(model) if alone else torch.enable_grad()
+    context = task.loss_only(model) if alone else torch.enable_grad()
     with context:
         loss = task.run(model, batch).loss
     loss.backward()
@@ -98,7 +98,7 @@ def test_every_model_keeps_packed_examples_apart_or_is_refused(name: str) -> Non
 def test_virtual_tokens_are_refused(method: str, decoder: Path) -> None:
     module = getattr(lit_peft, method)(base=str(decoder), num_virtual_tokens=2)
     data = InstructionData(base=str(decoder), packing=True)
-    with pytest.raises(LitPeftError, match=r"data.packing is set, and the virtual tokens of"):
+    with pytest.raises(LitPeftError, match=r"data.packing is set, but the virtual tokens of"):
         module.check_data(data)
     module.configure_model()
     batch = PackCollator(0)([examples(5, 6)])
@@ -131,7 +131,7 @@ def test_rows_are_full_and_hold_every_example_once() -> None:
 
 def test_examples_change_places_with_those_of_their_length() -> None:
     lengths = torch.tensor(skewed(500, 64))
-    taken = exchanged(lengths, torch.Generator().manual_seed(0))
+    taken = swap_equal_lengths(lengths, torch.Generator().manual_seed(0))
     assert sorted(taken.tolist()) == list(range(500)) and (taken != torch.arange(500)).float().mean() > 0.8
     assert (lengths[taken] == lengths).all()
 

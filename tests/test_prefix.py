@@ -321,7 +321,7 @@ def test_t5s_bias_where_adapterhub_moves_the_keys_alone(past: int) -> None:
     attention.config.past = past
     bias = attention.compute_bias(5, 5 + past, past_seen_tokens=past)
     expected = attention.compute_bias(5, 8 + past, past_seen_tokens=past)
-    close(attention.config.bias(bias, query, key), expected)
+    close(attention.config.extend_bias(bias, query, key), expected)
     assert not torch.equal(expected[..., 3:], bias)
 
 
@@ -338,7 +338,7 @@ def test_positions_beyond_the_table_are_refused(name: str) -> None:
     inputs = inputs_of(name)
     ids = torch.arange(7).expand(2, -1)
     model(**inputs, position_ids=ids + 53)
-    with pytest.raises(LitPeftError, match=r"61 tokens behind a prefix of 4 .* 64 positions"):
+    with pytest.raises(LitPeftError, match=r"61 tokens and the prefix 4, but the model has 64 positions"):
         model(**inputs, position_ids=ids + 54)
 
 
@@ -537,7 +537,7 @@ def test_the_last_position_may_be_used(name: str) -> None:
     model = lit_peft.attach(make(name), PTuningV2Settings(num_virtual_tokens=57)).eval()
     model(**inputs_of(name))
     lit_peft.attach(lit_peft.detach(model), PTuningV2Settings(num_virtual_tokens=58))
-    with pytest.raises(LitPeftError, match=r"7 tokens behind a prefix of 58 are more than the 64 positions"):
+    with pytest.raises(LitPeftError, match=r"7 tokens and the prefix 58, but the model has 64 positions"):
         model(**inputs_of(name))
 
 
@@ -590,7 +590,7 @@ def test_t5_has_no_positions_at_its_cross_attention() -> None:
     model = lit_peft.attach(make("t5"), PTuningV2Settings(num_virtual_tokens=3))
     attention = model.decoder.block[0].layer[1].EncDecAttention
     query, key = torch.zeros(1, 4, 5, 8), torch.zeros(1, 4, 7, 8)
-    assert torch.equal(attention.config.bias(torch.zeros(1, 4, 5, 7), query, key), torch.zeros(1, 4, 5, 10))
+    assert torch.equal(attention.config.extend_bias(torch.zeros(1, 4, 5, 7), query, key), torch.zeros(1, 4, 5, 10))
 
 
 def test_an_encoder_decoder_of_single_layers() -> None:

@@ -15,7 +15,7 @@ from models import QUIET
 
 import lit_peft
 from lit_peft import InstructionData, LitPeftError, ReasoningData
-from lit_peft.data.instruction import fill_template
+from lit_peft.data.prompt_templates import fill_template
 from lit_peft.tasks.answers import extract_answer, find_benchmark, kind_of, same_answer
 
 ROOT = Path(__file__).parents[1]
@@ -142,9 +142,7 @@ def test_template_is_alpacas() -> None:
     assert theirs[2:4] == [" " * 16 + "### Instruction:", " " * 16 + "Do it."] and theirs[-1] == " " * 16
 
 
-def test_alpaca_supervises_answers_and_counts_what_is_cut(
-    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_alpaca_supervises_answers_and_counts_what_is_cut(decoder: Path, tmp_path: Path) -> None:
     rows = [
         {"instruction": "good", "output": "the film was well"},
         {"instruction": "bad", "output": "the film was"},
@@ -154,16 +152,14 @@ def test_alpaca_supervises_answers_and_counts_what_is_cut(
     data = InstructionData(
         base=str(decoder), train=write(tmp_path / "a.json", rows), max_length=prompt + 4, validation_fraction=0
     )
-    said: list[str] = []
-    monkeypatch.setattr(data, "say", said.append)
     examples = data.examples("train")
     texts = [
         data.tokenizer.decode([i for i, label in zip(e["input_ids"], e["labels"], strict=True) if label != -100])
         for e in examples
     ]
     assert texts == ["the film was well", "the film was</s>"] or texts == ["the film was well", "the film was </s>"]
-    assert any("1 of 2 rows cut" in line and "1 tokens lost" in line for line in said)
-    assert any("1 row(s) dropped" in line for line in said)
+    assert any("1 of 2 rows cut" in line and "1 tokens lost" in line for line in data.report())
+    assert any("1 row(s) dropped" in line for line in data.report())
 
 
 def test_chats_supervise_the_assistant_alone(decoder: Path, tmp_path: Path) -> None:
@@ -221,7 +217,7 @@ def test_mawps_own_form_trains_and_wrong_gold_is_an_error(decoder: Path, tmp_pat
     )
     assert len(data.examples("train")) == 2 and data.rows["train"].table["answer"][1] == "0.5"
     wrong = write(tmp_path / "w.json", questions(2))
-    with pytest.raises(LitPeftError, match=r"row 1: '0.0' .* no answer of boolq"):
+    with pytest.raises(LitPeftError, match=r"row 1: '0.0' .* not an answer of boolq"):
         ReasoningData(base=str(decoder), benchmark="boolq", test=wrong).examples("test")
 
 

@@ -340,5 +340,5 @@ def test_of_a_head_alone_where_none_is_named() -> None:
 
 def test_of_taking_off_full_fine_tuning() -> None:
     model = lit_peft.attach(make("bert"), FullFineTuningSettings())
-    with pytest.raises(LitPeftError, match="changed the base itself: load the base again"):
+    with pytest.raises(LitPeftError, match="changes the base itself: load the base again"):
         lit_peft.detach(model)

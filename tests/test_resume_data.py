@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lit_peft
 from lit_peft import CausalLMData, LitPeftError, TextClassificationData
-from lit_peft.data.sampling import ByBatch, SeededBatches, StatefulLoader
+from lit_peft.data.loaders import StatefulLoader
+from lit_peft.data.sampling import ByBatch, SeededBatches
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"batch_size": 4},

@@ -1,4 +1,4 @@
-"""Where a base model comes from: hub id, folder, packaged model, GGUF file; and what is said where it is not there."""
+"""Base models from the hub, a folder, a package or a GGUF file, and the errors when they cannot be found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models import close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lit_peft import LitPeftError
-from lit_peft.models.sources import convert_gguf, hub_error, resolve_base, resolve_packaged_file
+from lit_peft.models.sources import cached_commit, convert_gguf, hub_error, resolve_base, resolve_packaged_file
 
 
 def model_folder(folder: Path) -> Path:
@@ -131,7 +131,7 @@ def test_a_missing_package_names_its_install_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("answer", "words"),
     [
         ("You are trying to access a gated repo", "accept its licence"),
         ("403 Client Error: Forbidden", "accept its licence"),
@@ -146,13 +146,15 @@ def test_a_missing_package_names_its_install_command() -> None:
         ("something else\nwith a second line", "could not be loaded from the hub: something else"),
     ],
 )
-def test_what_the_hub_says_in_one_paragraph(said: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_hub_becomes_one_paragraph(answer: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    error = hub_error("org/x", OSError(said))
+    error = hub_error("org/x", OSError(answer))
     assert words in str(error) and "\n" not in str(error) and "base 'org/x'" in str(error)
 
 
-def test_being_offline_is_said_by_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_variable_that_turns_the_network_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     assert "HF_HUB_OFFLINE is set" in str(hub_error("org/x", OSError("offline mode is enabled")))
@@ -169,6 +171,19 @@ def test_being_offline_is_said_by_its_variable(tmp_path: Path, monkeypatch: pyte
             raise OSError("cannot load") from cause
     except OSError as exc:
         assert "hf download" in str(hub_error("org/x", exc))
+
+
+def test_the_commit_of_a_model_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--org--tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    model_folder(folder / "snapshots" / commit)
+    assert cached_commit("org/tiny") == cached_commit("org/tiny", commit) == commit
+    assert cached_commit("org/other") is None and cached_commit(str(tmp_path)) is None
 
 
 # ----------------------------------------------------------------------------------------------------------- GGUF
@@ -243,9 +258,7 @@ def test_a_packaged_gguf_file_is_found(gguf_file: Path, package: Path, tmp_path:
     assert by_name.path == source.path
 
 
-def test_nobody_is_asked_whether_to_run_code_beside_a_gguf_file(
-    gguf_file: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_code_beside_a_gguf_file_is_neither_run_nor_offered(gguf_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "tiny.gguf").write_bytes(gguf_file.read_bytes())
@@ -261,18 +274,18 @@ def test_nobody_is_asked_whether_to_run_code_beside_a_gguf_file(
 
 def test_another_content_is_another_conversion(gguf_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Files over a limit are hashed at sampled places, and by their time."""
-    import lit_peft.models.sources as sources
+    from lit_peft.models import gguf
 
     file = tmp_path / "large.gguf"
     file.write_bytes(gguf_file.read_bytes())
-    first = sources._file_key(file)
-    assert sources._file_key(file) == first
+    first = gguf._file_key(file)
+    assert gguf._file_key(file) == first
     file.write_bytes(gguf_file.read_bytes()[:-1] + b"\1")
-    assert sources._file_key(file) != first
-    monkeypatch.setattr(sources, "_HASH_WHOLE", 0)
-    monkeypatch.setattr(sources, "_HASH_BLOCK", 16)
-    sampled = sources._file_key(file)
-    assert sampled not in (first, "") and sources._file_key(file) == sampled
+    assert gguf._file_key(file) != first
+    monkeypatch.setattr(gguf, "_HASH_WHOLE", 0)
+    monkeypatch.setattr(gguf, "_HASH_BLOCK", 16)
+    sampled = gguf._file_key(file)
+    assert sampled not in (first, "") and gguf._file_key(file) == sampled
 
 
 def test_gguf_files_that_cannot_be_converted(gguf_file: Path, tmp_path: Path, monkeypatch: Any) -> None:

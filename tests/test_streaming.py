@@ -32,7 +32,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "_BLOCK", 3)
+    monkeypatch.setattr(streaming, "BATCHES_PER_BLOCK", 3)
 
 
 def data(decoder: Path, file: Path, **settings: Any) -> CausalLMData:
@@ -156,9 +156,9 @@ def test_what_does_not_go_with_it_is_told(decoder: Path, file: Path, encoder: Pa
         ("a.json", '[null, {"text": "x"}]', "row 1 is not a JSON object"),
         ("a.json", '[Infinity, {"text": {}}, {"text": "x"}]', "row 1 is not a JSON object"),
         ("a.json", '[{"text": "good"},\n{"text": "film"} 1]', "broken JSON at line 2, column 18"),
-        ("a.json", '[{"text": "good"}] [', "more stands after the end of the list"),
+        ("a.json", '[{"text": "good"}] [', "there is text after the end of the list"),
         ("a.jsonl", '{"text": "good"}\n' * 40 + '["b"]', "line 41 is not a JSON object"),
-        ("a.jsonl", '{"text": "good"}\n{"text": "\\ud800"}', "line 2 holds half of a surrogate pair"),
+        ("a.jsonl", '{"text": "good"}\n{"text": "\\ud800"}', "line 2 has half of a surrogate pair"),
         ("a.jsonl", b'{"text": "good"}\n{"text": "caf\xe9"}', "is not UTF-8: byte 0xe9 in line 2"),
         ("a.jsonl", '{"text": "good"}\n{"text": ["x"]}', "row 2: column 'text' holds .'x'., not a text"),
         ("a.jsonl", '{"text": "good"}\n' * 50 + '{"text": " "}', "row 51 has no text"),
@@ -192,13 +192,12 @@ def test_a_block_of_prompts_that_are_too_long_is_passed_over(decoder: Path, tmp_
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*[short] * 12, *[long] * 24, *[short] * 12]))
     settings = {"shuffle_buffer": 1, "completion_column": "completion"}
-    made, said = data(decoder, path, **settings), []
-    made.say = said.append  # type: ignore[method-assign]
+    made = data(decoder, path, **settings)
     made.setup("fit")
     assert len(rows(made.train_dataloader())) == 24
-    assert set(said) == {"data.train: 12 row(s) dropped: data.max_length leaves nothing of their answers."}
+    assert made.report() == ["data.train: 12 row(s) dropped, because data.max_length leaves nothing of their answers."]
     path.write_text("".join(json.dumps(row) + "\n" for row in [long] * 12))
-    with pytest.raises(LitPeftError, match=r"none of its first rows .* data\.max_length 8"):
+    with pytest.raises(LitPeftError, match=r"none of the first rows .* data\.max_length 8"):
         data(decoder, path, **settings).setup("fit")
 
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lit_peft
 from lit_peft import AdapterHSettings, AdapterPSettings, LoRASettings, ParallelSettings, supervised_loss
 from lit_peft.methods.attachment import MethodSettings
-from lit_peft.tasks import supervised_ffn
 from lit_peft.tasks import supervised_loss as wiring
+from lit_peft.tasks.supervised_loss import SupervisedLoss
 
 FINISHED: dict[str, dict[str, Any]] = {
     "gemma2": {**GROUPED, "head_dim": 8, "final_logit_softcapping": 5.0},
@@ -76,7 +76,7 @@ def assert_equal_to_plain(model: nn.Module, inputs: dict[str, Any], calls: int =
 def test_equals_the_models_own_loss(name: str) -> None:
     model = adapted(name)
     assert_equal_to_plain(model, batch())
-    assert wiring._FINISHES[model] is not None
+    assert SupervisedLoss.of(model).finish is not None
 
 
 def test_the_finish_is_found_or_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,12 +85,12 @@ def test_the_finish_is_found_or_left_to_the_model(monkeypatch: pytest.MonkeyPatc
         model = adapted(name)
         with supervised_loss(model):
             model(**batch())
-        found[name] = wiring._FINISHES[model]
+        found[name] = SupervisedLoss.of(model).finish
     assert found == {"gemma2": (1.0, 5.0), "cohere": (0.25, None), "granite": (0.125, None), "llama": (1.0, None)}
     model = adapted("gemma2")
-    monkeypatch.setattr(wiring, "_find_finish", lambda *_: None)
+    monkeypatch.setattr(wiring, "find_finish", lambda *_: None)
     assert_equal_to_plain(model, batch())
-    assert wiring._FINISHES[model] is None
+    assert SupervisedLoss.of(model).finish is None
 
 
 @pytest.mark.parametrize(
@@ -168,57 +168,61 @@ def test_gradient_checkpointing() -> None:
     assert_equal_to_plain(model, batch())
 
 
-def rows_seen(model: Any, path: str, inputs: dict[str, Any], **more: Any) -> tuple[int, Any]:
-    """How many rows a layer sees in a training step, and the model's output."""
-    seen: list[int] = []
-    handle = model.get_submodule(path).register_forward_hook(lambda _, args, out: seen.append(out[..., 0].numel()))
-    with supervised_loss(model):
-        output = model(**inputs, **more)
-        output.loss.backward()
-    handle.remove()
-    return seen[0], output
-
-
-FFNS = {
-    "llama": "model.layers.1.mlp.down_proj",
-    "gemma": "model.layers.1.mlp.down_proj",
-    "phi": "model.layers.1.mlp.fc2",
-    "gpt2": "transformer.h.1.mlp.c_proj",
-    "gptj": "transformer.h.1.mlp.fc_out",
-    "gpt_neox": "gpt_neox.layers.1.mlp.dense_4h_to_h",
-    "falcon": "transformer.h.1.mlp.dense_4h_to_h",
-}
-
-
-@pytest.mark.parametrize("name", FFNS)
-def test_the_last_ffn_sees_the_supervised_rows_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = batch()
-    supervised = int((inputs["labels"][:, 1:] != -100).sum())
-    assert rows_seen(adapted(name), FFNS[name], inputs)[0] == supervised
-    first = FFNS[name].replace(".1.", ".0.")
-    assert rows_seen(adapted(name), first, inputs)[0] == inputs["input_ids"].numel()
-    monkeypatch.setattr(supervised_ffn, "SUPERVISED_FFN", False)
-    assert rows_seen(adapted(name), FFNS[name], inputs)[0] == inputs["input_ids"].numel()
-
-
-def test_all_rows_where_they_are_asked_for_or_computed_again() -> None:
-    inputs = batch()
-    count, output = rows_seen(adapted("llama"), FFNS["llama"], inputs, output_hidden_states=True)
-    assert count == inputs["input_ids"].numel()
-    states = adapted("llama")(**inputs, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(output.hidden_states, states)
-    model = adapted("llama").train()
-    checkpointing(model, True)
-    assert rows_seen(model, FFNS["llama"], inputs)[0] == inputs["input_ids"].numel()
-    assert supervised_ffn.last_ffn(adapted("mixtral")) is None
-
-
 @pytest.mark.parametrize("settings", [AdapterHSettings, AdapterPSettings, ParallelSettings])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gpt_neox"])
-def test_adapters_around_the_last_ffn(name: str, settings: Any) -> None:
-    model = adapted(name, settings(reduction_factor=2))
-    assert rows_seen(model, FFNS[name], batch())[0] < batch()["input_ids"].numel()
-    assert_equal_to_plain(model, batch())
+def test_adapters_of_whole_sublayers(name: str, settings: Any) -> None:
+    assert_equal_to_plain(adapted(name, settings(reduction_factor=2)), batch())
+
+
+def rows_of_the_head(model: Any, inputs: dict[str, Any]) -> int:
+    """How many rows the head computes in a call."""
+    seen: list[int] = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(out[..., 0].numel()))
+    model(**inputs)
+    handle.remove()
+    return seen[0]
+
+
+def test_hooks_of_a_module_stay_and_act_only_in_a_step(decoder: Path) -> None:
+    module = lit_peft.LoRA(base=str(decoder))
+    module.configure_model()
+    model, inputs = module.model, {name: value.clamp(max=39) for name, value in batch().items()}
+    everything = inputs["input_ids"].numel()
+    first = module.training_step(inputs, 0)
+    hooks = [dict(part._forward_hooks) for part in (model, model.lm_head)]
+    assert all(hooks) and rows_of_the_head(model, inputs) == everything
+    torch.testing.assert_close(model(**inputs).loss, first, rtol=1e-5, atol=0)
+    module.training_step(inputs, 0)
+    assert [dict(part._forward_hooks) for part in (model, model.lm_head)] == hooks
+    copied = copy.deepcopy(module)
+    torch.testing.assert_close(copied.training_step(inputs, 0), first, rtol=1e-5, atol=0)
+    assert copied.task.supervised.model is copied.model
+    with supervised_loss(model):
+        assert rows_of_the_head(model, inputs) == 1  # whose logits nobody uses
+    assert not model._forward_hooks and not model.lm_head._forward_hooks
+    torch.testing.assert_close(module.training_step(inputs, 0), first, rtol=1e-5, atol=0)
+
+
+def test_a_head_that_an_adapter_replaces_is_followed(decoder: Path) -> None:
+    module = lit_peft.LoRA(base=str(decoder))
+    module.configure_model()
+    inputs = {name: value.clamp(max=39) for name, value in batch().items()}
+    module.training_step(inputs, 0)
+    module.add_adapter("head", LoRASettings(target_modules=["lm_head"]))
+    scramble(module.model)
+    for name in ("head", "default", "head"):
+        module.set_adapter(name)
+        torch.testing.assert_close(module.training_step(inputs, 0), module.model(**inputs).loss, rtol=1e-5, atol=0)
+
+
+def test_another_loss_of_the_model_is_left_alone() -> None:
+    model = adapted("llama")
+    with supervised_loss(model):
+        model(**batch())
+    model.loss_function = lambda logits, **_: logits.sum() * 0 + 3
+    with supervised_loss(model):
+        output = model(**batch())
+    assert float(output.loss.detach()) == 3 and output.logits is not None
 
 
 def test_data_parallel_wrapper() -> None:

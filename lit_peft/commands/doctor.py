@@ -74,21 +74,16 @@ def memory(base: str, method: str, task: str, batch_size: int, length: int) -> d
         values of hidden size, and 2.5 scores per head and pair of tokens, for each token and layer, which Korthikanti
         et al. (2022, arXiv:2205.05198, section 4.1) count in half precision bytes: an estimate.
     """
-    import torch
-
     import lit_peft
     from lit_peft.methods.attachment import trainable_parameters
-    from lit_peft.models.sources import resolve_base
+    from lit_peft.training.building import build_empty_model
 
     settings = {} if task == "causal_lm" or task == "seq2seq" else {"num_labels": 2}
     module = getattr(lit_peft, method)(base=base, task=task, **settings)
-    config = module._config(resolve_base(base))
-    with torch.device("meta"):
-        model = module.task.model_class(config).from_config(config)
-        module._attach(model, ())
+    model = build_empty_model(module)
     trained = 4 * trainable_parameters(model)
     parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     hidden, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
     # Bytes in half precision are values times two; these are of four bytes.
     activations = 2 * layers * batch_size * length * (34 * hidden + 5 * heads * length)

@@ -91,16 +91,17 @@ def check_generates(model: Any) -> None:
 
 
 def load_base(options: argparse.Namespace) -> Any:
-    """The base model that the options name.
+    """Load the base model that the options name.
 
     Raises:
-        LitPeftError: it cannot be loaded, or an option has a value that cannot be.
+        LitPeftError: it cannot be loaded, or an option has an invalid value.
     """
     import torch
     import transformers
 
-    from lit_peft.models.quantization import check_quantization, loading_arguments, quantize
-    from lit_peft.models.sources import hub_error, resolve_base
+    from lit_peft.models.loading import BaseSettings, load_config
+    from lit_peft.models.loading import load_base as load
+    from lit_peft.models.quantization import check_quantization
     from lit_peft.tasks import find_task
 
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
@@ -108,26 +109,12 @@ def load_base(options: argparse.Namespace) -> Any:
         raise LitPeftError(f"--dtype {options.dtype} is not known: use float32, bfloat16, float16 or auto.")
     check_counts(options, "num_labels")
     check_quantization(options.quantization)
-    source = resolve_base(options.base)
-    # False, not unset: transformers would ask on a terminal.
-    where: dict[str, Any] = {"trust_remote_code": False}
-    if options.revision is not None:
-        where["revision"] = options.revision
-    heads = () if options.task is None else find_task(options.task).heads
-    settings = loading_arguments(options.quantization, torch.float32 if dtype == "auto" else dtype, heads)
-    if options.num_labels is not None:
-        settings["num_labels"] = options.num_labels
-    try:
-        if options.task is not None:
-            kind: Any = getattr(transformers, find_task(options.task).auto_class)
-        else:
-            config = transformers.AutoConfig.from_pretrained(source.path, **where)
-            kind = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0])
-        model = kind.from_pretrained(source.path, dtype=dtype, **where, **settings).eval()
-        quantize(model, options.quantization, heads)
-        model._lit_peft_base = options.base
-        return model
-    except LitPeftError:
-        raise
-    except Exception as problem:  # OSError, ValueError, ImportError, KeyError, by what is wrong
-        raise hub_error(options.base, problem) from problem
+    task = None if options.task is None else find_task(options.task)
+    settings = BaseSettings(options.base, options.revision, quantization=options.quantization)
+    config = load_config(settings, None, options.num_labels, needs_padding=task is not None and task.new_head)
+    if task is None:
+        name = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
+        model_class = getattr(transformers, name, transformers.AutoModelForCausalLM)
+    else:
+        model_class = task.model_class(config)
+    return load(settings, config, model_class, dtype, () if task is None else task.heads)[0]

@@ -1,4 +1,4 @@
-"""GLUE and SuperGLUE by name: where each is on the hub, its columns, and the metric it is judged by."""
+"""The tasks of GLUE and SuperGLUE by name: their hub datasets, columns and metrics."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ GLUE, SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One dataset of a benchmark.
+    """A task of a benchmark that classifies texts.
 
     Attributes:
         dataset: its hub id.
         config: its configuration there.
         text: the text, as a template of columns.
-        text_pair: the second text, in the same way.
+        text_pair: the second text, as a template of columns.
         validation: the split to validate and test on; the labels of the test split are hidden.
-        monitor: the metric that tells the best checkpoint.
-        regression: whether labels are numbers to predict.
-        question: columns of what several rows are answers to, where these are also judged together; else none.
+        monitor: the metric that selects the best checkpoint.
+        regression: labels are numbers to predict.
+        question: the columns that identify a question, if the answers to a question are also scored together; else ().
     """
 
     dataset: str
@@ -38,13 +38,13 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class ChoiceBenchmark:
-    """One dataset of a benchmark, whose answers are to be chosen.
+    """A task of a benchmark with several choices for an answer.
 
     Attributes:
         dataset: its hub id.
         config: its configuration there.
-        columns: settings of `MultipleChoiceData` -> what they are for it.
-        monitor: the metric that tells the best checkpoint.
+        columns: settings of `MultipleChoiceData` -> their values.
+        monitor: the metric that selects the best checkpoint.
     """
 
     dataset: str
@@ -108,26 +108,26 @@ CHOICE_BENCHMARKS: dict[str, ChoiceBenchmark] = {
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """Return the benchmark of this name.
+    """Return the text classification task of this name.
 
     Raises:
         LitPeftError: there is none.
     """
-    return _found(name, BENCHMARKS, CHOICE_BENCHMARKS, "MultipleChoiceData")
+    return _look_up(name, BENCHMARKS, CHOICE_BENCHMARKS, "MultipleChoiceData")
 
 
 def find_choice_benchmark(name: str) -> ChoiceBenchmark:
-    """Return the benchmark of this name, of those whose answers are to be chosen.
+    """Return the multiple choice task of this name.
 
     Raises:
         LitPeftError: there is none.
     """
-    return _found(name, CHOICE_BENCHMARKS, BENCHMARKS, "TextClassificationData")
+    return _look_up(name, CHOICE_BENCHMARKS, BENCHMARKS, "TextClassificationData")
 
 
-def _found(name: str, known: dict[str, Any], others: dict[str, Any], module: str) -> Any:
+def _look_up(name: str, known: dict[str, Any], others: dict[str, Any], module: str) -> Any:
     if name in others:
-        raise LitPeftError(f"data.benchmark {name!r} is for {module}; use that class for data.")
+        raise LitPeftError(f"data.benchmark {name!r} is for {module}; use that data module.")
     if name not in known:
         raise LitPeftError(
             f"data.benchmark {name!r} is not known: the closest are {closest(name, {**known, **others})}."
@@ -135,18 +135,20 @@ def _found(name: str, known: dict[str, Any], others: dict[str, Any], module: str
     return known[name]
 
 
-def fill_in(known: Benchmark | ChoiceBenchmark, common: dict[str, Any], validation: str = "validation") -> None:
-    """Name a benchmark's splits among a data module's settings, unless its files are given.
+def apply_benchmark(
+    benchmark: Benchmark | ChoiceBenchmark, common: dict[str, Any], validation: str = "validation"
+) -> None:
+    """Add a benchmark's dataset and splits to a data module's settings, unless these name files.
 
     Args:
-        known: the benchmark.
-        common: the settings.
+        benchmark: the benchmark.
+        common: the settings, which are changed.
         validation: the split to validate and test on.
     """
     given = [common[split] for split in ("train", "validation", "test") if common.get(split)]
     if common.get("dataset") is None and any(map(is_file, given)):
         return
     splits = {"validation": validation, "test": validation}
-    for name, value in {"dataset": known.dataset, "dataset_config": known.config, **splits}.items():
+    for name, value in {"dataset": benchmark.dataset, "dataset_config": benchmark.config, **splits}.items():
         if common.get(name) is None:
             common[name] = value

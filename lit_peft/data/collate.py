@@ -1,4 +1,4 @@
-"""Put examples of different lengths into one rectangular batch."""
+"""Examples of different lengths to one rectangular batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE = -100
-"""The label that losses ignore."""
+"""The label that loss functions ignore."""
 
 
 @dataclass(frozen=True)
@@ -17,27 +17,27 @@ class PadCollator:
     """Pads each example to the longest of its batch.
 
     Attributes:
-        pad_token_id: what fills `input_ids`.
+        pad_token_id: fills `input_ids`.
         padding_side: "right" or "left".
-        pad_to_multiple_of: round the length up to a multiple of this (8 suits tensor cores); None: as is.
-        passed: names of what goes along as it is, as a list with one entry per example.
+        pad_to_multiple_of: round the length up to a multiple of this (8 suits tensor cores); None: no rounding.
+        extra_keys: keys that are passed on unchanged, as a list with one entry per example.
     """
 
     pad_token_id: int
     padding_side: str = "right"
     pad_to_multiple_of: int | None = None
-    passed: tuple[str, ...] = ()
+    extra_keys: tuple[str, ...] = ()
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate a batch.
 
         Args:
-            examples: each with `input_ids` (list of int) and optionally `token_type_ids` (same length)
-                and `labels` (an int, or a list as long as `input_ids`). Other keys but those `passed` are left out.
+            examples: each with `input_ids` (list of int) and optionally `token_type_ids` (same length) and `labels`
+                (a number, or a list as long as `input_ids`). Keys other than these and `extra_keys` are dropped.
 
         Returns:
-            int64 tensors `input_ids`, `attention_mask`, and where given `token_type_ids`, [batch, length];
-            `labels` [batch] or [batch, length], -100 on padding; lists for what is `passed`.
+            int64 tensors `input_ids`, `attention_mask` and, if given, `token_type_ids`, [batch, length]; `labels`
+            [batch] or [batch, length], -100 on padding; a list for each of `extra_keys`.
         """
         import torch
 
@@ -58,17 +58,17 @@ class PadCollator:
                 batch["labels"] = torch.tensor(labels)
             else:
                 batch["labels"] = self._pad(labels, longest, IGNORE)
-        batch.update({name: [example[name] for example in examples] for name in self.passed})
+        batch.update({name: [example[name] for example in examples] for name in self.extra_keys})
         return batch
 
     def _pad(self, rows: list[Any], length: int, value: int) -> Tensor:
         import torch
 
         out = torch.full((len(rows), length), value, dtype=torch.long)
-        for at, row in enumerate(rows):
+        for index, row in enumerate(rows):
             tensor = torch.as_tensor(row, dtype=torch.long)
             if self.padding_side == "left":
-                out[at, length - len(tensor) :] = tensor
+                out[index, length - len(tensor) :] = tensor
             else:
-                out[at, : len(tensor)] = tensor
+                out[index, : len(tensor)] = tensor
         return out

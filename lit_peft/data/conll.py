@@ -1,4 +1,4 @@
-"""CoNLL files: a word to a line, columns beside it, an empty line between sentences."""
+"""CoNLL files: one word per line, with columns beside it, and an empty line between sentences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.files import content_digest, explain, resolve_file, tables_root
+from lit_peft.data.file_errors import file_error
+from lit_peft.data.files import content_digest, resolve_file, tables_root
 from lit_peft.util.errors import LitPeftError
 
 if TYPE_CHECKING:
@@ -25,18 +26,18 @@ def read_conll(
 ) -> Dataset:
     """Read a CoNLL file.
 
-    Columns stand apart by tabs where a line has one, else by white space. `-DOCSTART-` lines are passed over.
+    Columns are separated by tabs if a line has one, else by white space. `-DOCSTART-` lines are skipped.
 
     Args:
         value: a path, or `"pkg:DISTRIBUTION/path"`.
-        field: the setting's name, for messages ("data.train").
-        tokens_column: how to call the column of the words.
-        tags_column: how to call the column of the tags; None: read words only.
-        token_position: which column the word is in.
-        tag_position: which column the tag is in; negative: from the right.
+        field: the setting's name, for error messages ("data.train").
+        tokens_column: name of the column of words.
+        tags_column: name of the column of tags; None: read words only.
+        token_position: index of the column with the word.
+        tag_position: index of the column with the tag; negative: from the right.
 
     Returns:
-        A table with a list of words, and of as many tags, in each row.
+        A table with a list of words, and a list of as many tags, in each row.
 
     Raises:
         LitPeftError: the file is missing or empty, not UTF-8, or a line has too few columns.
@@ -44,7 +45,7 @@ def read_conll(
     import datasets
 
     path = resolve_file(value, field, SUFFIXES)
-    kind = datasets.Sequence(datasets.Value("string"))
+    texts = datasets.Sequence(datasets.Value("string"))
     settings = {
         "path": str(path.resolve()),
         "content": content_digest(path),
@@ -54,12 +55,12 @@ def read_conll(
     try:
         table = datasets.Dataset.from_generator(
             _sentences,
-            features=datasets.Features(dict.fromkeys(settings["columns"], kind)),
+            features=datasets.Features(dict.fromkeys(settings["columns"], texts)),
             gen_kwargs=settings,
             cache_dir=str(tables_root()),
         )
     except Exception as exc:
-        raise explain(path, field, value, "text", exc) from exc
+        raise file_error(path, field, value, "text", exc) from exc
     return table
 
 
@@ -75,13 +76,13 @@ def _sentences(path: str, content: str, columns: dict[str, int], where: str) -> 
                     yield rows
                     rows = {name: [] for name in columns}
                 continue
-            for name, at in columns.items():
-                if not -len(cells) <= at < len(cells) or (len(columns) > 1 and len(cells) < 2):
+            for name, position in columns.items():
+                if not -len(cells) <= position < len(cells) or (len(columns) > 1 and len(cells) < 2):
                     raise LitPeftError(
                         f"{where}: line {number} ({line.strip()[:40]!r}) has {len(cells)} column(s), too few for "
                         "data.token_position and data.tag_position: give a word and its tag on each line."
                     )
-                rows[name].append(cells[at].strip())
+                rows[name].append(cells[position].strip())
     if any(rows.values()):
         yield rows
     elif not any_row:

@@ -1,4 +1,4 @@
-"""Questions with several answers to choose from."""
+"""Questions with several choices for the answer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.base import LitDataModule, Rows, Split, refuse_unread
-from lit_peft.data.benchmarks import fill_in, find_choice_benchmark
+from lit_peft.data.base import LitDataModule, pad_collator
+from lit_peft.data.benchmark_files import to_hub_columns
+from lit_peft.data.benchmarks import apply_benchmark, find_choice_benchmark
 from lit_peft.data.collate import PadCollator
+from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values
-from lit_peft.data.original_files import hub_form
+from lit_peft.data.loaders import Collate
+from lit_peft.data.notes import drop_cut_column
+from lit_peft.data.rows import Rows, Split, require_text, text_key
+from lit_peft.data.settings import refuse_unused
 from lit_peft.tasks.squad import normalize_answer
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
@@ -22,26 +27,27 @@ if TYPE_CHECKING:
 
 
 class MultipleChoiceData(LitDataModule):
-    """Questions and their choices, each choice encoded as (question, choice), or (context, question + choice); where
-    questions have a `placeholder`, the choice stands in its place.
+    """Questions and their choices, each encoded as (question, choice) or (context, question + choice).
 
-    The choices are a column of lists, ARC's `{"text": [...], "label": [...]}`, or a column each; empty ones do not
-    count, and questions may differ in their number. The answer is one of ARC's labels, a number, the text of a choice
-    or a letter, tried in this order; or a list of texts, each of which is right. Batches: `input_ids`, `attention_mask`
-    [all choices, length], `choices` [batch], how many each question has, and `labels` [batch], or of lists [batch, most
-    choices], bool; except to train, the choices' `texts`, and of lists the `answers`.
+    If questions have a `placeholder`, the choice replaces it. The choices are a column of lists, ARC's
+    `{"text": [...], "label": [...]}`, or one column each. Empty choices are dropped, and questions may have different
+    numbers of choices. The answer is one of ARC's labels, a number, the text of a choice or a letter, tried in this
+    order; or a list of correct texts. Batches: `input_ids`, `attention_mask` [all choices, length], `choices` [batch]
+    (the number of choices of each question) and `labels` [batch], or for lists [batch, most choices], bool; except for
+    training also `texts`, the choices, and for lists `answers`.
 
-    With `benchmark`, dataset, columns and the metric that tells the best checkpoint are that benchmark's, as
-    `TextClassificationData` has it. ReCoRD's choices are the passage's entities, each a row: take a small `batch_size`.
+    With `benchmark`, the dataset, the columns and the metric that selects the best checkpoint are those of the
+    benchmark, see `TextClassificationData`. ReCoRD's choices are the passage's entities, each of which is a row of the
+    batch: use a small `batch_size`.
 
     Args:
         question_column: column of the question.
         choices_column: column of the list of choices.
         choice_columns: the columns of the choices, in order, instead of `choices_column`.
-        answer_column: column of the right choice.
-        first_answer: what the first choice is numbered by, where answers are numbers: 0 or 1.
-        context_column: column of a text the question is about.
-        placeholder: what stands for the choice in a question, such as "@placeholder"; all questions need it then.
+        answer_column: column of the correct choice.
+        first_answer: number of the first choice, if answers are numbers: 0 or 1.
+        context_column: column of a text that the question is about.
+        placeholder: what the choice replaces in a question, such as "@placeholder"; every question must contain it.
         benchmark: "super_glue/copa" or "super_glue/record".
         **common: see `LitDataModule`.
     """
@@ -68,14 +74,14 @@ class MultipleChoiceData(LitDataModule):
             "placeholder": placeholder is not None,
         }
         if benchmark is not None:
-            refuse_unread(f"with data.benchmark {benchmark!r}, which says that itself", given)
+            refuse_unused(f"with data.benchmark {benchmark!r}, which sets it", given)
         if choice_columns is not None:
-            refuse_unread("with data.choice_columns", {"choices_column": given["choices_column"]})
+            refuse_unused("with data.choice_columns", {"choices_column": given["choices_column"]})
         self.monitor: tuple[str, str] | None = None
         self._config = ""
         known = find_choice_benchmark(benchmark) if benchmark is not None else None
         if known is not None:
-            fill_in(known, common)
+            apply_benchmark(known, common)
             self._config = known.config
             self.monitor, self.drops_overlap = (known.monitor, "max"), False
         super().__init__(**common)
@@ -97,65 +103,69 @@ class MultipleChoiceData(LitDataModule):
         if self.choice_columns is None:
             needed["data.choices_column"] = self.choices_column
         else:
-            needed.update({f"data.choice_columns[{at}]": name for at, name in enumerate(self.choice_columns)})
+            needed.update({f"data.choice_columns[{index}]": name for index, name in enumerate(self.choice_columns)})
         return needed if split == "predict" else {**needed, "data.answer_column": self.answer_column}
 
-    def prepared(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
-        """As `LitDataModule.prepared`; a benchmark's own files get the hub's columns."""
+    def prepare_table(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
+        """As `LitDataModule.prepare_table`; a benchmark's own files get the hub's columns."""
         if self._config:
-            table = hub_form(table, self._config, self.answer_column, split, f"{field} {source!r}")
-        return super().prepared(table, split, field, source)
+            table = to_hub_columns(table, self._config, self.answer_column, split, f"{field} {source!r}")
+        return super().prepare_table(table, split, field, source)
 
     def duplicate_key(self, table: Dataset) -> Callable[[int], Hashable]:
         """The question with its context and choices."""
         names = self.choice_columns or [self.choices_column]
-        return self.text_key(table, (self.context_column, self.question_column, *names))
+        return text_key(table, (self.context_column, self.question_column, *names))
 
     def check_rows(self, rows: Rows, split: Split) -> Rows:
-        """Every row needs a question, at least two choices and an answer that is one of them."""
-        self.require_text(rows, (self.question_column, self.context_column))
+        """Every row needs a question, two choices or more and, except for prediction, an answer that is one of them."""
+        require_text(rows, (self.question_column, self.context_column))
         given = {name: column_values(rows.table, name) for name in self.columns(split).values() if name}
-        several = split != "predict" and any(isinstance(given[self.answer_column][row], list) for row in rows.numbers)
-        for row in rows.numbers:
-            cells = {name: values[row] for name, values in given.items()}
+        several = split != "predict" and any(
+            isinstance(given[self.answer_column][index], list) for index in rows.indices
+        )
+        for index in rows.indices:
+            cells = {name: values[index] for name, values in given.items()}
             texts, labels = choices_of(cells, self.choices_column, self.choice_columns)
-            # A passage may name one entity alone.
+            # A passage may have a single entity.
             least = 2 if self.placeholder is None else 1
             if len(texts) < least:
-                raise LitPeftError(f"{rows.where(row)} has {len(texts)} choice(s); at least {least} needed.")
+                raise LitPeftError(f"{rows.locate(index)} has {len(texts)} choice(s); give at least {least}.")
             question = str(cells[self.question_column])
             if self.placeholder is not None and self.placeholder not in question:
                 raise LitPeftError(
-                    f"{rows.where(row)}: column {self.question_column!r} has no {self.placeholder!r} for the choice "
-                    f"to stand in: {question[:60]!r}; correct it."
+                    f"{rows.locate(index)}: column {self.question_column!r} has no {self.placeholder!r} for the choice "
+                    f"to replace: {question[:60]!r}; correct it."
                 )
             if split == "predict":
                 continue
             answer = cells[self.answer_column]
             if several and not isinstance(answer, list):
                 raise LitPeftError(
-                    f"{rows.where(row)}: column {self.answer_column!r} is {brief(answer)}, and other rows have lists "
-                    "of right texts; give one."
+                    f"{rows.locate(index)}: column {self.answer_column!r} is {brief(answer)}, but other rows have "
+                    "lists of correct texts; give a list."
                 )
-            if several and not right_ones(answer, texts):
+            if several and not correct_choices(answer, texts):
                 raise LitPeftError(
-                    f"{rows.where(row)}: of the answers {brief(answer)} in column {self.answer_column!r} none is one "
-                    f"of the {len(texts)} choices; correct it."
+                    f"{rows.locate(index)}: none of the answers {brief(answer)} in column {self.answer_column!r} is "
+                    f"one of the {len(texts)} choices; correct it."
                 )
-            if not several and answer_of(answer, texts, labels, self.first_answer) is None:
-                known = labels or [f"{self.first_answer} to {len(texts) - 1 + self.first_answer}", "a letter"]
+            if not several and find_choice(answer, texts, labels, self.first_answer) is None:
+                accepted = labels or [f"{self.first_answer} to {len(texts) - 1 + self.first_answer}", "a letter"]
                 raise LitPeftError(
-                    f"{rows.where(row)}: answer {answer!r} in column {self.answer_column!r} is none of the "
-                    f"{len(texts)} choices; give {', '.join(known)}, or a choice's text."
+                    f"{rows.locate(index)}: answer {answer!r} in column {self.answer_column!r} is none of the "
+                    f"{len(texts)} choices; give {', '.join(accepted)}, or a choice's text."
                 )
         return rows
 
     def encode(self, rows: Rows, split: Split) -> Any:
         """Tokens of each choice, cut to `max_length`, the longer side first."""
-        table = self.tokenized(
+        table = tokenize(
             rows,
             encode_choices,
+            self.tokenizer,
             f"Tokenizing {split}",
+            self.num_proc,
             question_column=self.question_column,
             context_column=self.context_column,
             choices_column=self.choices_column,
@@ -163,19 +173,19 @@ class MultipleChoiceData(LitDataModule):
             answer_column=None if split == "predict" else self.answer_column,
             first_answer=self.first_answer,
             placeholder=self.placeholder,
-            keep=split != "train",
+            with_texts=split != "train",
             max_length=self.max_length,
         )
-        return self.without_cuts(table, split, "questions")
+        return drop_cut_column(table, self.notes, split, "questions", self.max_length)
 
-    def collator(self, split: Split) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def collator(self, split: Split) -> Collate:
         """As `LitDataModule.collator`, for all choices of all questions."""
-        return ChoiceCollator(self.padding())
+        return ChoiceCollator(pad_collator(self))
 
 
 @dataclass(frozen=True)
 class ChoiceCollator:
-    """Makes each choice a row.
+    """Makes a row of each choice.
 
     Attributes:
         pad: pads the rows.
@@ -198,7 +208,7 @@ class ChoiceCollator:
             labels = [example["labels"] for example in examples]
             if isinstance(labels[0], list):
                 most = int(batch["choices"].max())
-                labels = [[at in right for at in range(most)] for right in labels]
+                labels = [[index in correct for index in range(most)] for correct in labels]
             batch["labels"] = torch.tensor(labels)
         batch.update(
             {key: [example[key] for example in examples] for key in ("texts", "answers") if key in examples[0]}
@@ -209,7 +219,7 @@ class ChoiceCollator:
 def choices_of(
     cells: dict[str, Any], choices_column: str, choice_columns: list[str] | None
 ) -> tuple[list[str], list[str]]:
-    """Return a row's choices, and their labels if they have some; empty choices are left out."""
+    """Return a row's choices without empty ones, and their labels; no labels if there is not one for each choice."""
     labels: list[str] = []
     found: Any
     if choice_columns is not None:
@@ -220,33 +230,33 @@ def choices_of(
             labels = [str(label) for label in found.get("label") or ()]
             found = found.get("text")
     found = found if isinstance(found, list) else []
-    texts = [str(choice) for choice in found if choice is not None and str(choice).strip()]
+    texts = non_empty_texts(found)
     return texts, labels if len(labels) == len(texts) else []
 
 
-def answer_of(answer: Any, texts: list[str], labels: list[str], first: int) -> int | None:
-    """Return which choice an answer names, or None if it names none."""
-    said = str(answer).strip()
-    if said in labels:
-        return labels.index(said)
-    number = said.removesuffix(".0")
+def find_choice(answer: Any, texts: list[str], labels: list[str], first: int) -> int | None:
+    """Return the index of the choice that an answer names; None if it names none."""
+    name = str(answer).strip()
+    if name in labels:
+        return labels.index(name)
+    number = name.removesuffix(".0")
     if number.isdecimal() and 0 <= int(number) - first < len(texts):
         return int(number) - first
-    if said in texts:
-        return texts.index(said)
-    letter = string.ascii_uppercase.find(said.upper()) if len(said) == 1 else -1
+    if name in texts:
+        return texts.index(name)
+    letter = string.ascii_uppercase.find(name.upper()) if len(name) == 1 else -1
     return letter if 0 <= letter < len(texts) else None
 
 
-def right_ones(answers: list[Any], texts: list[str]) -> list[int]:
-    """Return which choices are one of the right texts, normalized as SQuAD has it."""
-    golds = {normalize_answer(gold) for gold in gold_texts(answers)}
-    return [at for at, text in enumerate(texts) if normalize_answer(text) in golds]
+def correct_choices(answers: list[Any], texts: list[str]) -> list[int]:
+    """Return the indices of the choices that are correct, comparing texts in SQuAD's normal form."""
+    correct = {normalize_answer(answer) for answer in non_empty_texts(answers)}
+    return [index for index, text in enumerate(texts) if normalize_answer(text) in correct]
 
 
-def gold_texts(answers: list[Any]) -> list[str]:
-    """Return the right texts without empty ones."""
-    return [str(gold) for gold in answers if gold is not None and str(gold).strip()]
+def non_empty_texts(cells: list[Any]) -> list[str]:
+    """Return cells as text, without empty ones."""
+    return [str(cell) for cell in cells if cell is not None and str(cell).strip()]
 
 
 def encode_choices(
@@ -260,12 +270,12 @@ def encode_choices(
     answer_column: str | None,
     first_answer: int,
     placeholder: str | None,
-    keep: bool,
+    with_texts: bool,
     max_length: int,
 ) -> dict[str, list[Any]]:
-    """Tokenize questions with each of their choices; `cut` is how many tokens were cut away, from all of them."""
+    """Tokenize questions with each of their choices; `cut` is the number of tokens cut from all choices together."""
     count = len(batch[question_column])
-    rows = [{name: values[at] for name, values in batch.items()} for at in range(count)]
+    rows = [{name: values[index] for name, values in batch.items()} for index in range(count)]
     found = [choices_of(row, choices_column, choice_columns) for row in rows]
     firsts, seconds = [], []
     for row, (texts, _) in zip(rows, found, strict=True):
@@ -288,11 +298,13 @@ def encode_choices(
     if answer_column is not None:
         answers = batch[answer_column]
         out["labels"] = [
-            right_ones(answer, texts) if isinstance(answer, list) else answer_of(answer, texts, labels, first_answer)
+            correct_choices(answer, texts)
+            if isinstance(answer, list)
+            else find_choice(answer, texts, labels, first_answer)
             for answer, (texts, labels) in zip(answers, found, strict=True)
         ]
-        if keep and isinstance(answers[0], list):
-            out["answers"] = [gold_texts(answer) for answer in answers]
-    if keep:
+        if with_texts and isinstance(answers[0], list):
+            out["answers"] = [non_empty_texts(answer) for answer in answers]
+    if with_texts:
         out["texts"] = [texts for texts, _ in found]
     return out

@@ -1,4 +1,4 @@
-"""Several examples in one row, so that no token of a batch is padding."""
+"""Several examples in one row, so that a batch has almost no padding."""
 
 from __future__ import annotations
 
@@ -13,58 +13,61 @@ from lit_peft.data.collate import IGNORE
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put examples into as few rows as best fit decreasing finds: the longest first, each where it leaves the least.
+    """Put examples into few rows by best-fit decreasing: longest first, each into the row with the least space left.
 
     Args:
         lengths: tokens of each example, at most `capacity`.
         capacity: tokens of a row.
 
     Returns:
-        The numbers of the examples of each row.
+        The example indices of each row.
     """
     packs: list[list[int]] = []
-    # The rows by the room they have left, and which rooms there are as the bits of a number.
-    rooms: list[list[int]] = [[] for _ in range(capacity + 1)]
-    there = 0
-    for at in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        fitting = there >> lengths[at] << lengths[at]
+    # The rows by the space they have left, and a bit for each space that some row has left.
+    rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]
+    spaces = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        fitting = spaces >> lengths[index] << lengths[index]
         if fitting:
-            room = (fitting & -fitting).bit_length() - 1
-            row = rooms[room].pop()
-            if not rooms[room]:
-                there ^= 1 << room
-            packs[row].append(at)
+            space = (fitting & -fitting).bit_length() - 1
+            row = rows_with[space].pop()
+            if not rows_with[space]:
+                spaces ^= 1 << space
+            packs[row].append(index)
         else:
-            room, row = capacity, len(packs)
-            packs.append([at])
-        rooms[room - lengths[at]].append(row)
-        there |= 1 << (room - lengths[at])
+            space, row = capacity, len(packs)
+            packs.append([index])
+        rows_with[space - lengths[index]].append(row)
+        spaces |= 1 << (space - lengths[index])
     return packs
 
 
-def exchanged(lengths: Tensor, generator: torch.Generator) -> Tensor:
-    """Return for each example one of the same length to take its place, at random: the rows stay as full as they are.
+def swap_equal_lengths(lengths: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random permutation of the examples that keeps every length: packed rows stay equally full.
 
     Args:
         lengths: (n,), tokens of each example.
-        generator: of the draw.
+        generator: draws the permutation.
+
+    Returns:
+        (n,), the index of the example that takes each example's place.
     """
     order = torch.randperm(len(lengths), generator=generator)
-    taken = torch.empty_like(order)
-    taken[lengths.argsort(stable=True)] = order[lengths[order].argsort(stable=True)]
-    return taken
+    swapped = torch.empty_like(order)
+    swapped[lengths.argsort(stable=True)] = order[lengths[order].argsort(stable=True)]
+    return swapped
 
 
 @dataclass(frozen=True)
 class PackCollator:
     """Joins the examples of each row end to end, and pads the rows on the right to the longest of the batch.
 
-    There is no attention mask: positions that begin again tell transformers where the next example begins, and it lets
-    no token see another example's, as long as the model keeps no cache.
+    There is no attention mask: transformers takes positions that restart as the start of another example, and lets no
+    token attend to another example, as long as the model keeps no cache.
 
     Attributes:
-        pad_token_id: what fills `input_ids`.
-        pad_to_multiple_of: round the length up to a multiple of this; None: as is.
+        pad_token_id: fills `input_ids`.
+        pad_to_multiple_of: round the length up to a multiple of this; None: no rounding.
     """
 
     pad_token_id: int
@@ -78,7 +81,7 @@ class PackCollator:
 
         Returns:
             int64 `input_ids`, `labels` and `position_ids` [batch, length]. Labels are -100 on padding and on the first
-            token of each example, which the example before must not predict.
+            token of each example, which the example before it must not predict.
         """
         longest = max(sum(len(example["input_ids"]) for example in examples) for examples in packs)
         if self.pad_to_multiple_of:
@@ -87,13 +90,13 @@ class PackCollator:
         ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE)
         positions = torch.zeros(shape, dtype=torch.long)
         for row, examples in enumerate(packs):
-            at = 0
+            start = 0
             for example in examples:
                 length = len(example["input_ids"])
-                ids[row, at : at + length] = torch.as_tensor(example["input_ids"])
-                labels[row, at + 1 : at + length] = torch.as_tensor(example["labels"])[1:]
-                positions[row, at : at + length] = torch.arange(length)
-                at += length
-            # Padding is an example of its own.
-            positions[row, at:] = torch.arange(longest - at)
+                ids[row, start : start + length] = torch.as_tensor(example["input_ids"])
+                labels[row, start + 1 : start + length] = torch.as_tensor(example["labels"])[1:]
+                positions[row, start : start + length] = torch.arange(length)
+                start += length
+            # Padding counts as one more example.
+            positions[row, start:] = torch.arange(longest - start)
         return {"input_ids": ids, "labels": labels, "position_ids": positions}

@@ -1,4 +1,4 @@
-"""A source text and the target text to make of it."""
+"""A source text and the target text to generate from it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.base import LitDataModule, Rows, Split
+from lit_peft.data.base import LitDataModule, pad_collator
 from lit_peft.data.collate import IGNORE, PadCollator
+from lit_peft.data.encoding import tokenize
+from lit_peft.data.loaders import Collate
+from lit_peft.data.notes import drop_cut_column
+from lit_peft.data.rows import Rows, Split, require_text, text_key
 from lit_peft.util.errors import LitPeftError
 
 if TYPE_CHECKING:
@@ -18,14 +22,14 @@ class Seq2SeqData(LitDataModule):
     """Sources and targets: summarization, translation.
 
     A column may be a field of another: `translation.en`. Batches: `input_ids`, `attention_mask` [batch, length] and
-    `labels` [batch, target length], -100 on padding; the model makes the decoder's inputs from them. To evaluate,
-    `references` are the whole targets as text.
+    `labels` [batch, target length], -100 on padding; the model makes the decoder's inputs from them. Except for
+    training, `references` are the whole targets as text.
 
     Args:
         source_column: column of the source text.
         target_column: column of the target text.
         prefix: put before every source, such as "summarize: ".
-        max_target_length: longest target, in tokens; longer ones are cut and counted.
+        max_target_length: maximum number of tokens of a target; longer targets are cut, which is reported.
         **common: see `LitDataModule`.
     """
 
@@ -46,45 +50,55 @@ class Seq2SeqData(LitDataModule):
             raise LitPeftError(f"data.max_target_length is {max_target_length}; it must be at least 2.")
 
     def columns(self, split: Split) -> dict[str, str | None]:
-        """The source, and the target except for prediction."""
+        """The source and, except for prediction, the target."""
         needed: dict[str, str | None] = {"data.source_column": self.source_column}
         return needed if split == "predict" else {**needed, "data.target_column": self.target_column}
 
     def duplicate_key(self, table: Dataset) -> Callable[[int], Hashable]:
         """The source."""
-        return self.text_key(table, [self.source_column])
+        return text_key(table, [self.source_column])
 
     def check_rows(self, rows: Rows, split: Split) -> Rows:
         """Every row needs a source and, except for prediction, a target."""
-        self.require_text(rows, self.columns(split).values())
+        require_text(rows, self.columns(split).values())
         return rows
 
     def encode(self, rows: Rows, split: Split) -> Any:
-        """Tokens of source and target, each cut to its longest length."""
-        table = self.tokenized(
+        """Tokens of source and target, each cut to its maximum length."""
+        table = tokenize(
             rows,
             encode_pairs,
+            self.tokenizer,
             f"Tokenizing {split}",
+            self.num_proc,
             source_column=self.source_column,
             target_column=None if split == "predict" else self.target_column,
             prefix=self.prefix,
             max_length=self.max_length,
             max_target_length=self.max_target_length,
-            keep=split != "train",
+            with_references=split != "train",
         )
-        table = self.without_cuts(table, split, "sources", column="source_cut")
+        table = drop_cut_column(table, self.notes, split, "sources", self.max_length, column="source_cut")
         if split == "predict":
             return table
-        return self.without_cuts(table, split, "targets", column="target_cut", limit="max_target_length")
+        return drop_cut_column(
+            table,
+            self.notes,
+            split,
+            "targets",
+            self.max_target_length,
+            column="target_cut",
+            setting="max_target_length",
+        )
 
-    def collator(self, split: Split) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """As `LitDataModule.collator`, the targets padded apart."""
-        return PairCollator(self.padding())
+    def collator(self, split: Split) -> Collate:
+        """As `LitDataModule.collator`, with the targets padded separately."""
+        return PairCollator(pad_collator(self))
 
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Pads sources as they are, and targets on the right to the longest target.
+    """Pads sources as usual, and targets on the right to the longest target.
 
     Attributes:
         pad: pads the sources.
@@ -115,26 +129,26 @@ def encode_pairs(
     prefix: str,
     max_length: int,
     max_target_length: int,
-    keep: bool,
+    with_references: bool,
 ) -> dict[str, list[Any]]:
-    """Tokenize sources and targets, with how many tokens were cut from each."""
+    """Tokenize sources and targets, and count the tokens that were cut from each."""
     sources = [prefix + str(text) for text in batch[source_column]]
     lengths = map(len, tokenizer(sources, verbose=False)["input_ids"])
     out: dict[str, list[Any]] = {"source_cut": [max(0, length - max_length) for length in lengths]}
     out["input_ids"] = tokenizer(sources, truncation=True, max_length=max_length)["input_ids"]
     if target_column is not None:
         targets = [str(text) for text in batch[target_column]]
-        whole = [_ended(list(ids), tokenizer) for ids in tokenizer(text_target=targets, verbose=False)["input_ids"]]
+        whole = [_add_end(list(ids), tokenizer) for ids in tokenizer(text_target=targets, verbose=False)["input_ids"]]
         out["target_cut"] = [max(0, len(ids) - max_target_length) for ids in whole]
-        # The end is kept, so that generation learns to stop.
+        # The end token is kept, so that the model learns to stop.
         out["labels"] = [
             ids if len(ids) <= max_target_length else [*ids[: max_target_length - 1], ids[-1]] for ids in whole
         ]
-        if keep:
+        if with_references:
             out["reference"] = targets
     return out
 
 
-def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+def _add_end(ids: list[int], tokenizer: Any) -> list[int]:
     end = tokenizer.eos_token_id
     return ids if end is None or (ids and ids[-1] == end) else [*ids, end]

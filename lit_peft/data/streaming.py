@@ -1,39 +1,47 @@
-"""Training examples read while training goes on, for files and hub datasets that are too large to be read first."""
+"""Training examples that are read during training, from files and hub datasets too large to be read first."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from lit_peft.data.sampling import check_plan
+from lit_peft.data.files import ROW_NUMBER, require_columns, stream_file
+from lit_peft.data.json_rows import table_of
+from lit_peft.data.rows import Rows
+from lit_peft.data.sources import missing_split, text_options
 from lit_peft.util.errors import LitPeftError, causes
 
-# Batches that are tokenized, and put in order, together; at the end of each, one may not be full.
-_BLOCK = 32
+if TYPE_CHECKING:
+    from lit_peft.data.base import LitDataModule
+
+# Batches that are tokenized and shuffled together; the last batch of each block may be incomplete.
+BATCHES_PER_BLOCK = 32
 
 
 @dataclass(eq=False)
 class Stream(IterableDataset[tuple[int, list[Any] | LitPeftError]]):
-    """Blocks of batches, made of the rows of a `datasets.IterableDataset` in their order; at last, what is wrong.
+    """Blocks of batches made from the rows of a `datasets.IterableDataset`.
 
-    The order is a function of the seed and the epoch: workers take blocks in turn. Of n processes each takes every n-th
-    example of a block; its first are repeated to even them out.
+    Iterating gives (block number, batches), and (-1, error) at the end if reading failed. The order depends on the seed
+    and the epoch only: workers take blocks in turn. Of n processes each takes every n-th example of a block, whose
+    first examples are repeated to make the shares even.
 
     Attributes:
         rows: the rows.
-        encode: columns of a block of rows -> a list of its examples.
+        encode: maps the columns of a block of rows to a list of examples.
         collate: joins examples into a batch.
-        batch_size: examples to a batch and process.
-        seed: of the order.
-        buffer: rows to draw the next one from; 1: the order of the file.
+        batch_size: examples per batch and process.
+        seed: seed of the order.
+        buffer: rows from which the next one is drawn; 1: the order of the file.
         num_replicas: number of processes.
-        rank: which of them this is.
+        rank: index of this process.
         epoch: the epoch to read.
-        start: blocks at its start that are passed over.
+        start: number of blocks to skip.
     """
 
     rows: Any
@@ -49,18 +57,18 @@ class Stream(IterableDataset[tuple[int, list[Any] | LitPeftError]]):
 
     def __iter__(self) -> Iterator[tuple[int, list[Any] | LitPeftError]]:
         try:
-            yield from self._numbered()
+            yield from self._numbered_blocks()
         except LitPeftError as exc:
-            # A worker's would be raised with its traceback for a message.
+            # Raised in a worker, its message would be a traceback.
             yield -1, exc
 
-    def _numbered(self) -> Iterator[tuple[int, list[Any]]]:
+    def _numbered_blocks(self) -> Iterator[tuple[int, list[Any]]]:
         worker = get_worker_info()
-        mine, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        worker_id, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         rows = self.rows.shuffle(seed=self.seed, buffer_size=self.buffer) if self.buffer > 1 else self.rows
         rows.set_epoch(self.epoch)
-        for number, block in enumerate(blocks(rows, self.batch_size * self.num_replicas * _BLOCK)):
-            if number >= self.start and (number - self.start) % workers == mine:
+        for number, block in enumerate(read_blocks(rows, self.batch_size * self.num_replicas * BATCHES_PER_BLOCK)):
+            if number >= self.start and (number - self.start) % workers == worker_id:
                 yield number, self._batches(number, block)
 
     def _batches(self, number: int, block: dict[str, list[Any]]) -> list[Any]:
@@ -70,24 +78,25 @@ class Stream(IterableDataset[tuple[int, list[Any] | LitPeftError]]):
         if self.buffer > 1:
             random.Random(f"{self.seed} {self.epoch} {number}").shuffle(examples)
         even = -(-len(examples) // self.num_replicas) * self.num_replicas
-        share = [examples[at % len(examples)] for at in range(self.rank, even, self.num_replicas)]
-        return [self.collate(share[at : at + self.batch_size]) for at in range(0, len(share), self.batch_size)]
+        share = [examples[index % len(examples)] for index in range(self.rank, even, self.num_replicas)]
+        starts = range(0, len(share), self.batch_size)
+        return [self.collate(share[start : start + self.batch_size]) for start in starts]
 
 
-def blocks(rows: Any, size: int) -> Iterator[dict[str, list[Any]]]:
+def read_blocks(rows: Any, size: int) -> Iterator[dict[str, list[Any]]]:
     """Read rows in blocks, each a dict of columns.
 
     Raises:
         LitPeftError: a row cannot be read.
     """
-    # Not `iter(rows)`, which shares out files among workers in its own way.
+    # `iter(rows)` would divide the files among the workers.
     found, count = rows.iter(size), 0
     while True:
         try:
             block = next(found, None)
         except LitPeftError:
             raise
-        except Exception as exc:  # pandas, pyarrow and datasets errors
+        except Exception as exc:  # errors of pandas, pyarrow and datasets
             problem = " ".join(str(link).strip() for link in causes(exc))[:300]
             raise LitPeftError(f"data.train: a row after the first {count} could not be read: {problem}") from exc
         if block is None:
@@ -96,65 +105,66 @@ def blocks(rows: Any, size: int) -> Iterator[dict[str, list[Any]]]:
         yield block
 
 
-class StreamLoader(DataLoader[Any]):
-    """The batches of a `Stream`; its place is saved with the trainer's checkpoints, as that of `StatefulLoader`.
+def make_stream(data: LitDataModule) -> Stream:
+    """Return a data module's training rows as a stream of batches.
 
-    Attributes:
-        epoch: returns the epoch that begins.
-        trained: returns how many batches of the epoch are done; None: those given out.
+    Raises:
+        LitPeftError: no training data is named, or the file is missing or has an unknown suffix.
     """
+    rows = open_rows(data)
+    encode = partial(encode_block, data, rows.features)
+    return Stream(rows, encode, data.collator("train"), data.batch_size, data.seed, data.shuffle_buffer)
 
-    epoch: Callable[[], int]
-    trained: Callable[[], int | None]
 
-    def state_dict(self) -> dict[str, int]:
-        """The epoch, the batches of it that are done, the block they end in, and what they hang on."""
-        if not hasattr(self, "_starts"):
-            return getattr(self, "_place", None) or self._at(self.epoch(), 0, 0, 0)
-        trained = self.trained()
-        done = self._given if trained is None else trained
-        if self._ended and done >= self._given:
-            return self._at(self._epoch + 1, 0, 0, 0)
-        block, before = next(start for start in reversed(self._starts) if start[1] <= done or start == self._starts[0])
-        return self._at(self._epoch, done, block, done - before)
+def check_first_rows(data: LitDataModule) -> None:
+    """Encode the first rows, so that wrong settings show before training starts.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where another loader stopped.
+    Raises:
+        LitPeftError: the rows are wrong, or none of them has a token to learn.
+    """
+    rows = open_rows(data)
+    if not encode_block(data, rows.features, next(read_blocks(rows, 8), {})):
+        raise LitPeftError(
+            f"data.train {data.sources['train'] or data.dataset!r}: none of the first rows has a token to learn "
+            f"within data.max_length {data.max_length}; raise data.max_length."
+        )
 
-        Raises:
-            LitPeftError: in the middle of an epoch, and the batches are not those of the other loader.
-        """
-        check_plan(state, self._plan)
-        self._place: dict[str, int] | None = state
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        stream: Any = self.dataset
-        place = getattr(self, "_place", None) or self._at(self.epoch(), 0, 0, 0)
-        self._place = None
-        self._epoch, self._given, self._ended = place["epoch"], place["batches"], False
-        stream.epoch, stream.start = place["epoch"], place["block"]
-        skipped = place["within"]
-        count = place["batches"] - skipped
-        self._starts = [(place["block"], count)]
-        for number, batches in super().__iter__():
-            if isinstance(batches, LitPeftError):
-                raise batches
-            # The trainer is a batch behind at the most.
-            self._starts = [*self._starts[-3:], (number, count)]
-            for batch in batches[skipped:]:
-                self._given += 1
-                yield batch
-            count, skipped = count + len(batches), 0
-        self._ended = True
+def open_rows(data: LitDataModule) -> Any:
+    """Return a data module's training rows as a `datasets.IterableDataset`."""
+    value = data.hub.find("train", data.sources["train"])
+    if value is None:
+        raise LitPeftError(missing_split(data, "train"))
+    if data.hub.has(value):
+        return data.hub.splits[value]
+    return stream_file(value, "data.train", **text_options(data, "train"))
 
-    def _at(self, epoch: int, batches: int, block: int, within: int) -> dict[str, int]:
-        return {"epoch": epoch, "batches": batches, "block": block, "within": within, **self._plan}
 
-    @property
-    def _plan(self) -> dict[str, int]:
-        stream: Any = self.dataset
-        return {
-            "data.seed": stream.seed,
-            "data.shuffle_buffer": stream.buffer,
-            "data.batch_size times devices": stream.batch_size * stream.num_replicas,
-        }
+def encode_block(data: LitDataModule, features: Any, block: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Check and tokenize a block of training rows, like a file that has only these rows.
+
+    Args:
+        data: the data module, whose hooks check and encode the rows.
+        features: the types of the columns; None: infer them from the values.
+        block: the columns.
+    """
+    import datasets
+
+    source, field = data.sources["train"] or str(data.dataset), "data.train"
+    had_bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        table = table_of(block) if features is None else datasets.Dataset.from_dict(block, features=features)
+        numbers = None
+        if ROW_NUMBER in block:
+            numbers, table = block[ROW_NUMBER], table.remove_columns(ROW_NUMBER)
+        table = data.prepare_table(table, "train", field, source)
+        if numbers is None or len(numbers) != len(table):
+            # Rows of a hub dataset, and rows that `prepare_table` made out of one, have no number in the file.
+            field, numbers = "a streamed block of data.train", None
+        require_columns(table, data.columns("train"), field, source)
+        rows = Rows(table, list(range(len(table))), field, source, numbers)
+        return list(data.encode(data.check_rows(rows, "train"), "train"))
+    finally:
+        if had_bars:
+            datasets.enable_progress_bars()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_peft.formats import adapterhub_lora, adapterhub_prefix, peft_prefix
 from lit_peft.formats.base_record import base_name_or_path
-from lit_peft.formats.files import fill, write_json
+from lit_peft.formats.files import copy_tensors, write_json
 from lit_peft.formats.untrusted import check_sizes, read_tensors
 from lit_peft.methods.adapter_h import AdapterHSettings
 from lit_peft.methods.adapter_p import AdapterPSettings
@@ -145,8 +145,8 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
             if name not in attachment.saved:
                 attachment.train(name)
         places = _places(attachment, str(config.get("name") or ""))
-        fill(_plain(places, model), _plain(adapterhub_prefix.plain(stored), model), folder)
-        fill(dict(attachment.saved), head, folder)
+        copy_tensors(_plain(places, model), _plain(adapterhub_prefix.plain(stored), model), folder)
+        copy_tensors(dict(attachment.saved), head, folder)
     except BaseException:
         detach(model)
         raise

@@ -21,7 +21,7 @@ from lit_peft.nn.prefix import Prefix
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
 
-_KEY = re.compile(r"(?:.*\.)?prefix_tunings\.[^.]+\.(self|encoder|cross)(?:_prefix)?\.(.+)")
+_KEY = re.compile(r"(?:(.*)\.)?prefix_tunings\.[^.]+\.(self|encoder|cross)(?:_prefix)?\.(.+)")
 # Models whose self-attention's prefix is called `self`, not `self_prefix`.
 _SELF = {"distilbert"}
 _READ = {"cross_prefix", "dropout", "encoder_prefix", "leave_out", "non_linearity"}
@@ -85,9 +85,17 @@ def config(settings: PrefixSettings, attachment: Attachment) -> dict[str, Any]:
 
 
 def places_of(attachment: Attachment) -> dict[str, Prefix]:
-    """The attached prefixes by role, `self_prefix`, `encoder_prefix`, `cross_prefix`."""
-    found = {path.rpartition(".")[2]: module for path, module in attachment.adapted.items()}
-    return {role: module for role, module in found.items() if isinstance(module, Prefix)}
+    """The attached prefixes by role: `self_prefix`, `encoder_prefix`, `cross_prefix`.
+
+    A model of two towers (CLIP, LLaVA) has several of one role. AdapterHub has no such models; the prefixes are named
+    by their whole path then.
+    """
+    prefixes = {path: module for path, module in attachment.adapted.items() if isinstance(module, Prefix)}
+    roles = [path.rpartition(".")[2] for path in prefixes]
+    return {
+        role if roles.count(role) == 1 else path: module
+        for role, (path, module) in zip(roles, prefixes.items(), strict=True)
+    }
 
 
 def places(attachment: Attachment) -> dict[str, Tensor]:
@@ -108,10 +116,15 @@ def places(attachment: Attachment) -> dict[str, Tensor]:
 
 def plain(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """A folder's tensors by the ends of their names; what the layers store again is there once."""
-    return {
-        f"{match[1]}_prefix.{match[2]}" if (match := _KEY.fullmatch(name)) else name: tensor
-        for name, tensor in stored.items()
-    }
+    return {_plain_name(name): tensor for name, tensor in stored.items()}
+
+
+def _plain_name(name: str) -> str:
+    match = _KEY.fullmatch(name)
+    if match is None:
+        return name
+    pool, end = match[1] or "", f"{match[2]}_prefix.{match[3]}"
+    return end if not pool or pool.endswith(("prefix_tuning", "prefix_tuning.pool")) else f"{pool}.{end}"
 
 
 def tensors(model: nn.Module, attachment: Attachment, name: str) -> dict[str, Tensor]:
@@ -124,8 +137,10 @@ def tensors(model: nn.Module, attachment: Attachment, name: str) -> dict[str, Te
             if attention is not None and has_module(model, path):
                 pools.add(f"{path}.prefix_tuning.pool")
     plainly = getattr(getattr(model, "config", None), "model_type", None) in _SELF
-    return {
-        f"{pool}.prefix_tunings.{name}.{end.replace('self_prefix', 'self') if plainly else end}": place
-        for pool in sorted(pools)
-        for end, place in places(attachment).items()
-    }
+    found: dict[str, Tensor] = {}
+    for end, place in places(attachment).items():
+        owner, role, part = re.fullmatch(r"(?:(.+)\.)?(\w+_prefix)\.(.+)", end).groups()  # type: ignore[union-attr]
+        role = role.replace("self_prefix", "self") if plainly else role
+        for pool in sorted(pools) if owner is None else [owner]:
+            found[f"{pool}.prefix_tunings.{name}.{role}.{part}"] = place
+    return found

@@ -18,7 +18,7 @@ EXTRA = "lit_peft.json"
 
 
 @torch.no_grad()
-def fill(
+def copy_tensors(
     places: Mapping[str, Tensor], stored: Mapping[str, Tensor], folder: Path, ignored: Collection[str] = ()
 ) -> None:
     """Copy each stored tensor into its place.

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_peft.formats.base_record import base_name_or_path
-from lit_peft.formats.files import write_json
-from lit_peft.formats.untrusted import check_weights, read_tensors
+from lit_peft.formats.files import copy_tensors, write_json
+from lit_peft.formats.untrusted import read_tensors
 from lit_peft.methods.attachment import MethodSettings, Model, attach, attachment_of, detach
 from lit_peft.methods.registry import all_settings
 from lit_peft.util.errors import LitPeftError, closest
@@ -78,10 +78,7 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
         )
     attach(model, settings)
     try:
-        with torch.no_grad():
-            for name, parameter in _trained(model).items():
-                check_weights(name, stored[name], folder)
-                parameter.copy_(stored[name])
+        copy_tensors(_trained(model), stored, folder)
     except BaseException:
         detach(model)
         raise

@@ -1,7 +1,7 @@
 """Reading and writing peft's adapter folders (`adapter_config.json` and `adapter_model.safetensors`).
 
 Each `peft_type` has a module of its own that says what its settings and tensors are called; a new one is one file, and
-one line in `KINDS`.
+one line in `PEFT_FORMATS`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NEUTRAL = {
 }
 
 
-class Kind(Protocol):
+class PeftFormat(Protocol):
     """What a module for one `peft_type` offers.
 
     Attributes:
@@ -51,7 +51,7 @@ class Kind(Protocol):
         `config["lit_peft"]` holds what `lit_peft.json` says beside peft's own settings; nothing in peft's own folders.
         """
 
-    def fill(self, model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
+    def load_tensors(self, model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
         """Copy the folder's tensors into what was attached."""
 
     def config(self, model: nn.Module, attachment: Attachment) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Kind(Protocol):
         """The tensors to write, by peft's names."""
 
 
-KINDS: dict[str, Kind] = {
+PEFT_FORMATS: dict[str, PeftFormat] = {
     "LORA": peft_lora,
     "PROMPT_TUNING": peft_prompt.PROMPT_TUNING,
     "PREFIX_TUNING": peft_prefix,
@@ -76,10 +76,10 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
         LitPeftError: a file is missing, the method or a setting is not one that can be read, or the tensors do not
             fit the model. The model is as it was.
     """
-    kind = KINDS.get(str(config["peft_type"]))
+    kind = PEFT_FORMATS.get(str(config["peft_type"]))
     if kind is None:
         raise LitPeftError(
-            f"{folder}: adapters of type {config['peft_type']!r} cannot be read, only {', '.join(KINDS)}."
+            f"{folder}: adapters of type {config['peft_type']!r} cannot be read, only {', '.join(PEFT_FORMATS)}."
         )
     known = kind.READ | kind.NEUTRAL | _NEUTRAL
     active = sorted(name for name, value in config.items() if name not in known and value)
@@ -92,7 +92,7 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
         raise LitPeftError(f"{folder} has no adapter_model.safetensors: give the folder that peft's save wrote.")
     attach(model, kind.settings(model, {**config, "lit_peft": read_extra(folder)}, stored))
     try:
-        kind.fill(model, stored, folder)
+        kind.load_tensors(model, stored, folder)
     except BaseException:
         detach(model)
         raise
@@ -101,7 +101,7 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
 
 def holds(attachment: Attachment) -> bool:
     """Whether peft has the method of what is attached."""
-    return any(kind.writes(attachment.settings) for kind in KINDS.values())
+    return any(kind.writes(attachment.settings) for kind in PEFT_FORMATS.values())
 
 
 def write(model: nn.Module, folder: Path) -> None:
@@ -112,7 +112,7 @@ def write(model: nn.Module, folder: Path) -> None:
             model.
     """
     attachment = attachment_of(model)
-    kind = next((kind for kind in KINDS.values() if kind.writes(attachment.settings)), None)
+    kind = next((kind for kind in PEFT_FORMATS.values() if kind.writes(attachment.settings)), None)
     if kind is None:
         raise LitPeftError(f"{attachment.settings.method!r} cannot be written in peft's format: leave format out.")
     config = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.formats.files import fill as fill_places
+from lit_peft.formats.files import copy_tensors
 from lit_peft.formats.untrusted import is_quick, matching
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.lora import LoRASettings
@@ -152,11 +152,11 @@ def _in_any_order(patterns: Mapping[str, float], adapted: list[str]) -> Mapping[
     return {re.escape(path): patterns[pattern] for path, pattern in first.items()}
 
 
-def fill(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
+def load_tensors(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
     """Copy a folder's tensors into the attached LoRA; what the base has otherwise is trained as well.
 
     Raises:
-        LitPeftError: as `lit_peft.formats.files.fill`.
+        LitPeftError: as `lit_peft.formats.files.copy_tensors`.
     """
     found = {
         base_name(name.removeprefix(_PREFIX)): tensor
@@ -173,7 +173,7 @@ def fill(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
     places = {base_name(name): place for name, place in _places(attachment).items()}
     # Biases that were not stored are the base's.
     biases = {base_name(name) for name in attachment.saved if name.endswith(".bias")} - set(found)
-    fill_places({name: place for name, place in places.items() if name not in biases}, found, folder, ignored=own)
+    copy_tensors({name: place for name, place in places.items() if name not in biases}, found, folder, ignored=own)
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.formats.files import fill as fill_places
+from lit_peft.formats.files import copy_tensors
 from lit_peft.formats.peft_task import HEADS, task_type
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
 from lit_peft.methods.p_tuning_v2 import PTuningV2Settings
@@ -63,7 +63,7 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
     )
 
 
-def fill(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
+def load_tensors(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
     """Copy a folder's table and trained modules into what was attached."""
     attachment = attachment_of(model)
     found = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
@@ -73,7 +73,7 @@ def fill(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
         if table.shape[-1] % layers == 0:
             entries = table.unflatten(-1, (layers, -1))
             found[_TABLE] = entries[:, [2 * layer % layers for layer in range(layers)]].flatten(1)
-    fill_places({_TABLE: prefix.embedding, **attachment.saved}, found, folder)
+    copy_tensors({_TABLE: prefix.embedding, **attachment.saved}, found, folder)
 
 
 def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:

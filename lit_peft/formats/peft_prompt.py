@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_peft.formats.files import fill as fill_places
+from lit_peft.formats.files import copy_tensors
 from lit_peft.formats.peft_task import HEADS, task_type
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
 from lit_peft.methods.p_tuning import PTuningSettings
@@ -64,7 +64,7 @@ class PromptKind:
         own = {"positions": "sequence", **config["lit_peft"]}
         return self.settings_class(**values, **{name: own[name] for name in _OWN if name in own})
 
-    def fill(self, model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
+    def load_tensors(self, model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
         """Copy a folder's tensors into what was attached; what computed the virtual tokens is not needed any more."""
         attachment = attachment_of(model)
         prompt = _prompt(attachment)
@@ -72,7 +72,7 @@ class PromptKind:
         found = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
         # peft stores a head in any case; what was not trained is the base's own.
         places = {**attachment.saved, _PROMPT: prompt.embedding.weight}
-        fill_places(places, found, folder, ignored=set(model.state_dict()) - set(places))
+        copy_tensors(places, found, folder, ignored=set(model.state_dict()) - set(places))
 
     def config(self, model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         """The configuration of what is attached."""

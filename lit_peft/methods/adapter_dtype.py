@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from lit_peft.methods.attachment import attachment_of
+from lit_peft.methods.changes import TrainParameter
+from lit_peft.nn.torch_internals import own_parameter
 
 
 def set_adapter_dtype(model: nn.Module, dtype: torch.dtype) -> None:
@@ -31,10 +33,13 @@ def set_adapter_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     for path in attachment.trained:
         owner, _, name = path.rpartition(".")
         owners.setdefault(owner, []).append(name)
-    for owner, names in owners.items():
-        module, cast = model.get_submodule(owner), _Cast(names, frozen)
-        attachment.hook(module.register_forward_pre_hook(cast.put))
-        attachment.hook(module.register_forward_hook(cast.take, always_call=True))
+    for change in attachment.changes:
+        if isinstance(change, TrainParameter):
+            change.note_place()
+    for path, names in owners.items():
+        cast = _Cast(names, frozen)
+        attachment.forward_pre_hook(path, cast.put)
+        attachment.forward_hook(path, cast.take, always_call=True)
 
 
 class _Cast:
@@ -46,7 +51,7 @@ class _Cast:
         """Forward pre-hook: an attribute of the module hides its parameter of the same name."""
         dtype = self.like[0].dtype
         for name in self.names:
-            parameter = module._parameters[name]
+            parameter = own_parameter(module, name)
             if parameter is not None and parameter.dtype != dtype:
                 vars(module)[name] = parameter.to(dtype)
 

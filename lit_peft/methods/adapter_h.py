@@ -10,6 +10,7 @@ from torch import nn
 from lit_peft.methods.attachment import Attachment
 from lit_peft.methods.bottleneck import BottleneckSettings
 from lit_peft.methods.mixin import MethodMixin
+from lit_peft.models.transformers_internals import is_norm
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class AdapterHSettings(BottleneckSettings):
         if self.train_layer_norms:
             added = tuple(f"{path}." for path in attachment.adapted)
             for path, module in list(model.named_modules()):
-                if type(module).__name__.endswith("Norm") and not path.startswith(added):
+                if is_norm(module) and not path.startswith(added):
                     for name, _ in list(module.named_parameters(recurse=False)):
                         attachment.train(f"{path}.{name}")
 

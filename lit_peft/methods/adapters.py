@@ -19,7 +19,6 @@ from lit_peft.methods.attachment import (
     Model,
     attach,
     attachment_or_none,
-    detach,
     set_attachment,
 )
 from lit_peft.methods.lora import merge
@@ -108,6 +107,8 @@ def new_adapter(model: nn.Module, name: str) -> Iterator[None]:
         raise
     attachment = attachment_or_none(model)
     assert attachment is not None
+    # The base was frozen already if there are other adapters; they know what it was before.
+    attachment.unfrozen = next((kept.unfrozen for kept in adapters.kept.values()), attachment.unfrozen)
     adapters.kept[name], adapters.active = attachment, name
 
 
@@ -178,11 +179,11 @@ def delete_adapter(model: Model, name: str) -> Model:
         LitPeftError: there is no adapter of that name.
     """
     adapters = adapters_of(model)
-    adapters.find(name)
-    if adapters.active == name:
-        detach(model)
-        adapters.active = None
+    attachment = adapters.find(name)
+    _switch(model, adapters, None if adapters.active == name else adapters.active)
     del adapters.kept[name]
+    if not adapters.kept:
+        attachment.unfreeze()
     return model
 
 

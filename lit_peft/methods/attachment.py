@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from lit_peft.methods.changes import (
+    AddHook,
+    AddModule,
+    Change,
+    ReplaceModule,
+    SetAttribute,
+    TrainParameter,
+    follow,
+    owner_of,
+)
+from lit_peft.methods.saving import SaveAdapter
 from lit_peft.nn.quantized import is_quantized
 from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.type_checks import check_types
@@ -45,74 +57,77 @@ class MethodSettings:
         return 1.0
 
 
-@runtime_checkable
-class Suspendable(Protocol):
-    """A module that keeps more than its own parameters, which it has to bring back itself."""
-
-    def suspend(self) -> None:
-        """Note what is lost when the module is taken off its model."""
-
-    def resume(self) -> None:
-        """Bring that back, on the model again."""
-
-
 @dataclass
 class Attachment:
-    """The record of what was done to a model, and so of how to undo it."""
+    """What was done to a model: the record of every change, and so of how to undo it.
+
+    Attributes:
+        model: the model.
+        settings: the method's settings.
+        changes: the changes, in the order they were made.
+        adapted: the method's modules by path.
+        trained: paths of the base's own parameters that are trained, as copies in their places.
+        unfrozen: names of the base's parameters that required gradients before the method was attached.
+        irreversible: why the method cannot be taken off again; None if it can.
+        last_seen: device and type of the base when the method was last taken off it.
+    """
 
     model: nn.Module
     settings: MethodSettings
-    undo: list[Callable[[], object]] = field(default_factory=list)
-    redo: list[Callable[[], object]] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     adapted: dict[str, nn.Module] = field(default_factory=dict)
-    owners: dict[str, nn.Module] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
-    hooks: list[tuple[Callable[[], object], Callable[[], object]]] = field(default_factory=list)
-    # The trained copies while the method is off its model.
-    kept: dict[str, nn.Parameter] = field(default_factory=dict)
-    _found: list[Suspendable] | None = None
+    unfrozen: list[str] = field(default_factory=list)
+    irreversible: str | None = None
+    last_seen: tuple[torch.device, torch.dtype] | None = None
 
     @property
     def saved(self) -> dict[str, nn.Parameter]:
-        """The copies trained in place of the model's own parameters, by path, as the model holds them now."""
+        """The copies trained in place of the base's own parameters, by path, while they are on the model."""
         # Looked up, not kept: sharding a model puts other parameters in their places.
         return {path: self.model.get_parameter(path) for path in self.trained}
 
-    def replace(self, path: str, module: nn.Module, restore: Callable[[], nn.Module]) -> None:
-        """Put `module` at `path`; `restore` gives the module to put back."""
-        parent, _, name = path.rpartition(".")
-        owner = self.model.get_submodule(parent)
-        module.train(owner.training)
-        setattr(owner, name, module)
-        self.adapted[path], self.owners[path] = module, owner
-        # Straight into the dict from here on: what `setattr` checks holds, and takes most of a switch's time.
-        inner = owner._modules
-        self.did(lambda: inner.update({name: module}), lambda: inner.update({name: restore()}))
+    @property
+    def trained_copies(self) -> dict[str, nn.Parameter]:
+        """The same copies while they are off the model."""
+        records = (change for change in self.changes if isinstance(change, TrainParameter))
+        return {record.path: record.copy for record in records if record.copy is not None}
+
+    @property
+    def hooks(self) -> list[AddHook]:
+        """The hooks among the changes."""
+        return [change for change in self.changes if isinstance(change, AddHook)]
+
+    def make(self, change: Change) -> None:
+        """Make a change and record it."""
+        change.apply(self.model)
+        self.changes.append(change)
+
+    def replace(self, path: str, module: nn.Module) -> None:
+        """Put `module` at `path`, in place of the base's own."""
+        self._adopt(path, module)
+        self.make(ReplaceModule(path, module))
 
     def add(self, path: str, module: nn.Module) -> None:
-        """Register a new `module` at `path`, where the model had none."""
-        parent, _, name = path.rpartition(".")
-        owner = self.model.get_submodule(parent)
-        module.train(owner.training)
-        owner.add_module(name, module)
-        self.adapted[path], self.owners[path] = module, owner
-        self.did(lambda: owner.add_module(name, module), lambda: delattr(owner, name))
+        """Register a new `module` at `path`, where the model has none."""
+        self._adopt(path, module)
+        self.make(AddModule(path, module))
 
-    def set(self, owner: nn.Module, name: str, value: Any) -> None:
-        """Set an attribute of a module of the model that is neither a module nor a parameter."""
-        had, original = name in vars(owner), vars(owner).get(name)
-        setattr(owner, name, value)
-        self.did(
-            lambda: setattr(owner, name, value),
-            lambda: setattr(owner, name, original) if had else delattr(owner, name),
-        )
+    def _adopt(self, path: str, module: nn.Module) -> None:
+        module.train(owner_of(self.model, path)[0].training)
+        self.adapted[path] = module
 
-    def hook(self, handle: RemovableHandle) -> None:
-        """Take note of a hook that was registered, to remove it again."""
-        dicts = [handle.hooks_dict_ref(), *(reference() for reference in handle.extra_dict_ref)]
-        entries = [(hooks, hooks[handle.id]) for hooks in dicts if hooks is not None and handle.id in hooks]
-        self.hooks.append((lambda: [hooks.update({handle.id: hook}) for hooks, hook in entries], handle.remove))
-        self.did(*self.hooks[-1])
+    def set(self, path: str, name: str, value: Any) -> None:
+        """Set an attribute of the module at `path` that is neither a module nor a parameter."""
+        self.make(SetAttribute(path, name, value))
+
+    def forward_pre_hook(self, path: str, hook: Callable[..., Any], with_kwargs: bool = False) -> None:
+        """Register a forward pre-hook on the module at `path`; arguments as torch's `register_forward_pre_hook`."""
+        self.make(AddHook(path, hook, "forward_pre", with_kwargs))
+
+    def forward_hook(self, path: str, hook: Callable[..., Any], always_call: bool = False) -> None:
+        """Register a forward hook on the module at `path`; arguments as torch's `register_forward_hook`."""
+        self.make(AddHook(path, hook, "forward", always_call=always_call))
 
     def train(self, path: str) -> None:
         """Train a copy of the parameter at `path` in its place; the original returns at detach.
@@ -120,24 +135,20 @@ class Attachment:
         Raises:
             LitPeftError: it is the weight of a quantized layer.
         """
-        parent, _, name = path.rpartition(".")
-        owner = self.model.get_submodule(parent)
-        original = owner.get_parameter(name)
+        owner, name = owner_of(self.model, path)
         if name == "weight" and is_quantized(owner):
             raise LitPeftError(
-                f"{path} is quantized and cannot be trained itself: leave it out of modules_to_save, or load the base "
-                "unquantized."
+                f"{path} is quantized, so its weight cannot be trained: leave it out of modules_to_save, or load the "
+                "base without quantization."
             )
-        copy = nn.Parameter(original.detach().clone(), requires_grad=True)
-        setattr(owner, name, copy)
+        self.make(TrainParameter(path))
         self.trained.append(path)
-        self.did(lambda: setattr(owner, name, copy), lambda: setattr(owner, name, original))
 
     def train_modules(self, names: tuple[str, ...] | list[str]) -> None:
         """Train every parameter of each module whose name is, or ends in, one of `names`; else the parameter so named.
 
         Raises:
-            LitPeftError: no module with parameters is called by one of them, and no parameter.
+            LitPeftError: no module with parameters, and no parameter, has one of the names.
         """
         paths = [path for path, module in self.model.named_modules() if path and any(True for _ in module.parameters())]
         single = {base_name(path): path for path, _ in self.model.named_parameters(remove_duplicate=False)}
@@ -150,46 +161,106 @@ class Attachment:
                 found = [single[name]]
             if not found:
                 raise LitPeftError(
-                    f"modules_to_save names {name!r}, and {type(self.model).__name__} has no module with parameters of "
+                    f"modules_to_save names {name!r}, but {type(self.model).__name__} has no module with parameters of "
                     f"that name: the closest are {closest(name, [path.rpartition('.')[2] for path in paths])}."
                 )
             for path in found:
                 if path not in self.trained:
+                    self._warn_if_tied(path, name)
                     self.train(path)
 
-    def did(self, again: Callable[[], object], undo: Callable[[], object]) -> None:
-        """Take note of a change that was made: how to make it again, and how to undo it."""
-        self.redo.append(again)
-        self.undo.append(undo)
+    def _warn_if_tied(self, path: str, name: str) -> None:
+        """Say that a parameter shared with other modules is trained in one of them alone."""
+        parameter = self.model.get_parameter(path)
+        others = [
+            other
+            for other, shared in self.model.named_parameters(remove_duplicate=False)
+            if shared is parameter and other != path
+        ]
+        if others:
+            warnings.warn(
+                f"modules_to_save={name!r}: {path} shares its weight with {', '.join(others[:3])} in the base. Only "
+                f"the copy at {path} is trained; the weight there is no longer shared.",
+                stacklevel=5,
+            )
+
+    def freeze(self) -> None:
+        """Freeze the whole model, and note which parameters required gradients."""
+        # Every name of a tied parameter: merging may untie it.
+        named = self.model.named_parameters(remove_duplicate=False)
+        self.unfrozen = [name for name, parameter in named if parameter.requires_grad]
+        self.model.requires_grad_(False)
+
+    def unfreeze(self) -> None:
+        """Let the base's parameters require gradients again that did before. The method must be off the model."""
+        for name in self.unfrozen:
+            self.model.get_parameter(name).requires_grad_(True)
 
     def revert(self) -> None:
-        """Undo everything, the last change first."""
-        for step in reversed(self.undo):
-            step()
+        """Undo everything, the last change first: the base is what it was, bit for bit.
+
+        Raises:
+            LitPeftError: the method trained the base itself.
+        """
+        self._check_reversible()
+        self._undo_changes()
+        self.unfreeze()
 
     def suspend(self) -> None:
-        """Undo everything, to `resume` later: the model is the bare base meanwhile."""
-        for module in self._suspendable():
+        """Take the method off, to `resume` later. The model is the bare base meanwhile, and stays frozen.
+
+        Raises:
+            LitPeftError: the method trained the base itself.
+        """
+        self._check_reversible()
+        for module in self._modules_with("suspend"):
             module.suspend()
-        self.kept = self.saved
-        self.revert()
+        self._undo_changes()
+        self.last_seen = _place_of(self.model)
 
     def resume(self) -> None:
-        """Make every change again, in the order they were made."""
-        for step in self.redo:
-            step()
+        """Put the method back on, on the device and in the type that the base has by now."""
+        self._follow_the_base()
+        if self.unfrozen and self.model.get_parameter(self.unfrozen[0]).requires_grad:
+            self.freeze()
+        for change in self.changes:
+            change.apply(self.model)
         for path, module in self.adapted.items():
-            training = self.owners[path].training
+            training = owner_of(self.model, path)[0].training
             if module.training != training:
                 module.train(training)
-        for kept in self._suspendable():
+        for kept in self._modules_with("resume"):
             kept.resume()
 
-    def _suspendable(self) -> list[Suspendable]:
-        # Asking a protocol is slow, and the answer stays.
-        if self._found is None:
-            self._found = [module for module in self.adapted.values() if isinstance(module, Suspendable)]
-        return self._found
+    def _check_reversible(self) -> None:
+        if self.irreversible is not None:
+            raise LitPeftError(self.irreversible)
+
+    def _undo_changes(self) -> None:
+        for change in reversed(self.changes):
+            change.undo(self.model)
+
+    def _follow_the_base(self) -> None:
+        old, new = self.last_seen, _place_of(self.model)
+        if old is None or new is None or old == new:
+            return
+        base = {id(parameter) for parameter in self.model.parameters()}
+        own = [tensor for module in self.adapted.values() for tensor in (*module.parameters(), *module.buffers())]
+        for tensor in (*own, *self.trained_copies.values()):
+            if id(tensor) not in base:
+                # A type other than the base's was chosen for it (fp32 beside bf16), and stays.
+                kept_dtype = tensor.dtype != old[1]
+                follow(tensor, old, (new[0], old[1] if kept_dtype else new[1]))
+
+    def _modules_with(self, method: str) -> list[Any]:
+        """The method's modules that have something to do themselves when they are taken off, or put back on."""
+        return [module for module in self.adapted.values() if hasattr(type(module), method)]
+
+
+def _place_of(model: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+    """Device and type of a model's first parameter of floating point; None if it has none."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return None if first is None else (first.device, first.dtype)
 
 
 def base_name(path: str) -> str:
@@ -246,17 +317,13 @@ def attach(model: Model, settings: MethodSettings) -> Model:
             "lit_peft.detach(model) before attaching again, so that trained weights are never silently replaced."
         )
     attachment = Attachment(model, settings)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.requires_grad_(False)
-            attachment.did(
-                lambda p=parameter: p.requires_grad_(False),  # type: ignore[misc]
-                lambda p=parameter: p.requires_grad_(True),  # type: ignore[misc]
-            )
+    attachment.freeze()
     try:
         settings.attach_to(model, attachment)
         if settings.modules_to_save:
             attachment.train_modules(settings.modules_to_save)
+        if attachment.adapted and hasattr(model, "save_pretrained"):
+            attachment.set("", "save_pretrained", SaveAdapter(model))
     except BaseException:
         attachment.revert()
         raise

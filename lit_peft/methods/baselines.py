@@ -22,13 +22,9 @@ class FullFineTuningSettings(MethodSettings):
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
         """Train every parameter, where it is: no copy of the base is kept."""
-
-        def refuse() -> None:
-            raise LitPeftError("Full fine-tuning changed the base itself: load the base again instead of detaching.")
-
         if any(is_quantized(module) for module in model.modules()):
             raise LitPeftError("A quantized base cannot be trained in full: leave out quantization, or use LoRA.")
-        attachment.undo.append(refuse)
+        attachment.irreversible = "Full fine-tuning changes the base itself: load the base again instead of detaching."
         for parameter in model.parameters():
             parameter.requires_grad_(True)
 

@@ -175,11 +175,8 @@ class BottleneckSettings(MethodSettings):
     def _attach_to_sublayer(
         self, layer: Layer, role: str, place: Sublayer, number: int, attachment: Attachment
     ) -> None:
-        def module(path: str) -> nn.Module:
-            return layer.module.get_submodule(path)
-
         width = int(layer.config.hidden_size)
-        norm = None if place.norm is None else module(place.norm)
+        norm = None if place.norm is None else layer.module.get_submodule(place.norm)
         adapter = SublayerAdapter(
             width,
             self.size(width, number),
@@ -192,12 +189,12 @@ class BottleneckSettings(MethodSettings):
         )
         attachment.add(f"{layer.path}.{role}", adapter)
         if adapter.needs_residual:
-            attachment.hook(module(place.residual).register_forward_pre_hook(adapter.capture, with_kwargs=True))
+            attachment.forward_pre_hook(f"{layer.path}.{place.residual}", adapter.capture, with_kwargs=True)
             if place.more_residual is not None:
-                attachment.hook(module(place.more_residual).register_forward_hook(adapter.capture_more))
-        attachment.hook(module(place.output).register_forward_hook(adapter.adapt))
-        if norm is not None and not self.original_ln_after:
-            attachment.hook(norm.register_forward_hook(adapter.pass_over))
+                attachment.forward_hook(f"{layer.path}.{place.more_residual}", adapter.capture_more)
+        attachment.forward_hook(f"{layer.path}.{place.output}", adapter.adapt)
+        if place.norm is not None and not self.original_ln_after:
+            attachment.forward_hook(f"{layer.path}.{place.norm}", adapter.pass_over)
 
     def _attach_to_linears(self, model: nn.Module, attachment: Attachment) -> None:
         try:
@@ -235,9 +232,9 @@ class BottleneckSettings(MethodSettings):
             adapter = Bottleneck(width, size, d_out if self.is_parallel else width, **self._bottleneck(linear))
             attachment.add(f"{path}.adapter", adapter)
             if before:
-                attachment.hook(linear.register_forward_pre_hook(adapter.before))
+                attachment.forward_pre_hook(path, adapter.before)
             else:
-                attachment.hook(linear.register_forward_hook(adapter.beside if self.is_parallel else adapter.after))
+                attachment.forward_hook(path, adapter.beside if self.is_parallel else adapter.after)
 
     def target_names(self, layer: Layer) -> tuple[str, ...]:
         """The linear layers that `placement="llm_adapters"` adapts in a layer when `target_modules` is None."""

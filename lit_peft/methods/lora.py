@@ -103,7 +103,7 @@ class LoRASettings(MethodSettings):
                 use_dora=self.use_dora,
                 init_lora_weights=self.init_lora_weights,
             )
-            attachment.replace(path, layer, layer.restore_base)
+            attachment.replace(path, layer)
             if self.bias == "lora_only" and layer.bias is not None:
                 attachment.train(f"{path}.base_layer.bias")
         if self.bias == "all":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeGuard
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from lit_peft.methods.attachment import Attachment, MethodSettings, base_name
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.lora import LoRALayer, LoRALinear
 from lit_peft.nn.rows import LoRARows, ModuleRows
+from lit_peft.nn.torch_internals import has_forward_hooks
 from lit_peft.util.errors import LitPeftError
 
 
@@ -21,17 +24,24 @@ from lit_peft.util.errors import LitPeftError
 def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Within the block, each row of a batch goes through its own adapter, all of them in one forward.
 
-    The base's layers compute all rows at once, and so do plain LoRAs of linear layers; what else an adapter has (DoRA,
-    embeddings, PiSSA, bottlenecks, trained modules and biases) computes its own rows.
+    The base's layers compute all rows at once, and so do plain LoRAs of linear layers. The other parts of an adapter
+    (DoRA, embeddings, PiSSA, bottlenecks, trained modules and biases) compute their own rows. This is for inference:
+    the adapters get no gradient.
 
     Args:
-        model: a model with LoRAs and bottleneck adapters.
-        names: the adapter of each row, None for the base. Beams and returned sequences of `generate`, which repeat
-            each row, follow their row.
+        model: a model with LoRAs and bottleneck adapters, in evaluation mode.
+        names: the adapter of each row, None for the base. In `generate`, which repeats rows for beams and returned
+            sequences, the copies of a row use its adapter.
 
     Raises:
-        LitPeftError: there is no adapter of a name, or one makes the whole batch longer (prompts, prefixes).
+        LitPeftError: there is no adapter of a name, one adds virtual tokens to the whole batch (prompts, prefixes), or
+            the model is in training mode. Within the block: a batch does not have one row for each name.
     """
+    if model.training:
+        raise LitPeftError(
+            "row_adapters was called in training mode, but it gives the adapters no gradient and no dropout: call "
+            "model.eval() first, or train each adapter in batches of its own with set_adapter."
+        )
     adapters = adapters_of(model)
     if not names:
         raise LitPeftError("names is empty: give the adapter of each row of the batch.")
@@ -44,6 +54,7 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     index = torch.tensor([order.index(name) if name is not None else len(order) for name in names])
     mixed = Attachment(model, MethodSettings())
     try:
+        _check_rows(mixed, len(names))
         for number, attachment in enumerate(kept):
             _hook(mixed, attachment, (index == number).nonzero().flatten(), len(names))
         trained = [_trained(attachment) for attachment in kept]
@@ -54,6 +65,9 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         yield
     finally:
         mixed.revert()
+        for attachment in kept:
+            for adapter in _bottlenecks(attachment):
+                adapter.rows = None
         set_adapter(model, before)
 
 
@@ -90,20 +104,59 @@ def _check(name: str, attachment: Attachment) -> None:
 
 def _hook(mixed: Attachment, attachment: Attachment, rows: Tensor, count: int) -> None:
     """Let an adapter's bottlenecks act on its rows."""
-    bottlenecks = [layer for layer in attachment.adapted.values() if isinstance(layer, Bottleneck)]
+    bottlenecks = _bottlenecks(attachment)
     for adapter in bottlenecks:
-        mixed.set(adapter, "rows", (rows, count))
+        adapter.rows = (rows, count)
         if adapter.training:
             adapter.eval()
-    for again, undo in attachment.hooks if bottlenecks else ():
-        again()
-        mixed.did(again, undo)
+    for hook in attachment.hooks if bottlenecks else ():
+        mixed.make(replace(hook, handle=None))
+
+
+def _bottlenecks(attachment: Attachment) -> list[Bottleneck]:
+    return [layer for layer in attachment.adapted.values() if isinstance(layer, Bottleneck)]
+
+
+class _RowCount:
+    """Checks that a batch has one row for each name. `generate` may repeat rows; a plain forward may not."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.generates = rows, False
+
+    def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the whole model."""
+        if not self.generates:
+            self._compare(args, kwargs)
+
+    def generate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Takes the place of the model's `generate`."""
+        self._compare(args, kwargs)
+        self.generates = True
+        try:
+            return type(model).generate(model, *args, **kwargs)
+        finally:
+            self.generates = False
+
+    def _compare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
+        if first is not None and len(first) != self.rows:
+            raise LitPeftError(
+                f"row_adapters was given {self.rows} names, and the batch has {len(first)} rows: give one name for "
+                "each row, None for the base."
+            )
+
+
+def _check_rows(mixed: Attachment, rows: int) -> None:
+    count = _RowCount(rows)
+    mixed.forward_pre_hook("", count.check, with_kwargs=True)
+    if hasattr(mixed.model, "generate"):
+        mixed.set("", "generate", partial(count.generate, mixed.model))
 
 
 def _trained(attachment: Attachment) -> dict[str, dict[str, Tensor]]:
     """The tensors trained in place of the base's own, by module and name."""
     found: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in attachment.kept.items():
+    for name, parameter in attachment.trained_copies.items():
         path, _, last = base_name(name).rpartition(".")
         found.setdefault(path, {})[last] = parameter.detach()
     return found
@@ -125,13 +178,13 @@ def _replace(
     else:
         if isinstance(base, nn.Embedding) and base.num_embeddings != _vocabulary(mixed.model):
             raise LitPeftError(f"{path} is the same for the whole batch, so adapters of it cannot share one.")
-        if base._forward_hooks or base._forward_pre_hooks:
+        if has_forward_hooks(base):
             raise LitPeftError(
                 f"A bottleneck adapter and a LoRA with DoRA, PiSSA, OLoRA or trained tensors stand at {path} both: "
                 "they cannot share a batch. Run their rows in batches of their own with set_adapter."
             )
         rows = ModuleRows(base, [_form(base, x, own) for x, own in zip(layers, trained, strict=True)], index)
-    mixed.replace(path, rows.eval(), lambda: base)
+    mixed.replace(path, rows.eval())
 
 
 def _form(

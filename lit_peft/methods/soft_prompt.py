@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lit_peft.methods.attachment import Attachment, MethodSettings
 from lit_peft.models.architectures import counts_over_mask, is_causal, room_for
-from lit_peft.models.call_arguments import by_name, cache_of
+from lit_peft.models.call_arguments import arguments, by_name, cache_of, has_fixed_size, is_filled
+from lit_peft.models.transformers_internals import is_model_of
 from lit_peft.nn.prompt import PromptEncoder, SoftPrompt
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
@@ -94,7 +95,7 @@ class _Placement:
                 "the transformers model inside of it."
             )
         top: Any = model
-        causal, pools = is_causal(config), type(model).__name__.endswith("ForSequenceClassification")
+        causal, pools = is_causal(config), is_model_of("AutoModelForSequenceClassification", model)
         self.decoder: nn.Module | None = None
         self.host: Any
         if getattr(config, "is_encoder_decoder", False):
@@ -105,19 +106,21 @@ class _Placement:
             self.host = top
         else:
             # Some heads call the inner decoder of the headless model.
-            self.host = top.base_model.get_decoder()
+            self.host = _decoder_of(top)
+        # An encoder's classifier pools the first position, which is to be a virtual token.
+        self.beside_text = settings.positions == "mask" and (causal or self.decoder is not None)
         self.cuts = self.decoder is None and not (pools and self.host is top)
         self.loses = self.cuts and self.host is not top and top.can_generate()
         self.counts = settings.positions == "mask" and counts_over_mask(self.host, config)
         embeddings = self.host.get_input_embeddings()
-        if not isinstance(getattr(embeddings, "weight", None), Tensor):
+        text = getattr(self.host, "main_input_name", "input_ids") == "input_ids"
+        if not text or not isinstance(getattr(embeddings, "weight", None), Tensor):
             raise LitPeftError(
-                f"{type(model).__name__} has no input embeddings of tokens ({type(embeddings).__name__}), so that "
-                "virtual tokens have no place in it: use a method that adapts layers, e.g. LoRASettings()."
+                f"{type(model).__name__} embeds no tokens at its input ({type(embeddings).__name__}), so virtual "
+                "tokens have no place there: use a method that adapts layers, e.g. LoRASettings()."
             )
         self.embeddings: Any = embeddings
-        avoid = {getattr(config, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
-        self.placeholder = next(number for number in range(4) if number not in avoid)
+        self.placeholder = _ordinary_token(config)
         self.limit = room_for(self.front, self.host, model)
         self.pending = self.inserted = False
         self.extra = 0
@@ -127,23 +130,26 @@ class _Placement:
     def register(self, prompt: SoftPrompt | PromptEncoder, attachment: Attachment) -> None:
         """Register the hooks, noted for their removal."""
         self.prompt = prompt
+        paths = {id(module): path for path, module in attachment.model.named_modules()}
+        host, embeddings = paths[id(self.host)], paths[id(self.embeddings)]
         if self.loses:
-            attachment.hook(attachment.model.register_forward_pre_hook(self._take_labels, with_kwargs=True))
-            attachment.hook(attachment.model.register_forward_hook(self._cut_logits, always_call=True))
-        attachment.hook(self.host.register_forward_pre_hook(self._extend, with_kwargs=True))
-        attachment.hook(self.host.register_forward_hook(self._cut, always_call=True))
-        attachment.hook(self.embeddings.register_forward_pre_hook(self._look_up_marks))
-        attachment.hook(self.embeddings.register_forward_hook(self._insert))
+            attachment.forward_pre_hook("", self._take_labels, with_kwargs=True)
+            attachment.forward_hook("", self._cut_logits, always_call=True)
+        attachment.forward_pre_hook(host, self._extend, with_kwargs=True)
+        attachment.forward_hook(host, self._cut, always_call=True)
+        attachment.forward_pre_hook(embeddings, self._look_up_marks)
+        attachment.forward_hook(embeddings, self._insert)
+        if self.decoder is None and self.front and hasattr(attachment.model, "prepare_inputs_for_generation"):
+            attachment.set("", "prepare_inputs_for_generation", _ContinueGeneration(attachment.model, self.front))
         if self.decoder is not None and self.front:
-            attachment.hook(self.decoder.register_forward_pre_hook(self._extend_encoder_mask, with_kwargs=True))
+            attachment.forward_pre_hook(paths[id(self.decoder)], self._extend_encoder_mask, with_kwargs=True)
 
     # ------------------------------------------------------------------------------------- the host's inputs
 
     def _extend(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = by_name(module, args, kwargs)
         self.pending = self.inserted = False
-        cache = cache_of(kwargs)
-        cached = bool(cache is not None and cache.get_seq_length() > 0)
+        cached = is_filled(cache_of(kwargs))
         if self.front:
             self._extend_front(kwargs, cached)
         elif not cached or self._marked(kwargs):
@@ -156,8 +162,7 @@ class _Placement:
         given = ids if ids is not None else embeds
         if given is None:
             return
-        cache = cache_of(kwargs)
-        if getattr(cache, "is_compileable", False):
+        if has_fixed_size(cache_of(kwargs)):
             raise LitPeftError(
                 "A static cache is made for the tokens of the input, and has no room for virtual tokens in front: use "
                 "the dynamic cache (leave cache_implementation out), or prompt_token_id."
@@ -175,8 +180,10 @@ class _Placement:
             kwargs.pop("position_ids", None)
         elif kwargs.get("position_ids") is not None:
             moved = kwargs["position_ids"] + self.front
-            first = torch.arange(self.front, device=moved.device).expand(*moved.shape[:-1], -1)
-            kwargs["position_ids"] = moved if cached else torch.cat([first, moved], -1)
+            if not cached:
+                first = torch.arange(self.front, device=moved.device).expand(*moved.shape[:-1], -1)
+                moved = self._arrange(torch.cat([first, moved], -1).expand(given.shape[0], -1), self.mask)
+            kwargs["position_ids"] = moved
         elif self.counts and mask is not None:
             counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
             kwargs["position_ids"] = counted[:, -(length if cached else length + self.front) :]
@@ -213,12 +220,17 @@ class _Placement:
         return self._arrange(torch.cat([prompt.expand(embeds.shape[0], -1, -1), embeds], 1), self.mask)
 
     def _arrange(self, joined: Tensor, mask: Tensor | None) -> Tensor:
-        """Move an encoder-decoder's virtual tokens behind the padding on the left: its positions may be distances."""
-        if self.decoder is None or mask is None or self.settings.positions == "sequence":
+        """Move the virtual tokens behind the padding on the left, next to the text.
+
+        Attention may reach only so far back (sliding windows), count distances (ALiBi, relative positions), or be a
+        recurrence that padding resets: padding between the virtual tokens and the text would change the result.
+        """
+        if mask is None or not self.beside_text:
             return joined
-        lead = (mask.cumsum(1) == 0).sum(1, keepdim=True)
-        place = torch.arange(joined.shape[1], device=joined.device)[None]
-        source = torch.where(place < lead, place + self.front, (place - lead).where(place < lead + self.front, place))
+        padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+        index = torch.arange(joined.shape[1], device=joined.device)[None]
+        prompt = (index - padding).where(index < padding + self.front, index)
+        source = torch.where(index < padding, index + self.front, prompt)
         return joined.gather(1, source.view(*source.shape, *[1] * (joined.dim() - 2)).expand_as(joined))
 
     # --------------------------------------------------------------------------------------- the embeddings
@@ -270,8 +282,7 @@ class _Placement:
         kwargs = by_name(module, args, kwargs)
         self.extra = 0
         labels = kwargs.get("labels")
-        cache = cache_of(kwargs)
-        cached = cache is not None and cache.get_seq_length() > 0
+        cached = is_filled(cache_of(kwargs))
         whole = isinstance(kwargs.get("logits_to_keep", 0), int) and not kwargs.get("logits_to_keep", 0)
         if self.front and labels is not None and whole and not cached and kwargs.get("shift_labels") is None:
             kwargs["labels"] = torch.cat([labels.new_full((labels.shape[0], 1), -100), labels], 1)
@@ -286,3 +297,41 @@ class _Placement:
             return (output[0], output[1][:, extra:], *output[2:])
         output["logits"] = output["logits"][:, extra:]
         return output
+
+
+class _ContinueGeneration:
+    """Takes the place of a model's `prepare_inputs_for_generation`.
+
+    `generate` with the cache of an earlier turn skips as many tokens as the cache holds, and counts the virtual tokens
+    among them, though `input_ids` has none.
+    """
+
+    def __init__(self, model: nn.Module, front: int) -> None:
+        self.model, self.front = model, front
+
+    def __call__(self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any) -> dict[str, Any]:
+        if kwargs.get("is_first_iteration") and next_sequence_length is not None and is_filled(cache_of(kwargs)):
+            next_sequence_length += self.front
+        kind: Any = type(self.model)
+        original = kind.prepare_inputs_for_generation
+        found: dict[str, Any] = original(self.model, input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        return found
+
+
+def _decoder_of(model: Any) -> Any:
+    """The part of a model that embeds the tokens and runs the layers, without the head."""
+    decoder = model.base_model.get_decoder()
+    if decoder is not model:
+        return decoder
+    # Some models' `base_model_prefix` names no module of theirs (Llama 4).
+    inner = (child for child in model.children() if hasattr(child, "get_input_embeddings"))
+    return next((child for child in inner if "inputs_embeds" in arguments(child)), model)
+
+
+def _ordinary_token(config: Any) -> int:
+    """The lowest token id that is not a special one. Some configs name several end tokens."""
+    special: set[Any] = set()
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        value = getattr(config, name, None)
+        special.update(value if isinstance(value, (list, tuple)) else [value])
+    return next(number for number in range(len(special) + 1) if number not in special)

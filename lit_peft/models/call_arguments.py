@@ -32,3 +32,21 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def cache_of(values: Mapping[str, Any]) -> Any:
     """The cache of keys and values among a call's arguments by name; None if it has none."""
     return next((values[name] for name in CACHES if values.get(name) is not None), None)
+
+
+def is_filled(cache: Any) -> bool:
+    """Whether a cache holds tokens of an earlier call."""
+    if cache is None:
+        return False
+    return bool(cache.has_previous_state() if _is_recurrent(cache) else cache.get_seq_length() > 0)
+
+
+def has_fixed_size(cache: Any) -> bool:
+    """Whether a cache was made for a fixed number of tokens (`StaticCache`)."""
+    return bool(getattr(cache, "is_compileable", False)) and not _is_recurrent(cache)
+
+
+def _is_recurrent(cache: Any) -> bool:
+    """Whether all layers keep a state of one size in place of keys and values (Mamba)."""
+    linear = getattr(cache, "is_linear", ())
+    return bool(linear) and all(linear)

@@ -1,4 +1,4 @@
-"""Load a tokenizer and make it fit for batching."""
+"""Loading tokenizers, and preparing them for batches."""
 
 from __future__ import annotations
 
@@ -14,60 +14,64 @@ def load_tokenizer(base: str, field: str = "data.tokenizer", revision: str | Non
     """Load the tokenizer of a base model.
 
     Args:
-        base: any form `lit_peft.models.sources.resolve_base` takes.
+        base: a model, in any form that `lit_peft.models.sources.resolve_base` accepts, or a folder with a tokenizer.
         field: the setting's name, for error messages.
         revision: branch, tag or commit of a hub model.
 
     Returns:
-        The tokenizer. One without a padding token pads with its end-of-text token: no token is added, so the
+        The tokenizer. Without a padding token of its own, it pads with its end-of-text token: no token is added, so the
         model's embeddings keep their size.
 
     Raises:
-        LitPeftError: there is no tokenizer, or no token to pad with.
+        LitPeftError: there is no tokenizer, or it has no token to pad with.
     """
     from transformers import AutoTokenizer
 
-    # A folder may hold a tokenizer alone, without the model that `resolve_base` asks for.
-    alone = (Path(base) / "tokenizer_config.json").is_file()
-    source = BaseSource(base, base, True) if alone else resolve_base(base)
+    # `resolve_base` would refuse a folder without a model.
+    tokenizer_only = (Path(base) / "tokenizer_config.json").is_file()
+    source = BaseSource(base, base, True) if tokenizer_only else resolve_base(base)
     try:
-        at = {} if revision is None else {"revision": revision}
-        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **at)
-    except Exception as exc:  # OSError, ValueError, ImportError and KeyError, by what is missing
+        version = {} if revision is None else {"revision": revision}
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **version)
+    except Exception as exc:  # OSError, ValueError, ImportError or KeyError, depending on what is missing
         raise hub_error(base, exc, field=field) from exc
     return with_padding(tokenizer, base, field)
 
 
 def require_fast(tokenizer: Any) -> None:
-    """Check that a tokenizer tells where in the text its tokens are.
+    """Check that a tokenizer returns the character offsets of its tokens.
 
     Raises:
-        LitPeftError: it does not.
+        LitPeftError: it does not, because it is a slow one.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise LitPeftError(
-            f"data.tokenizer {tokenizer.name_or_path!r} does not tell which characters a token stands for; use a fast "
-            "tokenizer (one with a tokenizer.json)."
+            f"data.tokenizer {tokenizer.name_or_path!r} does not return the character offsets of its tokens; use a "
+            "fast tokenizer (one with a tokenizer.json)."
         )
 
 
 def with_padding(tokenizer: Any, name: str, field: str = "data.tokenizer") -> Any:
-    """Give a tokenizer a padding token out of those it has; see `load_tokenizer`."""
+    """Return the tokenizer, padding with its end-of-text or unknown token if it has no padding token.
+
+    Raises:
+        LitPeftError: it has none of these tokens.
+    """
     if tokenizer.pad_token_id is None:
-        spare = tokenizer.eos_token or tokenizer.unk_token
-        if spare is None:
+        substitute = tokenizer.eos_token or tokenizer.unk_token
+        if substitute is None:
             raise LitPeftError(
                 f"{field} {name!r} has neither a padding nor an end-of-text token; set pad_token in its "
                 "tokenizer_config.json."
             )
-        tokenizer.pad_token = spare
+        tokenizer.pad_token = substitute
     return tokenizer
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Hash what decides a tokenizer's output, for cache keys.
+    """Hash what a tokenizer's output depends on, for cache keys.
 
-    The object itself cannot serve: it changes with every call that truncates or pads.
+    The object itself is no key: it changes with every call that truncates or pads.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

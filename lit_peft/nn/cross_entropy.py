@@ -1,7 +1,7 @@
 """Cross-entropy through a frozen output head, a few rows at a time: [tokens × vocabulary] never exists.
 
-The head is frozen, so all its backward pass needs is the gradient of its input, and that is known as soon as a row's
-logits are: it is computed in the forward pass, and the logits are let go.
+The head is frozen, so the backward pass only needs the gradient of its input. That is known as soon as a row's logits
+are: it is computed in the forward pass, and the logits are freed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lit_peft.nn.autocast import autocast_dtype, without_autocast
+from lit_peft.nn.torch_internals import function_transforms_are_active
 
-# Elements of one block of logits: 32 MB in fp32, and never fewer rows than a matrix product needs to be quick.
+# Elements of one block of logits: 32 MB in fp32. A block has enough rows for a fast matrix product.
 _BLOCK, _FEWEST_ROWS = 2**23, 256
 
 
@@ -29,19 +29,23 @@ def head_cross_entropy(
 ) -> Tensor:
     """Return the sum over rows of `cross_entropy(f(hidden Wᵀ + bias), targets)`, f(z) = scale·z or its soft cap.
 
-    The softmax is computed in fp32 at least, as transformers does. Under autocast the products run in its type.
+    The softmax is computed in fp32 or higher, as in transformers. Under autocast, products run in its dtype. Gradients
+    of gradients are supported, but need all logits at once.
 
     Args:
-        hidden: (rows, d), the head's input; the only tensor that gets a gradient.
-        weight: (vocabulary, d), frozen.
-        targets: (rows,) of token ids.
-        bias: (vocabulary,), frozen.
-        scale: the logits are multiplied by it.
-        softcap: c, where the logits z become `c · tanh(z / c)` after the scale.
+        hidden: the head's input and the only tensor with a gradient, shape (rows, d).
+        weight: frozen, shape (vocabulary, d).
+        targets: token ids, shape (rows,).
+        bias: frozen, shape (vocabulary,).
+        scale: factor of the logits.
+        softcap: c; the scaled logits z become `c · tanh(z / c)`. No soft cap if None.
 
     Returns:
-        A scalar; zero for no rows.
+        A scalar; zero if there are no rows.
     """
+    if function_transforms_are_active():
+        dtype = autocast_dtype(hidden.device) or weight.dtype
+        return _plain_loss(hidden, targets, weight, bias, dtype, scale, softcap)
     loss: Tensor = _HeadCrossEntropy.apply(hidden, weight, targets, bias, scale, softcap)
     return loss
 
@@ -58,6 +62,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         dtype = autocast_dtype(hidden.device) or weight.dtype
+        ctx.head = weight, bias, dtype, scale, softcap
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         precise = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=hidden.device)
@@ -75,24 +80,43 @@ class _HeadCrossEntropy(torch.autograd.Function):
                     slope = 1 - logits.square()
                     logits *= softcap
                 top = logits.amax(-1, keepdim=True)
-                wanted = logits.gather(1, target)
+                target_logits = logits.gather(1, target)
                 logits.sub_(top).exp_()
                 mass = logits.sum(-1, keepdim=True)
-                total += (mass.log() + top - wanted).sum()
+                total += (mass.log() + top - target_logits).sum()
                 if gradient is None:
                     continue
-                logits.div_(mass).scatter_add_(1, target, torch.full_like(wanted, -1.0))
+                logits.div_(mass).scatter_add_(1, target, torch.full_like(target_logits, -1.0))
                 if softcap is not None:
                     logits *= slope
                 if scale != 1.0:
                     logits *= scale
                 gradient[part] = torch.mm(logits.to(dtype), weight)
         if gradient is not None:
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(gradient, hidden, targets)
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
+        gradient, hidden, targets = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # The gradient may be differentiated again, so it must be a function of `hidden`.
+            loss = _plain_loss(hidden, targets, *ctx.head)
+            (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
         return gradient * grad.to(gradient.dtype), None, None, None, None, None
+
+
+def _plain_loss(
+    hidden: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    with without_autocast(hidden.device):
+        logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        logits = logits.to(torch.promote_types(dtype, torch.float32)) * scale
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return F.cross_entropy(logits, targets, reduction="sum")

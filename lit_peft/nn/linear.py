@@ -1,18 +1,20 @@
-"""Facts about linear layers, however they store their weight."""
+"""Properties of linear layers, whichever way they store their weight."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from lit_peft.util.lazy import is_instance
+
 
 def linear_features(module: nn.Module, fan_in_fan_out: bool | None = None) -> tuple[int, int]:
-    """Return the widths of a linear layer's input and output.
+    """Return the sizes of a linear layer's input and output.
 
     Args:
-        module: `nn.Linear` or a relative of it, or a layer that has a weight alone.
-        fan_in_fan_out: whether that weight is stored as (in_features, out_features), as transformers' `Conv1D` does;
-            found from the layer's type when None.
+        module: `nn.Linear` or a similar layer; it needs at least a two-dimensional `weight`.
+        fan_in_fan_out: whether that weight has the shape (in_features, out_features), as in transformers' `Conv1D`;
+            taken from the layer's type when None.
     """
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
@@ -22,13 +24,13 @@ def linear_features(module: nn.Module, fan_in_fan_out: bool | None = None) -> tu
 
 
 def stores_transposed(module: nn.Module) -> bool:
-    """Whether a layer stores its weight as (in_features, out_features): transformers' `Conv1D`."""
-    return type(module).__name__ == "Conv1D"
+    """Return whether a layer's weight has the shape (in_features, out_features): transformers' `Conv1D`."""
+    return is_instance(module, "transformers.pytorch_utils", "Conv1D")
 
 
 def adapter_dtype(weight: Tensor) -> torch.dtype:
-    """Return the type of an adapter's parameters beside a frozen weight.
+    """Return the dtype of the parameters of an adapter for a frozen weight.
 
-    Half-precision bases keep fp32 adapters: small updates vanish in bf16's 8 bits of mantissa.
+    It is float32 even for half-precision weights, because small updates are lost in bf16's 8-bit mantissa.
     """
     return torch.float64 if weight.dtype == torch.float64 else torch.float32

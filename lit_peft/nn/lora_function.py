@@ -1,23 +1,24 @@
-"""A linear layer and its LoRA update as one operation: what is saved for the backward pass, and what it computes.
+"""A linear layer and its LoRA update as one operation, which saves memory and time in the backward pass.
 
-Autograd on the plain formula keeps a dropped copy of the input for every adapted layer, adds two full-size outputs and
-two full-size input gradients. Here the input itself is kept (one tensor for all layers that share it, and none where it
-is a product whose factors are kept anyway), of the dropout mask one bit per element, and both sums happen inside a
-matrix product.
+With the plain formula, autograd keeps a dropped-out copy of the input for each adapted layer, adds two full-size
+outputs and adds two full-size input gradients. This operation keeps the input itself (one tensor for all layers that
+share it, and none if it is a product whose factors are kept anyway) and one bit per element for the dropout mask, and
+it does both additions inside a matrix product.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lit_peft.nn.autocast import autocast_dtype, without_autocast
 from lit_peft.nn.factors import factors_or_self
 from lit_peft.nn.quantized import dequantized
+from lit_peft.nn.torch_internals import version_of
 
 
 def lora_linear(
@@ -31,24 +32,27 @@ def lora_linear(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
 ) -> Tensor:
-    """Return `W x + b + scaling · B A dropout(x)` with W frozen; A and B are cast to the type it is computed in.
+    """Return `W x + b + scaling · B A dropout(x)` with W frozen; A and B are cast to the dtype of the computation.
+
+    Gradients of any order are supported. Forward-mode derivatives and `torch.func` transforms are not: the layers use
+    the plain formula there.
 
     Args:
-        x: (..., d_in)
-        weight: (d_out, d_in), frozen; a transposed view will do. With `scale`, codes as `QuantizedLinear` stores them.
-        bias: (d_out,)
-        lora_a: (r, d_in)
-        lora_b: (d_out, r)
-        scaling: factor on the update.
-        dropout: dropout probability on the update's input, 0 when not training.
-        scale: (d_out, groups), of a quantized W.
-        zero_point: (d_out, groups), of a quantized W.
+        x: shape (..., d_in).
+        weight: frozen, shape (d_out, d_in); may be a transposed view. With `scale`, the codes of a `QuantizedLinear`.
+        bias: shape (d_out,).
+        lora_a: shape (r, d_in).
+        lora_b: shape (d_out, r).
+        scaling: factor of the update.
+        dropout: dropout probability of the update's input; 0 when not training.
+        scale: scale of a quantized W, shape (d_out, groups).
+        zero_point: zero point of a quantized W, shape (d_out, groups).
 
     Returns:
-        (..., d_out)
+        Shape (..., d_out).
     """
     if not torch.is_grad_enabled() and not dropout:
-        # Nothing is kept, so nothing needs to know of the whole; where a token is decoded, every call counts.
+        # Nothing is kept for a backward pass. When single tokens are decoded, the cost of each call matters.
         dense = weight if scale is None else dequantized(weight, scale, zero_point, x.shape[-1]).to(x.dtype)
         if lora_a.dtype != x.dtype:
             lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
@@ -65,7 +69,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
-    """Return the boolean tensor of that shape that `pack_bits` packed."""
+    """Return the boolean tensor of this shape that `pack_bits` packed."""
     flat = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
     return flat.view(-1)[: shape.numel()].view(torch.bool).view(shape)
 
@@ -93,21 +97,26 @@ class _LoRALinear(torch.autograd.Function):
                 bits = pack_bits(mask)
             low = F.linear(dropped, lora_a.to(dtype)) * scaling
             dense = weight if scale is None else dequantized(weight, scale, zero_point, rows.shape[-1])
-            out = F.linear(rows, dense.to(dtype), None if bias is None else bias.to(dtype))
+            base = F.linear(rows, dense.to(dtype), None if bias is None else bias.to(dtype))
             del dense
-            out = torch.addmm(out, low, lora_b.to(dtype).T)
-        ctx.save_for_backward(weight, lora_a, lora_b, low, bits, scale, zero_point, *factors_or_self(x))
+            # The result must not be a view: torch forbids in-place operations on a view that is made here.
+            out = base.new_empty(*x.shape[:-1], base.shape[-1])
+            torch.addmm(base, low, lora_b.to(dtype).T, out=out.view(base.shape))
+        kept = factors_or_self(x)
+        ctx.save_for_backward(weight, lora_a, lora_b, low, bits, scale, zero_point, *kept)
         ctx.scaling, ctx.dropout, ctx.dtype = scaling, dropout, dtype
-        return out.view(*x.shape[:-1], out.shape[-1])
+        ctx.x = (weakref.ref(x), version_of(x)) if len(kept) > 1 else None
+        return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, lora_a, lora_b, low, bits, scale, zero_point, *kept = ctx.saved_tensors
+        # For gradients of gradients: no operation in place, and `low` as a function of x and A.
+        again = torch.is_grad_enabled()
         dtype, needs = ctx.dtype, ctx.needs_input_grad
         grad_x = grad_bias = grad_a = grad_b = None
         with without_autocast(grad.device):
-            x = kept[0] if len(kept) == 1 else torch.mul(*kept)
+            x = _input(ctx, kept) if again else kept[0] if len(kept) == 1 else torch.mul(*kept)
             grad = grad.reshape(-1, grad.shape[-1])
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
             mask = None if bits is None else unpack_bits(bits, rows.shape).to(dtype).div_(1 - ctx.dropout)
@@ -119,12 +128,25 @@ class _LoRALinear(torch.autograd.Function):
                 if mask is None:
                     grad_x = torch.addmm(grad_x, grad_low, lora_a.to(dtype))
                 else:
-                    grad_x.addcmul_(torch.mm(grad_low, lora_a.to(dtype)), mask)
+                    add = grad_x.addcmul if again else grad_x.addcmul_
+                    grad_x = add(torch.mm(grad_low, lora_a.to(dtype)), mask)
                 grad_x = grad_x.view(x.shape).to(x.dtype)
             if needs[2]:
                 grad_bias = grad.sum(0)
+            if mask is not None and (again or needs[3]):
+                rows = mask * rows if again else mask.mul_(rows)
             if needs[3]:
-                grad_a = torch.mm(grad_low.T, rows if mask is None else mask.mul_(rows)).to(lora_a.dtype)
+                grad_a = torch.mm(grad_low.T, rows).to(lora_a.dtype)
             if needs[4]:
+                low = F.linear(rows, lora_a.to(dtype)) * ctx.scaling if again else low
                 grad_b = torch.mm(grad.T, low).to(lora_b.dtype)
         return grad_x, None, grad_bias, grad_a, grad_b, None, None, None, None
+
+
+def _input(ctx: Any, kept: list[Tensor]) -> Tensor:
+    """Return x with its graph: x itself while it exists, since its own gradient may be asked for, else a · b."""
+    if len(kept) == 1:
+        return kept[0]
+    reference, version = ctx.x
+    x = reference()
+    return torch.mul(*kept) if x is None or version_of(x) != version else x

@@ -1,10 +1,10 @@
-"""A prefix: trained keys and values that every query of an attention layer sees in front of the tokens' own.
+"""A prefix: trained keys and values in front of those of the tokens, which every query of an attention layer sees.
 
 tokens ──► K, V projections ──┐
                               ├──► [K_prefix ; K], [V_prefix ; V] ──► attention
 table v × 2·Σ(heads·head_dim) ┘
   ▲
-  └─ itself trained, or P (v × d) → Linear → tanh → Linear
+  └─ trained directly, or computed: P (v × d) → Linear → tanh → Linear
 """
 
 from __future__ import annotations
@@ -17,34 +17,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.nn.bottleneck import ACTIVATIONS, check
+from lit_peft.nn.weights_state import weights_state
 from lit_peft.util.errors import LitPeftError
 
 
 class Prefix(nn.Module):
     """The keys and values of v virtual tokens for a stack of attention layers.
 
-    Without a projection the table of keys and values is trained itself (P-Tuning v2, Liu et al. 2021,
-    arXiv:2110.07602, section 3.2). With one it is `up(act(down(P)))`, P a trained v × d table (Li and Liang 2021,
-    arXiv:2101.00190, section 4.3); the network is folded away where no gradient is needed: the table is computed once
-    for each state of the weights.
+    Without a projection, the table of keys and values is trained directly (P-Tuning v2, Liu et al. 2021,
+    arXiv:2110.07602, section 3.2). With a projection, it is `up(act(down(P)))` with a trained v × d table P (Li and
+    Liang 2021, arXiv:2101.00190, section 4.3). Without gradients, the table is computed once and kept until a weight
+    changes.
 
     Args:
         num_virtual_tokens: v.
-        shapes: (heads, head_dim) of the keys of each attention layer; its values have the same.
-        projection_size: width between `down` and `up`; no projection when None.
-        hidden_size: d, the width of P.
+        shapes: (heads, head_dim) of the keys of each attention layer; its values have the same shape.
+        projection_size: size between `down` and `up`; no projection when None.
+        hidden_size: d, the size of P's rows.
         non_linearity: the activation, a name in `lit_peft.nn.bottleneck.ACTIVATIONS`.
-        dropout: dropout probability on the keys and values.
-        init_std: standard deviation of the table, or of P, at the start.
-        device: where the parameters live.
-        dtype: the parameters' type; the keys of the model decide what is computed in.
+        dropout: dropout probability of the keys and values.
+        init_std: standard deviation of the initial table, or of P.
+        device: device of the parameters.
+        dtype: dtype of the parameters. The computation uses the dtype of the model's keys.
 
     Shapes:
-        `forward()` → (v, 2 · Σ heads · head_dim): the layers' keys and values in turn, K of layer 0, V of layer 0, …
+        `forward()` → (v, 2 · Σ heads · head_dim): keys and values of the layers in turn, K of layer 0, V of layer 0, …
 
     Raises:
         LitPeftError: a size is not positive, `init_std` is negative, the dropout is not in [0, 1), or the activation
-            is not known.
+            is unknown.
     """
 
     def __init__(
@@ -64,9 +65,9 @@ class Prefix(nn.Module):
         if num_virtual_tokens < 1:
             raise LitPeftError(f"num_virtual_tokens={num_virtual_tokens}: give a positive integer, e.g. 20.")
         if init_std < 0:
-            raise LitPeftError(f"init_std={init_std}: give a standard deviation, e.g. 0.02, or 0 to start from zeros.")
+            raise LitPeftError(f"init_std={init_std}: give a standard deviation, e.g. 0.02, or 0 for zeros.")
         check(non_linearity=non_linearity, dropout=dropout)
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_virtual_tokens, self.shapes, self.dropout = num_virtual_tokens, tuple(shapes), dropout
         self.non_linearity = non_linearity
         width = 2 * sum(heads * size for heads, size in self.shapes)
@@ -75,25 +76,23 @@ class Prefix(nn.Module):
         if projection_size is not None:
             if projection_size < 1:
                 raise LitPeftError(f"prefix_projection_size={projection_size}: give a positive integer, e.g. 512.")
-            self.down = nn.Linear(hidden_size, projection_size, **at)
-            self.up = nn.Linear(projection_size, width, **at)
-        self.embedding = nn.Parameter(torch.empty(num_virtual_tokens, hidden_size if self.up else width, **at))
+            self.down = nn.Linear(hidden_size, projection_size, **factory)
+            self.up = nn.Linear(projection_size, width, **factory)
+        self.embedding = nn.Parameter(torch.empty(num_virtual_tokens, hidden_size if self.up else width, **factory))
         nn.init.normal_(self.embedding, std=init_std)
         self._layers: list[tuple[Tensor, Tensor]] | None = None
         self._state: tuple[Any, ...] | None = None
 
     def forward(self) -> Tensor:
-        """Compute the table of keys and values, (v, 2 · Σ heads · head_dim)."""
+        """Return the table of keys and values, shape (v, 2 · Σ heads · head_dim)."""
         if self.down is None or self.up is None:
             return self.embedding
         out: Tensor = self.up(ACTIVATIONS[self.non_linearity.lower()](self.down(self.embedding)))
         return out
 
     def start(self) -> None:
-        """Make the keys and values ready for one pass of the model, anew only where the weights changed."""
-        state = None
-        if not torch.is_grad_enabled() and not any(p.is_inference() for p in self.parameters()):
-            state = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
+        """Compute the keys and values for one pass of the model, unless they are kept and no weight has changed."""
+        state = weights_state(self)
         if state is None or state != self._state:
             self._layers, self._state = self._split(self()), state
 
@@ -103,14 +102,14 @@ class Prefix(nn.Module):
         return [tuple(next(parts).unflatten(-1, shape).transpose(0, 1) for _ in range(2)) for shape in self.shapes]
 
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return one layer's prefix keys and values for a batch.
+        """Return the prefix's keys and values of one layer for a batch.
 
         Args:
-            number: the layer.
-            like: a tensor of the same batch, (batch, …), in the type that is wanted.
+            number: the layer's number.
+            like: a tensor of the batch, shape (batch, …), with the dtype to return.
 
         Returns:
-            Keys and values, (batch, heads, v, head_dim), in `like`'s type.
+            Keys and values, each of shape (batch, heads, v, head_dim).
         """
         if self._layers is None:
             self.start()
@@ -121,12 +120,12 @@ class Prefix(nn.Module):
         return key, value
 
     def extend(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put one layer's prefix in front of its keys and values, (batch, heads, v + keys, head_dim) each."""
+        """Return keys and values with the layer's prefix in front, each of shape (batch, heads, v + keys, head_dim)."""
         first, second = self.layer(number, key)
         return torch.cat([first, key], dim=2), torch.cat([second, value], dim=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a pass computed hangs on that pass's graph: it is neither copied nor stored.
+        # The computed keys and values belong to the graph of one pass, so they are neither copied nor saved.
         return {**self.__dict__, "_layers": None, "_state": None}
 
     def extra_repr(self) -> str:

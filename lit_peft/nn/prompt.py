@@ -1,21 +1,28 @@
-"""Virtual tokens: embeddings that are trained directly, or computed by a small network from trained anchors."""
+"""Embeddings of virtual tokens: trained directly, or computed by a small network from trained vectors."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lit_peft.nn.autocast import without_autocast
+from lit_peft.nn.weights_state import weights_state
+
 Reparameterization = Literal["LSTM", "MLP"]
 
 
 class SoftPrompt(nn.Module):
-    """The virtual tokens' embeddings, trained as they are (Lester et al. 2021, arXiv:2104.08691, section 2).
+    """Embeddings of virtual tokens that are trained directly (Lester et al. 2021, arXiv:2104.08691, section 2).
 
     Args:
-        start: [rows, d], where they start.
+        start: the initial embeddings, shape (rows, d).
+
+    Shapes:
+        `forward()` → (rows, d)
     """
 
     def __init__(self, start: Tensor) -> None:
@@ -23,34 +30,38 @@ class SoftPrompt(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(start.detach().clone(), freeze=False)
 
     def forward(self) -> Tensor:
-        """The virtual tokens' embeddings, [rows, d]."""
+        """Return the embeddings of the virtual tokens."""
         return self.embedding.weight
 
     def folded(self) -> Tensor:
-        """The same, as plain numbers to store."""
+        """Return the embeddings as a plain tensor to save, without a graph."""
         return self.embedding.weight.detach()
 
     def fold(self) -> None:
-        """Nothing is to be folded here."""
+        """Do nothing: there is no network to remove."""
 
 
 class PromptEncoder(nn.Module):
-    """Virtual tokens `MLP(biLSTM(anchors))`, or `MLP(anchors)` (Liu et al. 2021, arXiv:2103.10385, section 3.2).
+    """Embeddings of virtual tokens, computed as `MLP(biLSTM(E))` or `MLP(E)` from trained vectors E.
 
-    With the LSTM, the MLP is Linear(2h, 2h), ReLU, Linear(2h, d); without it, Linear(d, h), ReLU, Linear(h, h), ReLU,
-    Linear(h, d). The anchors start from N(0, 1).
+    Liu et al. 2021 (arXiv:2103.10385), section 3.2. With the LSTM, the MLP is Linear(2h, 2h), ReLU, Linear(2h, d);
+    without it, Linear(d, h), ReLU, Linear(h, h), ReLU, Linear(h, d). E starts from N(0, 1). The network is small and
+    is always computed in its parameters' dtype, also under autocast.
 
-    In evaluation without gradients the result is computed once and kept until a parameter changes.
+    In evaluation without gradients, the result is computed once and kept until a parameter changes.
 
     Args:
         rows: the number of virtual tokens.
         dim: d, the size of the model's input embeddings.
-        hidden_size: h, of the LSTM in each direction, and of the MLP.
-        num_layers: of the LSTM.
-        dropout: between the LSTM's layers.
+        hidden_size: h, of the MLP and of the LSTM in each direction.
+        num_layers: number of the LSTM's layers.
+        dropout: dropout probability between the LSTM's layers.
         kind: `LSTM` or `MLP`.
-        device: where the parameters live.
-        dtype: the parameters' type.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Shapes:
+        `forward()` → (rows, d)
     """
 
     def __init__(
@@ -66,33 +77,34 @@ class PromptEncoder(nn.Module):
     ) -> None:
         super().__init__()
         h = hidden_size
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.embedding = nn.Embedding(rows, dim, **at)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embedding = nn.Embedding(rows, dim, **factory)
         self.lstm_head: nn.LSTM | None = None
         self.mlp_head: nn.Sequential | None
         if kind == "LSTM":
-            self.lstm_head = nn.LSTM(dim, h, num_layers, dropout=dropout, bidirectional=True, batch_first=True, **at)
+            self.lstm_head = nn.LSTM(
+                dim, h, num_layers, dropout=dropout, bidirectional=True, batch_first=True, **factory
+            )
             sizes = [2 * h, 2 * h, dim]
         else:
             sizes = [dim, h, h, dim]
         layers: list[nn.Module] = []
         for size, following in pairwise(sizes):
-            layers += [nn.Linear(size, following, **at), nn.ReLU()]
+            layers += [nn.Linear(size, following, **factory), nn.ReLU()]
         self.mlp_head = nn.Sequential(*layers[:-1])
-        self._kept: tuple[list[tuple[int, int]], Tensor] | None = None
+        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
 
     def forward(self) -> Tensor:
-        """The virtual tokens' embeddings, [rows, d]."""
-        if self.training or torch.is_grad_enabled():
+        """Return the embeddings of the virtual tokens."""
+        state = None if self.training else weights_state(self)
+        if state is None:
             return self._compute()
-        # A parameter that was stepped, filled or moved has another version or address.
-        state = [(0 if p.is_inference() else p._version, p.data_ptr()) for p in self.parameters()]
         if self._kept is None or self._kept[0] != state:
             self._kept = state, self._compute()
         return self._kept[1]
 
     def folded(self) -> Tensor:
-        """The same without dropout, as plain numbers to store."""
+        """Return the embeddings as a plain tensor to save, without dropout and without a graph."""
         training = self.training
         with torch.no_grad():
             result = self.eval()().clone()
@@ -100,7 +112,7 @@ class PromptEncoder(nn.Module):
         return result
 
     def fold(self) -> None:
-        """Keep the result alone: it becomes the trained embedding, the network goes."""
+        """Replace the trained vectors by the result and remove the network."""
         self.embedding = nn.Embedding.from_pretrained(self.folded(), freeze=False)
         self.lstm_head = self.mlp_head = None
 
@@ -110,6 +122,11 @@ class PromptEncoder(nn.Module):
 
     def _compute(self) -> Tensor:
         x = self.embedding.weight
-        if self.lstm_head is not None:
-            x = self.lstm_head(x[None])[0][0]
-        return x if self.mlp_head is None else self.mlp_head(x)
+        # On CPUs, the LSTM has no kernel for autocast's fp16.
+        with without_autocast(x.device):
+            if self.lstm_head is not None:
+                # cuDNN's LSTM has no backward pass in evaluation mode; torch's own has.
+                needs_torch = torch.is_grad_enabled() and not self.training
+                with torch.backends.cudnn.flags(enabled=False) if needs_torch else nullcontext():
+                    x = self.lstm_head(x[None])[0][0]
+            return x if self.mlp_head is None else self.mlp_head(x)

@@ -1,4 +1,4 @@
-"""Frozen linear layers in 8 and 4 bits that are trained through, and dequantizing any quantized layer."""
+"""Frozen linear layers in 8 and 4 bits that gradients pass through, and dequantizing any quantized layer."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lit_peft.nn.autocast import autocast_dtype, without_autocast
+from lit_peft.nn.torch_internals import function_transforms_are_active
 from lit_peft.util.errors import LitPeftError
+from lit_peft.util.lazy import is_instance
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class QuantizedLinear(nn.Linear):
-    """`h = s · (q - z) x + b`, q whole numbers of 8 or 4 bits: a frozen linear layer at a quarter or an eighth of fp32.
+    """`h = s · (q - z) x + b` with q integers of 8 or 4 bits: a frozen linear layer with 1/4 or 1/8 of fp32's memory.
 
-    W is dequantized when it is multiplied with, in the forward and again in the backward pass, and kept in neither:
-    what autograd would save of a dequantized weight is as large as an unquantized one.
+    W is dequantized for each product, in the forward and in the backward pass, and is never kept: autograd would keep
+    a dequantized weight as large as the unquantized one.
 
     Args:
         codes: q, int8, shape (out_features, in_features).
@@ -30,7 +33,7 @@ class QuantizedLinear(nn.Linear):
         input (..., in_features) → output (..., out_features)
     """
 
-    scale: Tensor
+    scale_bits: Tensor
     zero_point: Tensor | None
 
     def __init__(
@@ -41,27 +44,30 @@ class QuantizedLinear(nn.Linear):
         self.bits = bits
         self.weight = nn.Parameter(pack_nibbles(codes) if bits == 4 else codes, requires_grad=False)
         self.bias = bias  # type: ignore[assignment]
-        self.register_buffer("scale", scale, persistent=False)
+        # The scale is stored as integers: `.to(bfloat16)` would round it, and with it the weight.
+        self.scale_dtype = scale.dtype
+        self.register_buffer("scale_bits", scale.view(_INTEGERS[scale.element_size()]), persistent=False)
         self.register_buffer("zero_point", zero_point, persistent=False)
 
+    @property
+    def scale(self) -> Tensor:
+        """s, shape (out_features, groups)."""
+        return self.scale_bits.view(self.scale_dtype)
+
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return W dequantized, in the scale's type or `dtype`, shape (out_features, in_features)."""
+        """Return W dequantized, shape (out_features, in_features), in the scale's dtype if `dtype` is None."""
         dense = dequantized(self.weight, self.scale, self.zero_point, self.in_features)
         return dense if dtype is None else dense.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if function_transforms_are_active():
+            return F.linear(x, self.dense_weight(x.dtype), self.bias)
         out: Tensor = _Product.apply(x, self.weight, self.scale, self.zero_point)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # `.to(bfloat16)` must not round the scale: the weight would be another.
-        scale = self.scale
-        super()._apply(fn, recurse)
-        self.scale = scale.to(self.weight.device)
-        return self
-
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.in_features // self.scale.shape[1]}"
+        group_size = self.in_features // self.scale_bits.shape[1]
+        return f"{super().extra_repr()}, bits={self.bits}, group_size={group_size}"
 
 
 class _Product(torch.autograd.Function):
@@ -74,7 +80,6 @@ class _Product(torch.autograd.Function):
             return F.linear(x.to(ctx.dtype), dequantized(weight, scale, zero_point, ctx.width).to(ctx.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(grad.device):
             weight, scale, zero_point = ctx.saved_tensors
@@ -83,7 +88,7 @@ class _Product(torch.autograd.Function):
 
 
 def dequantized(weight: Tensor, scale: Tensor, zero_point: Tensor | None, width: int) -> Tensor:
-    """Return s · (q - z) of what a `QuantizedLinear` stores, `width` numbers a row."""
+    """Return s · (q - z) of the codes that a `QuantizedLinear` stores, `width` numbers in each row."""
     codes = unpack_nibbles(weight, width) if weight.dtype == torch.uint8 else weight
     grouped = codes.reshape(*scale.shape, -1).to(scale.dtype)
     if zero_point is not None:
@@ -92,62 +97,69 @@ def dequantized(weight: Tensor, scale: Tensor, zero_point: Tensor | None, width:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Return whole numbers from -8 to 7, two to a byte along the last dimension."""
+    """Return integers from -8 to 7 packed along the last dimension, two to a byte."""
     even = F.pad(codes + 8, (0, codes.shape[-1] % 2)).to(torch.uint8)
     return even[..., 0::2] | even[..., 1::2] << 4
 
 
 def unpack_nibbles(packed: Tensor, width: int) -> Tensor:
-    """Return the `width` numbers of each row that `pack_nibbles` packed, as int8."""
+    """Return the `width` integers of each row that `pack_nibbles` packed, as int8."""
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
     return codes[..., :width].to(torch.int8) - 8
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer's weight is quantized: `QuantizedLinear`, bitsandbytes' layers, a tensor of torchao's."""
-    weight = module._parameters.get("weight")
+    """Return whether a layer's weight is quantized: integers, 8-bit floating point, or a tensor type of torchao."""
+    weight = next((p for name, p in module.named_parameters(recurse=False) if name == "weight"), None)
     if weight is None:
         return False
-    return not weight.is_floating_point() or type(weight).__module__.startswith("torchao.")
+    return not weight.is_floating_point() or weight.element_size() == 1 or _is_torchao(weight)
+
+
+def _is_torchao(weight: Tensor) -> bool:
+    base = is_instance(weight, "torchao.utils", "TorchAOBaseTensor")
+    return base or is_instance(weight, "torchao.quantization", "NF4Tensor")
 
 
 def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """Return a quantized layer's weight dequantized, shape (out_features, in_features).
 
     Args:
-        module: a layer for which `is_quantized` holds.
-        dtype: the type to return it in; float32, or the type it stands for, when None.
+        module: a layer for which `is_quantized` is true.
+        dtype: the dtype of the result; when None, the one that the quantized weight stands for.
 
     Raises:
-        LitPeftError: the layer stores its weight in a way that is not known.
+        LitPeftError: the weight is stored in an unknown way.
     """
     weight: Any = module.weight
     if isinstance(module, QuantizedLinear):
         dense = module.dense_weight()
-    elif type(weight).__name__ == "Params4bit":
+    elif is_instance(weight, "bitsandbytes.nn", "Params4bit"):
         from bitsandbytes.functional import dequantize_4bit
 
         if weight.quant_state is None:
-            raise LitPeftError("A bitsandbytes layer is quantized when it reaches its device: move the model there.")
+            raise LitPeftError(
+                "bitsandbytes quantizes a layer when it is moved to its device: move the model there first."
+            )
         dense = dequantize_4bit(weight.data, weight.quant_state)
-    elif type(weight).__name__ == "Int8Params":
-        # After the first forward the layer's state holds the codes and their scales.
+    elif is_instance(weight, "bitsandbytes.nn", "Int8Params"):
+        # The first forward pass moves the codes and their scales to the layer's state.
         state: Any = module.state
         scale = weight.SCB if weight.SCB is not None else state.SCB
         codes = weight.CB if weight.CB is not None else weight.data
         dense = codes.float() * (scale.float() / 127)[:, None]
-    elif type(weight).__module__.startswith("torchao."):
-        dense = weight.dequantize()
+    elif _is_torchao(weight):
+        dense = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
     else:
         raise LitPeftError(
-            f"{type(module).__name__} stores its weight as {weight.dtype} in a way that is not known here: quantize "
-            "the base with torchao or bitsandbytes, or load it unquantized."
+            f"{type(module).__name__} stores its weight as {weight.dtype} in a way that lit_peft cannot dequantize: "
+            "quantize the base with torchao or bitsandbytes, or load it unquantized."
         )
     return dense.detach() if dtype is None else dense.detach().to(dtype)
 
 
 def dense_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    """Return a quantized layer as a plain, frozen `nn.Linear` of that type; its bias is kept, not copied."""
+    """Return a quantized layer as a plain, frozen `nn.Linear` of this dtype, with the same bias (not a copy)."""
     weight = dense_weight(module, dtype)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)

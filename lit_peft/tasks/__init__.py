@@ -1,4 +1,4 @@
-"""Tasks: which auto class, head, loss and metrics. A new one is one file, and one line here."""
+"""Tasks: each has its auto class, head, loss and metrics. A new task is one file, and one line here."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TASKS: dict[str, type[Task]] = {
 
 
 def find_task(name: str) -> Task:
-    """Return the task of this name.
+    """Return a new task of this name.
 
     Raises:
-        LitPeftError: there is none.
+        LitPeftError: there is no such task.
     """
     if name not in TASKS:
         raise LitPeftError(f"task={name!r} is not known: use {closest(name, TASKS, n=len(TASKS))}.")

@@ -1,14 +1,19 @@
-"""What a task is to the base LM."""
+"""What a task is: the head, the loss and the metrics of one kind of problem."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
+from lit_peft.models.architectures import counts_over_mask, learned_positions
+from lit_peft.models.transformers_internals import has_model_class
+from lit_peft.tasks.packed import is_packed
 from lit_peft.util.errors import LitPeftError
 
 Metrics = Mapping[str, Any]
@@ -16,9 +21,43 @@ Batch = dict[str, Any]
 
 
 def mean() -> MeanMetric:
-    """A mean that says so when a value is NaN, rather than to leave it out."""
-    # Put in its own place: the strategy "disable" would leave the weights out as well.
+    """Return a mean that becomes NaN when a value is NaN, instead of ignoring the value."""
+    # A number replaces NaN values and keeps their weights; the strategy "disable" would drop the weights as well.
     return MeanMetric(nan_strategy=float("nan"))
+
+
+@contextmanager
+def float32_default() -> Iterator[None]:
+    """Within the block new tensors are float32, also under a half-precision Trainer.
+
+    Metrics created or updated under a half-precision default type lose counts: in bfloat16, 256 + 1 is 256.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a task needs to generate text, apart from the model.
+
+    Attributes:
+        load_tokenizer: returns the tokenizer; called only when text is generated.
+        settings: arguments of transformers' `generate`.
+        max_new_tokens: number of new tokens if `settings` has none; the task's own if None.
+    """
+
+    load_tokenizer: Callable[[], Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    max_new_tokens: int | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self.load_tokenizer()
 
 
 class Task:
@@ -29,9 +68,10 @@ class Task:
         auto_class: the transformers class that builds the model with this head.
         heads: names of the head's modules over all architectures; those a model has are trained in full.
         labelled: whether the head has one output per label.
-        new_head: whether the head may be a new one, which the base has no weights for.
-        extras: keys of a batch that are not for the model, but for metrics and predictions.
-        monitor: the metric that tells the best checkpoint, and "min" or "max".
+        new_head: whether the head may be a new one, for which the base has no weights.
+        extras: keys of a batch that the model does not take, used by metrics and predictions.
+        monitor: the metric that selects the best checkpoint, and "min" or "max".
+        positions: size of the model's table of position embeddings; None without one. Set by `prepare`.
     """
 
     name: ClassVar[str]
@@ -41,6 +81,8 @@ class Task:
     new_head: ClassVar[bool] = True
     extras: ClassVar[tuple[str, ...]] = ()
     monitor: tuple[str, str] = ("val_loss", "min")
+    positions: int | None = None
+    counts_positions: bool = False
 
     def model_class(self, config: Any) -> Any:
         """Return the auto class that builds a model of this config for the task.
@@ -50,55 +92,89 @@ class Task:
         """
         import transformers
 
-        auto = getattr(transformers, self.auto_class)
-        if type(config) in auto._model_mapping or self.auto_class in (getattr(config, "auto_map", None) or {}):
-            return auto
+        if has_model_class(self.auto_class, config) or self.auto_class in (getattr(config, "auto_map", None) or {}):
+            return getattr(transformers, self.auto_class)
         kind = self.auto_class.removeprefix("AutoModelFor")
         raise LitPeftError(
             f"task={self.name!r} needs a {kind} model, and transformers has none of model_type={config.model_type!r}: "
             "choose another base or another task."
         )
 
+    def prepare(self, model: Any) -> None:
+        """Note what `forward` must know of the model. Called once, after the method is attached."""
+        self.positions = learned_positions(model)
+        self.counts_positions = counts_over_mask(model, model.config)
+
+    def check_length(self, length: int, where: str) -> None:
+        """Refuse rows that are longer than the model's table of position embeddings.
+
+        Raises:
+            LitPeftError: `length` exceeds `positions`.
+        """
+        if self.positions is not None and length > self.positions:
+            raise LitPeftError(
+                f"{where} has rows of {length} tokens, but the base model has only {self.positions} positions: set "
+                f"data.max_length to at most {self.positions}."
+            )
+
+    def forward(self, model: Any, batch: Batch) -> Any:
+        """Run the model on a batch as loaders yield it.
+
+        Positions are counted over the attention mask, so that padding on the left changes nothing.
+
+        Raises:
+            LitPeftError: the rows are too long for the model.
+        """
+        batch = {name: value for name, value in batch.items() if name not in self.extras}
+        mask = batch.get("attention_mask")
+        if "input_ids" in batch and not is_packed(batch):  # in a packed row the positions restart
+            self.check_length(batch["input_ids"].shape[-1], "A batch")
+        if self.counts_positions and mask is not None and mask.dim() == 2:
+            batch.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
+        return self.run(model, batch)
+
     def run(self, model: Any, batch: Batch) -> Any:
         """Call the model on a batch without its extras."""
         return model(**batch)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        """Return the mean loss of a batch, a scalar: zero, with a gradient of zero, where nothing is supervised."""
+        """Return the mean loss of a batch, a scalar; zero, with a gradient of zero, if nothing is supervised."""
         loss: Tensor = output.loss
         logits = getattr(output, "logits", None)
         if logits is not None and self.weight(batch) == 0:
-            # The models' own is 0/0, whose gradient would spoil every weight.
+            # The models compute 0/0 here; its gradient would turn every weight into NaN.
             return logits.float().sum() * 0.0
         return loss
 
-    def loss_alone(self, model: Any) -> AbstractContextManager[None]:
-        """A context in which the model computes its loss, and perhaps no more than that."""
+    def loss_only(self, model: Any) -> AbstractContextManager[None]:
+        """Return a context in which the model computes its loss and may leave out its logits."""
         return nullcontext()
 
     def weight(self, batch: Batch) -> Tensor:
-        """Return how many terms the batch's mean loss is over, a scalar."""
-        import torch
-
+        """Return the number of terms that the batch's mean loss averages, a scalar."""
         return torch.tensor(len(next(iter(batch.values()))))
 
     def metrics(self, config: Any) -> dict[str, Metric]:
-        """Return fresh metrics by name, of a model with this config; every task has at least `loss`."""
+        """Return new metrics by name, for a model with this config; every task has at least `loss`."""
         return {"loss": mean()}
 
-    def evaluate(self, module: Any, metrics: Metrics, batch: Batch) -> list[dict[str, Any]] | None:
-        """Run the module on a batch and add it to the metrics.
+    def evaluate(
+        self, model: Any, metrics: Metrics, batch: Batch, generation: Generation
+    ) -> list[dict[str, Any]] | None:
+        """Run the model on a batch and update the metrics.
 
         Returns:
-            One plain dict per example where the task judges what it generates; else None.
+            One plain dict per example if the task evaluates generated text; else None.
         """
-        self.update(metrics, module(**batch), batch)
+        output = self.forward(model, batch)
+        with float32_default():
+            self.update(metrics, output, batch)
         return None
 
     def update(self, metrics: Metrics, output: Any, batch: Batch) -> None:
-        """Add a batch to the metrics."""
+        """Update the metrics with the output for a batch."""
         metrics["loss"].update(self.loss(output, batch).detach(), self.weight(batch))
 
-    def predict(self, module: Any, batch: Batch) -> list[dict[str, Any]]:
+    def predict(self, model: Any, batch: Batch, generation: Generation) -> list[dict[str, Any]]:
         """Return one plain dict per example of the batch."""
         raise NotImplementedError

@@ -9,11 +9,11 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from lit_peft.tasks.answers import extract_answer, same_answer
-from lit_peft.tasks.base import Batch, Metrics, Task, mean
-from lit_peft.tasks.packed import is_packed, packed_inputs
-from lit_peft.tasks.supervised_loss import supervised_loss
+from lit_peft.tasks.base import Batch, Generation, Metrics, Task, float32_default, mean
+from lit_peft.tasks.packed import check_packing, is_packed, packed_inputs
+from lit_peft.tasks.supervised_loss import SupervisedLoss
 
-# New tokens, where neither the module's `generation` nor the data module says how many.
+# New tokens to generate if neither the module's `generation` nor the data module says how many.
 MAX_NEW_TOKENS = 64
 
 
@@ -25,13 +25,13 @@ class Perplexity(MeanMetric):
 
 
 class CausalLM(Task):
-    """Next-token prediction. Batches: `input_ids`, `attention_mask`, `labels` [batch, length], -100 where unsupervised.
+    """Next-token prediction. Batches: `input_ids`, `attention_mask`, `labels` [batch, length], -100 if unsupervised.
 
-    Packed rows have `position_ids`, which begin again with each example, and no `attention_mask`.
+    Packed rows have `position_ids`, which restart with each example, and no `attention_mask`.
 
     Metrics: `loss` (mean over supervised tokens) and `perplexity`. Prediction generates a continuation, greedily unless
-    the module's `generation` says otherwise. A batch of prompts, padded on the left, with lists `kind` and `gold` (see
-    `lit_peft.tasks.answers`) is judged by what is generated: `answer_accuracy`.
+    `generation` says otherwise. A batch of prompts, padded on the left, with lists `kind` and `gold` (see
+    `lit_peft.tasks.answers`) is evaluated by the generated text: `answer_accuracy`.
     """
 
     name = "causal_lm"
@@ -39,11 +39,26 @@ class CausalLM(Task):
     new_head = False
     extras = ("kind", "gold")
 
-    def run(self, model: Any, batch: Batch) -> Any:
-        return model(**packed_inputs(model, batch) if is_packed(batch) else batch)
+    def __init__(self) -> None:
+        self.supervised: SupervisedLoss | None = None
+        self.packing_checked = False
 
-    def loss_alone(self, model: Any) -> AbstractContextManager[None]:
-        return supervised_loss(model)
+    def prepare(self, model: Any) -> None:
+        super().prepare(model)
+        self.supervised, self.packing_checked = SupervisedLoss.of(model), False
+
+    def run(self, model: Any, batch: Batch) -> Any:
+        if not is_packed(batch):
+            return model(**batch)
+        if not self.packing_checked:
+            check_packing(model)
+            self.packing_checked = True
+        return model(**packed_inputs(model, batch))
+
+    def loss_only(self, model: Any) -> AbstractContextManager[None]:
+        if self.supervised is None:
+            self.supervised = SupervisedLoss.of(model)
+        return self.supervised.active()
 
     def weight(self, batch: dict[str, Tensor]) -> Tensor:
         return (batch["labels"][:, 1:] != -100).sum()
@@ -57,34 +72,36 @@ class CausalLM(Task):
         metrics["loss"].update(loss, weight)
         metrics["perplexity"].update(loss, weight)
 
-    def evaluate(self, module: Any, metrics: Metrics, batch: Batch) -> list[dict[str, Any]] | None:
+    def evaluate(
+        self, model: Any, metrics: Metrics, batch: Batch, generation: Generation
+    ) -> list[dict[str, Any]] | None:
         if "gold" not in batch:
-            return super().evaluate(module, metrics, batch)
-        rows = self.predict(module, batch)
-        for row in rows:
-            metrics["answer_accuracy"].update(float(row["correct"]))
+            return super().evaluate(model, metrics, batch, generation)
+        rows = self.predict(model, batch, generation)
+        with float32_default():
+            for row in rows:
+                metrics["answer_accuracy"].update(float(row["correct"]))
         return rows
 
-    def predict(self, module: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    def predict(self, model: Any, batch: dict[str, Any], generation: Generation) -> list[dict[str, Any]]:
         """Return `prompt` and `text`; with `kind` also `answer`, and with `gold` also `gold` and `correct`."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-        tokenizer = module.tokenizer
-        data = getattr(module._trainer, "datamodule", None)
+        tokenizer = generation.tokenizer
         settings = {
-            "max_new_tokens": getattr(data, "max_new_tokens", None) or MAX_NEW_TOKENS,
+            "max_new_tokens": generation.max_new_tokens or MAX_NEW_TOKENS,
             "do_sample": False,
             "pad_token_id": tokenizer.pad_token_id,
-            **module.hparams.generation,
+            **generation.settings,
         }
-        out = module.generate(**inputs, **settings)
+        out = model.generate(**inputs, **settings)
         texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         prompts = tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
         rows: list[dict[str, Any]] = [
             {"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)
         ]
-        for at, kind in enumerate(batch.get("kind", ())):
-            rows[at]["answer"] = extract_answer(rows[at]["text"], kind)
+        for index, kind in enumerate(batch.get("kind", ())):
+            rows[index]["answer"] = extract_answer(rows[index]["text"], kind)
             if "gold" in batch:
-                gold = batch["gold"][at]
-                rows[at].update(gold=gold, correct=same_answer(rows[at]["answer"], gold, kind))
+                gold = batch["gold"][index]
+                rows[index].update(gold=gold, correct=same_answer(rows[index]["answer"], gold, kind))
         return rows

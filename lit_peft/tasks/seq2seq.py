@@ -1,4 +1,4 @@
-"""Text to text with an encoder and a decoder."""
+"""Generate a text from a text, with an encoder and a decoder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torchmetrics import Metric
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import BLEUScore, SacreBLEUScore
 
-from lit_peft.tasks.base import Batch, Metrics, Task, mean
+from lit_peft.tasks.base import Batch, Generation, Metrics, Task, float32_default, mean
 
+# New tokens to generate if the module's `generation` does not say how many.
+MAX_NEW_TOKENS = 128
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
@@ -18,8 +20,9 @@ class Seq2Seq(Task):
     """Summarization, translation. Batches: `input_ids`, `attention_mask` [batch, length], `labels` [batch, target].
 
     Labels are -100 on padding; the model makes the decoder's inputs from them. Metrics: `loss` over target tokens, and
-    on the text generated for each source `rouge1`, `rouge2`, `rougeL` (mean F1 over examples), `bleu` and `sacrebleu`
-    (over the corpus), all from 0 to 1. Generation takes `model.generation`. Prediction gives source and generated text.
+    for the text generated from each source `rouge1`, `rouge2`, `rougeL` (mean F1 over examples), `bleu` and `sacrebleu`
+    (over the corpus), all from 0 to 1. `model.generation` controls generation. Prediction returns source and generated
+    text.
     """
 
     name = "seq2seq"
@@ -34,27 +37,29 @@ class Seq2Seq(Task):
         rouge = {name: mean() for name in _ROUGE}
         return {"loss": mean(), **rouge, "bleu": BLEUScore(), "sacrebleu": SacreBLEUScore()}
 
-    def evaluate(self, module: Any, metrics: Metrics, batch: Batch) -> None:
-        self.update(metrics, module(**batch), batch)
-        texts = self._generate(module, batch)
+    def evaluate(self, model: Any, metrics: Metrics, batch: Batch, generation: Generation) -> None:
+        super().evaluate(model, metrics, batch, generation)
+        texts = self._generate(model, batch, generation)
         references = batch.get("references")
         if references is None:
-            labels = batch["labels"].masked_fill(batch["labels"] == -100, module.tokenizer.pad_token_id)
-            references = module.tokenizer.batch_decode(labels, skip_special_tokens=True)
-        for text, reference in zip(texts, references, strict=True):
-            scores = rouge_score(text, reference, rouge_keys=_ROUGE)
-            for name in _ROUGE:
-                metrics[name].update(scores[f"{name}_fmeasure"])
-        for name in ("bleu", "sacrebleu"):
-            metrics[name].update(texts, [[reference] for reference in references])
+            tokenizer = generation.tokenizer
+            labels = batch["labels"].masked_fill(batch["labels"] == -100, tokenizer.pad_token_id)
+            references = tokenizer.batch_decode(labels, skip_special_tokens=True)
+        with float32_default():
+            for text, reference in zip(texts, references, strict=True):
+                scores = rouge_score(text, reference, rouge_keys=_ROUGE)
+                for name in _ROUGE:
+                    metrics[name].update(scores[f"{name}_fmeasure"])
+            for name in ("bleu", "sacrebleu"):
+                metrics[name].update(texts, [[reference] for reference in references])
 
-    def predict(self, module: Any, batch: Batch) -> list[dict[str, Any]]:
-        sources = module.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
-        texts = self._generate(module, batch)
+    def predict(self, model: Any, batch: Batch, generation: Generation) -> list[dict[str, Any]]:
+        sources = generation.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+        texts = self._generate(model, batch, generation)
         return [{"source": source, "text": text} for source, text in zip(sources, texts, strict=True)]
 
-    def _generate(self, module: Any, batch: Batch) -> list[str]:
-        settings = {"max_new_tokens": 128, **module.hparams.generation}
-        out = module.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
-        texts: list[str] = module.tokenizer.batch_decode(out, skip_special_tokens=True)
+    def _generate(self, model: Any, batch: Batch, generation: Generation) -> list[str]:
+        settings = {"max_new_tokens": MAX_NEW_TOKENS, **generation.settings}
+        out = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
+        texts: list[str] = generation.tokenizer.batch_decode(out, skip_special_tokens=True)
         return texts

@@ -1,4 +1,4 @@
-"""One label per sequence."""
+"""Assign one label to each sequence."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torchmetrics.classification import (
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_peft.tasks.base import Metrics, Task, mean
+from lit_peft.tasks.base import Generation, Metrics, Task, mean
 
 
 class QuestionsRight(Metric):
-    """The share of questions, over all batches and processes, whose every row is right; 0 where there is none."""
+    """The share of questions, over all batches and processes, with only right rows; 0 if there is no question."""
 
     full_state_update = False
     right: list[Tensor]
@@ -29,14 +29,14 @@ class QuestionsRight(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        # A process without a row gathers an empty tensor of this type. It counts to 2^24, whatever the precision of
-        # training, on devices without float64, too.
+        # A process without a row gathers an empty tensor of this type. It counts to 2^24 in any precision of training,
+        # also on devices without float64.
         self.set_dtype(torch.float32)
         for name in ("right", "questions"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, right: Tensor, questions: Sequence[int]) -> None:
-        """Add rows: whether each is right [batch], and the numbers of their questions."""
+        """Add rows: whether each is right [batch], and the index of its question."""
         self.right.append(right.to(self.dtype))
         self.questions.append(torch.tensor(questions, dtype=self.dtype, device=right.device))
 
@@ -50,11 +50,11 @@ class QuestionsRight(Metric):
 class SequenceClassification(Task):
     """Classification of a text, or of a pair. Batches: `input_ids`, `attention_mask` [batch, length], `labels` [batch].
 
-    Metrics: `loss`, `accuracy`, `f1` (macro average), `mcc`, and with two labels `binary_f1`, that of the second one
-    (GLUE's, and MultiRC's F1a). Where batches have `questions`, numbers that tell which rows are answers to the same
-    question, also `exact_match`: the share of questions all of whose answers are labelled right (MultiRC's). With one
-    output, the task is regression, `labels` are floats, and the metrics are `loss` (squared error), `pearson` and
-    `spearman`. Prediction gives label, score and all probabilities, or the value.
+    Metrics: `loss`, `accuracy`, `f1` (macro average), `mcc`, and with two labels `binary_f1`, the F1 of the second one
+    (as in GLUE, and MultiRC's F1a). If batches have `questions`, the index of the question that each row answers, also
+    `exact_match`: the share of questions with only right rows (as in MultiRC). With one output, the task is regression,
+    `labels` are floats, and the metrics are `loss` (squared error), `pearson` and `spearman`. Prediction returns label,
+    score and all probabilities, or the value.
     """
 
     name = "sequence_classification"
@@ -89,14 +89,14 @@ class SequenceClassification(Task):
         if "questions" in batch:
             metrics["exact_match"].update(predicted == batch["labels"], batch["questions"])
 
-    def predict(self, module: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        names = module.model.config.id2label
-        if module.model.config.num_labels == 1:
-            return [{"value": value} for value in module(**inputs).logits.float().squeeze(-1).tolist()]
+    def predict(self, model: Any, batch: dict[str, Tensor], generation: Generation) -> list[dict[str, Any]]:
+        logits = self.forward(model, {name: value for name, value in batch.items() if name != "labels"}).logits.float()
+        names = model.config.id2label
+        if model.config.num_labels == 1:
+            return [{"value": value} for value in logits.squeeze(-1).tolist()]
         rows = []
-        for row in module(**inputs).logits.float().softmax(-1).tolist():
+        for row in logits.softmax(-1).tolist():
             best = max(range(len(row)), key=row.__getitem__)
-            probabilities = {str(names[at]): value for at, value in enumerate(row)}
+            probabilities = {str(names[index]): value for index, value in enumerate(row)}
             rows.append({"label": str(names[best]), "score": row[best], "probabilities": probabilities})
         return rows

@@ -1,159 +1,189 @@
-"""The loss of a causal LM computed on its supervised positions alone.
+"""The loss of a causal LM, computed only on its supervised positions.
 
     hidden [batch, length, d] ── rows that a label supervises ──> head ──> finish ──> cross-entropy
                                                                   W      scale, soft cap
 
-The model's own code runs, whatever the architecture: hooks give its head the supervised rows only, and its
-`loss_function` answers with the loss of those rows. Where the head is a frozen linear layer and what the model does to
-the logits afterwards is recognized, the logits of all rows never exist at once (`lit_peft.nn.cross_entropy`).
+The model's own code runs, whatever the architecture: hooks give its head only the supervised rows, and its
+`loss_function` returns the loss of those rows. If the head is a frozen linear layer, and what the model does to the
+logits afterwards is recognized, the logits of all rows never exist at once (`lit_peft.nn.cross_entropy`).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from lit_peft.models.transformers_internals import (
+    computes_next_token_loss,
+    own_loss_function,
+    set_own_loss_function,
+)
 from lit_peft.nn.cross_entropy import head_cross_entropy
-from lit_peft.tasks import supervised_ffn
-from lit_peft.tasks.supervised_ffn import SupervisedRows, last_ffn
+from lit_peft.nn.torch_internals import is_compiled
 
-# (scale, soft cap) that a model puts on its logits; None where it does something else.
+# (scale, soft cap) that a model applies to its logits.
 Finish = tuple[float, float | None]
-_FINISHES: WeakKeyDictionary[nn.Module, Finish | None] = WeakKeyDictionary()
+# The model's attribute that holds its `SupervisedLoss`.
+_KEY = "_lit_peft_supervised_loss"
 
 
 @contextmanager
 def supervised_loss(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Within this context, `model(..., labels=labels).loss` costs the supervised positions alone.
+    """Within this context, `model(..., labels=labels).loss` is computed only on the supervised positions.
 
-    Loss and gradients are those of the model's own loss, `num_items_in_batch` and `shift_labels` included; the output's
-    `logits` are None. Calls without labels, models whose loss is not transformers' next-token loss, and compiled models
-    run as they are.
+    Loss and gradients are those of the model's own loss, including `num_items_in_batch` and `shift_labels`; the
+    output's `logits` are None. Calls without labels, models whose loss is not transformers' next-token loss, and
+    compiled models run unchanged.
 
     Args:
-        model: a transformers causal LM, with a method attached or not, or a wrapper that has it as `module`.
-        enabled: whether to do anything at all.
+        model: a transformers causal LM, with or without a method attached, or a wrapper that has it as `module`.
+        enabled: False leaves the model unchanged.
     """
-    while not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module  # type: ignore[assignment]
-    head = _head(model) if enabled else None
-    if head is None:
+    if not enabled:
         yield
         return
-    step = _Step(model, head)
-    ffn = last_ffn(model) if supervised_ffn.SUPERVISED_FFN else None
-    handles = [
-        *(SupervisedRows(step.rows).attach(ffn) if ffn is not None else ()),
-        model.register_forward_pre_hook(step.before_model, with_kwargs=True),
-        head.register_forward_pre_hook(step.before_head),
-        # Before any other hook: a sharded head lets its weight go in its own.
-        head.register_forward_hook(step.after_head, prepend=True),
-        model.register_forward_hook(step.after_model),
-    ]
+    loss = SupervisedLoss.of(model)
     try:
-        yield
+        with loss.active():
+            yield
     finally:
-        step.restore()
-        for handle in handles:
-            handle.remove()
+        loss.remove_hooks()
 
 
-def _head(model: nn.Module) -> nn.Module | None:
-    """The model's output head, where its loss is the next-token loss of what the head gives."""
-    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "loss_function"):
-        return None
-    if getattr(model.loss_function, "__name__", "") != "ForCausalLMLoss" or model._compiled_call_impl is not None:
-        return None
-    try:
-        source = inspect.getsource(inspect.unwrap(type(model).forward))
-    except (OSError, TypeError):
-        return None
-    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
-    return head if "self.loss_function(" in source else None
+class SupervisedLoss:
+    """Computes one model's loss on its supervised positions while it is active.
 
+    What is known of the model is found out once; its hooks stay, and do nothing while it is not active.
 
-class _Step:
-    """One call of the model, from hook to hook."""
+    Args:
+        model: a transformers model.
 
-    def __init__(self, model: Any, head: Any) -> None:
-        self.model, self.head = model, head
+    Attributes:
+        finish: the scale and soft cap of the model's logits; None while they are not known, or if they cannot be.
+        probed: whether `finish` has been looked for, which the first call with a frozen linear head does.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.supported = hasattr(model, "get_output_embeddings") and computes_next_token_loss(model)
+        self.head: nn.Module | None = None
+        self.finish: Finish | None = None
+        self.probed = False
+        self.enabled = False
+        self.handles: list[RemovableHandle] = []
+        # The state of a call, from hook to hook.
+        self.calling = self.probing = False
         self.labels: Tensor | None = None
         self.sum: Tensor | None = None
-        self.active = self.shows_states = False
-        self.places: tuple[torch.Size, Tensor, Tensor] | None = None
+        self.own_loss: Any = None
+        self.shifted: Tensor | None = None
+        self.hidden = self.targets = self.probe = torch.empty(0)
+
+    @classmethod
+    def of(cls, model: Any) -> SupervisedLoss:
+        """Return the model's own `SupervisedLoss`, made the first time; of a wrapper, that of the model in it."""
+        while not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        found = getattr(model, _KEY, None)
+        if not isinstance(found, cls) or found.model is not model:
+            found = cls(model)
+            object.__setattr__(model, _KEY, found)
+        return found
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Return a context in which the model's loss is computed this way, if the model allows it."""
+        before = self.enabled
+        self.enabled = self._place_hooks()
+        try:
+            yield
+        finally:
+            self.enabled = before
+            self.end_call()
+
+    def remove_hooks(self) -> None:
+        """Leave no hook on the model, unless an outer context is active."""
+        if not self.enabled:
+            for handle in self.handles:
+                handle.remove()
+            self.handles, self.head = [], None
+
+    def _place_hooks(self) -> bool:
+        """Hook the model and the head that it has now; return whether that is possible."""
+        if not self.supported or is_compiled(self.model):
+            return False
+        # Somebody may have set another loss, or an adapter may have replaced the head, since the last call.
+        if not self.calling and getattr(self.model.loss_function, "__name__", "") != "ForCausalLMLoss":
+            return False
+        head: nn.Module | None = self.model.get_output_embeddings()
+        if head is not self.head:
+            self.enabled = False
+            self.remove_hooks()
+        if head is not None and not self.handles:
+            self.head = head
+            self.handles = [
+                self.model.register_forward_pre_hook(self.before_model, with_kwargs=True),
+                head.register_forward_pre_hook(self.before_head),
+                # Before any other hook: the hook of a sharded head frees its weight.
+                head.register_forward_hook(self.after_head, prepend=True),
+                self.model.register_forward_hook(self.after_model),
+            ]
+        return head is not None
+
+    # ---------------------------------------------------------------------------------------- one call of the model
 
     def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.restore()
-        self.labels = kwargs.get("labels")
-        kept = kwargs.get("logits_to_keep", 0)
-        if not isinstance(self.labels, Tensor) or not isinstance(kept, int) or kept or torch.compiler.is_compiling():
-            self.labels = None
+        """Forward pre-hook of the model: keep the labels."""
+        if not self.enabled:
             return
-        self.shifted = kwargs.get("shift_labels")
-        self.ignored = kwargs.get("ignore_index", -100)
-        self.shows_states = _shows_states(self.model, kwargs)
-
-    def find(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The numbers of the supervised rows of (batch, length, d) and their targets; None where labels do not fit."""
-        if self.labels is None:
-            return None
-        if self.places is None or self.places[0] != hidden.shape[:2]:
-            targets = F.pad(self.labels, (0, 1), value=self.ignored)[..., 1:] if self.shifted is None else self.shifted
-            # A prompt in front of the tokens has no labels.
-            targets = F.pad(targets, (hidden.shape[1] - targets.shape[1], 0), value=self.ignored)
-            if targets.shape != hidden.shape[:2]:
-                return None
-            targets = targets.reshape(-1).to(hidden.device)
-            rows = (targets != self.ignored).nonzero().squeeze(1)
-            self.places = hidden.shape[:2], rows, targets[rows]
-        return self.places[1:]
-
-    def rows(self, hidden: Tensor) -> Tensor | None:
-        """The rows that the last FFN has to compute."""
-        found = None if self.shows_states else self.find(hidden)
-        return None if found is None else found[0]
+        self.end_call()
+        labels, kept = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
+        if isinstance(labels, Tensor) and isinstance(kept, int) and not kept and not torch.compiler.is_compiling():
+            self.labels = labels
+            self.shifted = kwargs.get("shift_labels")
+            self.ignored = kwargs.get("ignore_index", -100)
 
     def before_head(self, head: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.active or args[0].dim() != 3:
+        """Forward pre-hook of the head: give it only the supervised rows."""
+        if not self.enabled or self.labels is None or self.calling or args[0].dim() != 3:
             return None
         hidden: Tensor = args[0]
-        found = self.find(hidden)
+        found = self._supervised_rows(self.labels, hidden)
         if found is None:
             return None
         rows, self.targets = found
         self.hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
-        self.active, self.sum, self.extra = True, None, 0
-        self.own_loss = vars(self.model).get("_loss_function")
+        self.calling = True
+        self.own_loss = own_loss_function(self.model)
         self.model.loss_function = self.loss
         if not _frozen_linear(head):
             return (self.hidden[None], *args[1:])
-        if self.model in _FINISHES and _FINISHES[self.model] is not None:
-            # The head still answers for one row: the model's code goes on from its logits.
+        if self.finish is not None:
+            # The head still computes one row: the model's code needs some logits to continue with.
             return (hidden[:1, :1].detach(), *args[1:])
-        if self.model in _FINISHES or not len(rows):
+        if self.probed or not len(rows):
             return (self.hidden[None], *args[1:])
-        # The first time, one row more, with logits so large that a soft cap shows.
+        # The first time there is one more row, with logits so large that a soft cap has an effect.
         row = self.hidden[:1].detach()
         with torch.no_grad():
             row = row * (50 / F.linear(row, head.weight.to(row.dtype)).abs().max().clamp(min=1e-6))
-        self.extra = 1
+        self.probing = True
         return (torch.cat([self.hidden, row])[None], *args[1:])
 
     def after_head(self, head: Any, args: tuple[Any, ...], logits: Tensor) -> None:
-        if not self.active:
+        """Forward hook of the head: compute the loss while its weight is there."""
+        if not self.enabled or not self.calling:
             return
-        finish = _FINISHES.get(self.model) if _frozen_linear(head) else None
-        if finish is not None:
-            self.sum = head_cross_entropy(self.hidden, head.weight, self.targets, head.bias, *finish)
-        elif self.extra:
+        if self.finish is not None and _frozen_linear(head):
+            self.sum = head_cross_entropy(self.hidden, head.weight, self.targets, head.bias, *self.finish)
+        elif self.probing:
             self.probe = logits[0, -1].detach()
 
     def loss(
@@ -164,19 +194,20 @@ class _Step:
         num_items_in_batch: Any = None,
         **_: Any,
     ) -> Tensor:
-        """In place of the model's `loss_function`: the logits are those of the supervised rows, or of one row."""
+        """Take the place of the model's `loss_function`; the logits are those of the supervised rows, or of one row."""
+        head: Any = self.head
         if self.sum is not None:
             total = self.sum
         else:
             finish = None
-            if self.extra:
-                finish = _FINISHES[self.model] = _find_finish(self.model, self.probe, logits[0, -1].detach())
+            if self.probing:
+                finish = self.finish = find_finish(self.model, self.probe, logits[0, -1].detach())
+                self.probed = True
                 logits = logits[:, :-1]
-            weight = self.head.weight
-            if finish is not None and _frozen_linear(self.head) and weight.untyped_storage().size():
-                # To the bit what later steps compute: the first step of a resumed run is a later one of another's.
-                total = head_cross_entropy(self.hidden, weight, self.targets, self.head.bias, *finish)
-            else:  # or a sharded head has let its weight go
+            if finish is not None and _frozen_linear(head) and head.weight.untyped_storage().size():
+                # Computed exactly as in later calls: the first step of a resumed run is a later step of the whole run.
+                total = head_cross_entropy(self.hidden, head.weight, self.targets, head.bias, *finish)
+            else:  # also if a sharded head has freed its weight
                 total = F.cross_entropy(
                     logits[0].to(torch.promote_types(logits.dtype, torch.float32)), self.targets, reduction="sum"
                 )
@@ -185,28 +216,35 @@ class _Step:
         return total / (count.to(total.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.active and isinstance(output, OrderedDict) and "logits" in output:
-            # Logits of some rows are of no use to anybody.
+        """Forward hook of the model: drop logits that are only those of some rows."""
+        if not self.enabled:
+            return
+        if self.calling and isinstance(output, OrderedDict) and "logits" in output:
             OrderedDict.__delitem__(output, "logits")
             output.logits = None  # type: ignore[attr-defined]
-        self.restore()
+        self.end_call()
 
-    def restore(self) -> None:
-        """Give the model its own loss back."""
-        self.labels = self.places = None
-        if self.active:
-            self.active = False
-            if self.own_loss is None:
-                del self.model._loss_function
-            else:
-                self.model.loss_function = self.own_loss
-            self.hidden = self.targets = self.sum = None  # type: ignore[assignment]
+    def end_call(self) -> None:
+        """Forget the call, and restore the model's own loss."""
+        if self.calling:
+            set_own_loss_function(self.model, self.own_loss)
+        self.calling = self.probing = False
+        self.labels = self.sum = self.shifted = self.own_loss = None
+        self.hidden = self.targets = self.probe = torch.empty(0)
 
+    def _supervised_rows(self, labels: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the supervised rows of (batch, length, d) and their targets; None if the labels do not fit.
 
-def _shows_states(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether somebody asked for the layers' outputs, and so for all rows of them."""
-    asked = kwargs.get("output_hidden_states")
-    return bool(getattr(getattr(model, "config", None), "output_hidden_states", False) if asked is None else asked)
+        Rows are indices into the batch flattened to (batch · length, d).
+        """
+        targets = F.pad(labels, (0, 1), value=self.ignored)[..., 1:] if self.shifted is None else self.shifted
+        # A prompt before the tokens has no labels.
+        targets = F.pad(targets, (hidden.shape[1] - targets.shape[1], 0), value=self.ignored)
+        if targets.shape != hidden.shape[:2]:
+            return None
+        targets = targets.reshape(-1).to(hidden.device)
+        rows = (targets != self.ignored).nonzero().squeeze(1)
+        return rows, targets[rows]
 
 
 def _frozen_linear(head: nn.Module) -> bool:
@@ -218,8 +256,14 @@ def _frozen_linear(head: nn.Module) -> bool:
     )
 
 
-def _find_finish(model: nn.Module, raw: Tensor, finished: Tensor) -> Finish | None:
-    """The scale and soft cap that turned the head's logits into the model's: those its config names, if they do."""
+def find_finish(model: nn.Module, raw: Tensor, finished: Tensor) -> Finish | None:
+    """Return the scale and soft cap of the model's config that turn the head's logits into the model's, if any do.
+
+    Args:
+        model: a transformers model.
+        raw: one row of the head's output.
+        finished: the same row of the model's output.
+    """
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scales = [

@@ -1,4 +1,4 @@
-"""Spans of a tag sequence, as the CoNLL evaluation script (and seqeval) reads them."""
+"""Spans of a tag sequence, read as the CoNLL evaluation script and seqeval do."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SAME = {"L": "E", "U": "S"}
 
 def split_tag(tag: str) -> tuple[str, str]:
     """Return a tag's prefix (B, I, O, E or S) and its type; a tag without a prefix is a span of one token."""
-    prefix, dash, kind = tag.partition("-")
+    prefix, dash, type_ = tag.partition("-")
     prefix = _SAME.get(prefix, prefix)
-    if prefix in ("B", "I", "E", "S") and (dash or not kind):
-        return prefix, kind
+    if prefix in ("B", "I", "E", "S") and (dash or not type_):
+        return prefix, type_
     return ("O", "") if tag == "O" else ("S", tag)
 
 
@@ -28,31 +28,31 @@ def tag_spans(tags: Sequence[str]) -> list[Span]:
     A span that starts with I, or ends without E, counts as it does in the CoNLL script.
     """
     spans: list[Span] = []
-    begun, before, before_kind = 0, "O", ""
-    for at, tag in enumerate([*tags, "O"]):
-        prefix, kind = split_tag(tag)
-        changed = kind != before_kind
-        if before != "O" and (before in "ES" or prefix in "BSO" or changed):
-            spans.append((before_kind, begun, at - 1))
-        if prefix != "O" and (prefix in "BS" or before in "ESO" or changed):
-            begun = at
-        before, before_kind = prefix, kind
+    start, last_prefix, last_type = 0, "O", ""
+    for index, tag in enumerate([*tags, "O"]):
+        prefix, type_ = split_tag(tag)
+        changed = type_ != last_type
+        if last_prefix != "O" and (last_prefix in "ES" or prefix in "BSO" or changed):
+            spans.append((last_type, start, index - 1))
+        if prefix != "O" and (prefix in "BS" or last_prefix in "ESO" or changed):
+            start = index
+        last_prefix, last_type = prefix, type_
     return spans
 
 
 def count_spans(gold: Iterable[Sequence[str]], predicted: Iterable[Sequence[str]]) -> tuple[int, int, int]:
-    """Return the numbers of spans (right, predicted, gold) over pairs of tag sequences."""
-    right = found = there = 0
-    for wanted, got in zip(gold, predicted, strict=True):
-        wanted_spans, got_spans = set(tag_spans(wanted)), set(tag_spans(got))
-        right += len(wanted_spans & got_spans)
-        found += len(got_spans)
-        there += len(wanted_spans)
-    return right, found, there
+    """Return the numbers of right, predicted and gold spans over pairs of tag sequences."""
+    num_right = num_predicted = num_gold = 0
+    for gold_tags, predicted_tags in zip(gold, predicted, strict=True):
+        gold_spans, predicted_spans = set(tag_spans(gold_tags)), set(tag_spans(predicted_tags))
+        num_right += len(gold_spans & predicted_spans)
+        num_predicted += len(predicted_spans)
+        num_gold += len(gold_spans)
+    return num_right, num_predicted, num_gold
 
 
 class SpanScore(Metric):
-    """Precision, recall or F1 over all spans of all batches and processes (micro average); 0 where undefined.
+    """Precision, recall or F1 over all spans of all batches and processes (micro average); 0 if undefined.
 
     Args:
         kind: "precision", "recall" or "f1".
@@ -72,11 +72,11 @@ class SpanScore(Metric):
             self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, right: int, predicted: int, gold: int) -> None:
-        """Add numbers of spans."""
+        """Add the numbers of right, predicted and gold spans."""
         self.right += right
         self.predicted += predicted
         self.gold += gold
 
     def compute(self) -> Tensor:
-        whole = {"precision": self.predicted, "recall": self.gold, "f1": (self.predicted + self.gold) / 2}[self.kind]
-        return (self.right / whole.clamp(min=1e-9)).float()
+        total = {"precision": self.predicted, "recall": self.gold, "f1": (self.predicted + self.gold) / 2}[self.kind]
+        return (self.right / total.clamp(min=1e-9)).float()

@@ -1,4 +1,4 @@
-"""One label per word."""
+"""Assign one label to each word."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lit_peft.tasks.base import Batch, Metrics, Task, mean
+from lit_peft.tasks.base import Batch, Generation, Metrics, Task, mean
 from lit_peft.tasks.tag_spans import SpanScore, count_spans
 
 
 class TokenClassification(Task):
-    """Tagging. Batches: `input_ids`, `attention_mask`, `labels` [batch, length], -100 where a token has no label.
+    """Tagging. Batches: `input_ids`, `attention_mask`, `labels` [batch, length], -100 for tokens without a label.
 
-    Metrics: `loss` and `accuracy` over labelled tokens; `precision`, `recall` and `f1` over spans, as seqeval has them.
-    Batches of `TokenClassificationData` carry `tags` (the words' gold tags) and `words` (the number of each token's
-    word where the token is its first, else -1), so that words that were cut away count as missed. Prediction gives each
-    word's tag, None where the word was cut away.
+    Metrics: `loss` and `accuracy` over labelled tokens; `precision`, `recall` and `f1` over spans, as in seqeval.
+    Batches of `TokenClassificationData` have `tags` (the words' gold tags) and `words` (for the first token of a word
+    the index of the word, else -1), so that words that were cut off count as missed. Prediction returns the tag of each
+    word, None for words that were cut off.
     """
 
     name = "token_classification"
@@ -35,7 +35,7 @@ class TokenClassification(Task):
         return (batch["labels"] != -100).sum()
 
     def metrics(self, config: Any) -> dict[str, Metric]:
-        self.names = [str(config.id2label[at]) for at in range(config.num_labels)]
+        self.names = [str(config.id2label[index]) for index in range(config.num_labels)]
         spans = {kind: SpanScore(kind) for kind in ("precision", "recall", "f1")}
         accuracy = MulticlassAccuracy(config.num_labels, average="micro", ignore_index=-100)
         return {"loss": mean(), "accuracy": accuracy, **spans}
@@ -51,29 +51,29 @@ class TokenClassification(Task):
             tags = [[tag or "O" for tag in row] for row in self._tags(best, batch["words"], map(len, gold))]
         else:
             gold, tags = [], []
-            for numbers, wanted in zip(best.tolist(), labels.tolist(), strict=True):
-                kept = [(got, want) for got, want in zip(numbers, wanted, strict=True) if want != -100]
-                tags.append([self.names[got] for got, _ in kept])
-                gold.append([self.names[want] for _, want in kept])
+            for predicted, expected in zip(best.tolist(), labels.tolist(), strict=True):
+                pairs = [pair for pair in zip(predicted, expected, strict=True) if pair[1] != -100]
+                tags.append([self.names[label] for label, _ in pairs])
+                gold.append([self.names[label] for _, label in pairs])
         counts = count_spans(gold, tags)
         for kind in ("precision", "recall", "f1"):
             metrics[kind].update(*counts)
 
-    def predict(self, module: Any, batch: Batch) -> list[dict[str, Any]]:
+    def predict(self, model: Any, batch: Batch, generation: Generation) -> list[dict[str, Any]]:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        best = module(**inputs).logits.argmax(-1)
+        best = self.forward(model, inputs).logits.argmax(-1)
         if "tokens" not in batch:
-            return [{"tags": [self.names[number] for number in row]} for row in best.tolist()]
+            return [{"tags": [self.names[label] for label in row]} for row in best.tolist()]
         rows = self._tags(best, batch["words"], map(len, batch["tokens"]))
         return [{"tokens": tokens, "tags": tags} for tokens, tags in zip(batch["tokens"], rows, strict=True)]
 
     def _tags(self, best: Tensor, words: Tensor, lengths: Any) -> list[list[str | None]]:
-        """The tag of each word of each row; None for words without a token."""
+        """Return the tag of each word of each row; None for words without a token."""
         rows = []
-        for numbers, at, length in zip(best.tolist(), words.tolist(), lengths, strict=True):
+        for labels, word_indices, length in zip(best.tolist(), words.tolist(), lengths, strict=True):
             tags: list[str | None] = [None] * length
-            for number, word in zip(numbers, at, strict=True):
+            for label, word in zip(labels, word_indices, strict=True):
                 if word >= 0:
-                    tags[word] = self.names[number]
+                    tags[word] = self.names[label]
             rows.append(tags)
         return rows

@@ -1,4 +1,4 @@
-"""Training checkpoints that are whole or not there."""
+"""Training checkpoints that are never half written."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lit_peft.util.errors import LitPeftError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, syncs it to the disk, and renames it. A plugin of the Trainer.
+    """Writes a checkpoint to a temporary file in the same folder, syncs it, and renames it. A plugin of the Trainer.
 
-    Lightning writes to the system's temporary folder and moves the file, which copies where that is another file
-    system: a process killed, or a disk full, during the copy leaves half a checkpoint in the place of a good one.
-    Checkpoints elsewhere than in the file system (`s3://…`) are Lightning's own.
+    Lightning writes to the system's temporary folder and moves the file, which means a copy if that is on another file
+    system: if the process is killed or the disk is full during the copy, half a checkpoint replaces a good one.
+    Checkpoints outside the file system (`s3://…`) are left to Lightning.
 
     Raises:
-        LitPeftError: the file cannot be written; the one that was there still is.
+        LitPeftError: the file cannot be written; an existing one is unchanged.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        # In memory first: torch's own writer has no clear error for a full disk.
+        # In memory first, since torch's own writer raises no clear error if the disk is full.
         content = io.BytesIO()
         torch.save(checkpoint, content)
         try:

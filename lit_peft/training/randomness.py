@@ -1,4 +1,4 @@
-"""Random numbers that are a function of a seed and of where a run stands, not of what was drawn before."""
+"""Random numbers that depend on a seed and on the position in a run, not on earlier draws."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 
 def run_seed() -> int:
-    """The seed that `seed_everything` was given; this process' own where nobody gave one."""
+    """Return the seed that was given to `seed_everything`; this process's own if none was given."""
     return int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed() % 2**32)
 
 
 def seed_all(*numbers: int) -> None:
-    """Seed torch (all devices), NumPy and Python from some non-negative integers: their order counts."""
+    """Seed torch (all devices), NumPy and Python from non-negative integers, whose order matters."""
     torch_seed, numpy_seed, python_seed = (int(word) for word in np.random.SeedSequence(numbers).generate_state(3))
     torch.manual_seed(torch_seed)
     np.random.seed(numpy_seed)

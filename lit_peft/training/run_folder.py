@@ -1,19 +1,15 @@
-"""The folder of a run: finding the one to go on with, and its log, which goes on too."""
+"""The folder of a run: which one to resume, and its log, which a resumed run continues."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lit_peft.training.lightning_internals import AppendingCSVLogger
 from lit_peft.util.disk import write_file
 
 CONFIG = "config.yaml"
@@ -21,11 +17,11 @@ METRICS = "metrics.csv"
 
 
 def earlier_run(root: Path, config: dict[str, Any]) -> int | None:
-    """The newest run below a folder that trains the same model on the same data; None if there is none.
+    """Return the number of the newest run that trained the same model on the same data; None if there is none.
 
     Args:
-        root: folder of the folders `version_N`.
-        config: what is to be run, as plain data.
+        root: the folder that contains the folders `version_N`.
+        config: the configuration of the new run, as plain data.
 
     Returns:
         N.
@@ -43,61 +39,28 @@ def earlier_run(root: Path, config: dict[str, Any]) -> int | None:
 
 
 def newest_last(folders: Iterable[Path]) -> Path | None:
-    """The newest `last….ckpt` of some folders; None if there is none."""
+    """Return the newest `last….ckpt` in some folders; None if there is none."""
     found = [path for folder in folders for path in folder.glob("last*.ckpt")]
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
-class _Writer(ExperimentWriter):
-    """Lightning's, which does not begin by deleting the log that is there. `rows` is how many the log has on disk."""
-
-    def _check_log_dir_exists(self) -> None:
-        file = Path(self.metrics_file_path)
-        # Killed before its first line was written, it is empty.
-        header, *rows = (file.read_text(encoding="utf-8") if file.is_file() else "").splitlines() or [""]
-        self.metrics_keys = header.split(",") if header else []
-        self.rows = len(rows)
-
-    def save(self) -> None:
-        written = len(self.metrics)
-        super().save()
-        self.rows += written
-
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        # Lightning empties the file first: what is killed then has lost its log.
-        file, text = Path(self.metrics_file_path), io.StringIO(newline="")
-        with file.open(encoding="utf-8", newline="") as old:
-            rows = list(csv.DictReader(old))
-        writer = csv.DictWriter(text, fieldnames)
-        writer.writeheader()
-        writer.writerows(rows)
-        write_file(file, text.getvalue().encode())
-
-
-class RunLogger(CSVLogger):
-    """A `CSVLogger` that keeps the log of the run it resumes."""
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        if self._experiment is None:
-            self._experiment = _Writer(self.log_dir)
-        return self._experiment
+class RunLogger(AppendingCSVLogger):
+    """A `CSVLogger` that keeps the log of the run that it resumes."""
 
     @rank_zero_only
     def rows(self) -> int:
-        """Bring the log to the disk; return the number of its rows."""
+        """Write the log to the disk; return the number of its rows."""
         self.save()
-        found: int = self.experiment.rows
-        return found
+        count: int = self.experiment.rows
+        return count
 
     @rank_zero_only
     def go_back(self, rows: int, row: dict[str, Any] | None = None) -> None:
-        """Drop what a killed run logged after its checkpoint: it comes again.
+        """Remove what a killed run logged after its checkpoint, since the resumed run logs it again.
 
         Args:
-            rows: how many rows to keep.
-            row: one to write after them, with its `step`.
+            rows: number of rows to keep.
+            row: a row to append to them, with its `step`.
         """
         file = Path(self.log_dir) / METRICS
         kept = file.read_bytes().splitlines(keepends=True)[: rows + 1] if rows and file.is_file() else []

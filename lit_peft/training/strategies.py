@@ -1,4 +1,4 @@
-"""Strategies that share out a model: FSDP2 and tensor parallelism, with ordinary checkpoints; FSDP1 by layers."""
+"""Strategies that shard a model: FSDP2 and tensor parallelism with ordinary checkpoints, and FSDP1 by layers."""
 
 from __future__ import annotations
 
@@ -13,22 +13,28 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
-from lit_peft.training.sharding import layer_kinds, sharded_like, whole
+from lit_peft.models.transformers_internals import no_split_classes
+from lit_peft.training.lightning_internals import (
+    data_parallel_size,
+    set_data_parallel_size,
+    tensor_parallel_size,
+)
+from lit_peft.training.sharding import sharded_like, whole
 from lit_peft.util.errors import LitPeftError
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """`ModelParallelStrategy` whose checkpoints are those of one process: whole tensors, in one file.
+    """`ModelParallelStrategy` whose checkpoints are those of a single process: whole tensors in one file.
 
-    So a run goes on under another number of processes, and under another strategy. (Lightning's own numbers the
-    optimizer's states by all parameters, and cannot read them back where some are frozen.)
+    A run can therefore be resumed with another number of processes or another strategy. (Lightning's own strategy
+    numbers the optimizer's states by all parameters, and cannot read them back if some are frozen.)
 
     Args:
-        data_parallel_size: processes that share out the batch, each holding its shard of every layer (FSDP2); all that
-            `tensor_parallel_size` leaves when `auto`.
-        tensor_parallel_size: processes that share out the layers' matrices, and see the same batch.
-        process_group_backend: `nccl` or `gloo`; the device's own when unset.
-        timeout: for the processes to wait for one another.
+        data_parallel_size: processes that divide the batch, each with its shard of every layer (FSDP2); if `auto`, all
+            that `tensor_parallel_size` leaves.
+        tensor_parallel_size: processes that divide the layers' matrices, and see the same batch.
+        process_group_backend: `nccl` or `gloo`; the device's default if unset.
+        timeout: how long processes wait for each other.
 
     Raises:
         LitPeftError: the number of processes is not a multiple of `tensor_parallel_size`.
@@ -50,12 +56,12 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        world, parts = self.num_nodes * self.num_processes, self._tensor_parallel_size
-        if self._data_parallel_size == "auto":
-            self._data_parallel_size = max(1, world // int(parts))
-        if int(self._data_parallel_size) * int(parts) != world:
+        world, parts = self.num_nodes * self.num_processes, int(tensor_parallel_size(self))
+        if data_parallel_size(self) == "auto":
+            set_data_parallel_size(self, max(1, world // parts))
+        if int(data_parallel_size(self)) * parts != world:
             raise LitPeftError(
-                f"data_parallel_size={self._data_parallel_size} times tensor_parallel_size={parts} is not the number "
+                f"data_parallel_size={data_parallel_size(self)} times tensor_parallel_size={parts} is not the number "
                 f"of processes, {world}: give another trainer.devices, or data_parallel_size='auto'."
             )
         super().setup_environment()
@@ -69,7 +75,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return self._gathered(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return self._gathered(plain.state_dict())
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -86,16 +92,16 @@ class ShardedStrategy(ModelParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [place for group in optimizer.param_groups for place in group["params"]]
             shards = {
-                at: {
-                    name: sharded_like(parameters[at], value) if isinstance(value, Tensor) else value
+                index: {
+                    name: sharded_like(parameters[index], value) if isinstance(value, Tensor) else value
                     for name, value in values.items()
                 }
-                for at, values in state["state"].items()
+                for index, values in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": shards})
 
     def _gathered(self, state: Any) -> Any:
-        """Every tensor whole, on the CPU of the first process; the others take part and get nothing."""
+        """Return every tensor whole, on the CPU of the first process; the other processes take part and get None."""
         if isinstance(state, Tensor):
             full = whole(state.detach())
             return full.cpu() if self.is_global_zero else None
@@ -105,17 +111,17 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 class LayerFSDPStrategy(FSDPStrategy):
-    """FSDP1 with each layer of the model as a unit, as transformers names them. Arguments as `FSDPStrategy`.
+    """FSDP1 with each layer of the model, as transformers names them, as a unit. Arguments as in `FSDPStrategy`.
 
-    Its checkpoints go on under FSDP1 alone. Prefer `ShardedStrategy`: here the frozen parameters of a layer take
-    gradient memory, too, since they share a unit with trained ones.
+    Its checkpoints can only be resumed under FSDP1. Prefer `ShardedStrategy`: here the frozen parameters of a layer
+    also take memory for gradients, since they share a unit with trained ones.
     """
 
     def setup(self, trainer: pl.Trainer) -> None:
         from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
         assert self.model is not None
-        kinds = layer_kinds(self.model)
-        if kinds:
-            self.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy(kinds))
+        layer_classes = no_split_classes(self.model)
+        if layer_classes:
+            self.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy(layer_classes))
         super().setup(trainer)

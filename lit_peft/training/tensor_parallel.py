@@ -1,10 +1,10 @@
-"""Tensor parallelism: each process holds a part of every matrix of a layer, and its part of the adapter on it.
+"""Tensor parallelism: each process has a part of every matrix of a layer, and its part of the adapter on it.
 
     colwise (q, k, v, gate, up):  W [d_out, d_in] by rows, A whole, B by rows;   output in parts
     rowwise (o, down):            W [d_out, d_in] by columns, A by columns, B whole;   outputs are summed
 
-Which layer is which is what transformers says of the model (`base_model_tp_plan`). Embeddings, norms and heads are
-whole on every process, and so are prompts and the adapters of whole sublayers. A prefix has its heads split.
+The plan of transformers for the model (`base_model_tp_plan`) says which layer is which. Embeddings, norms, heads,
+prompts and the adapters of whole sublayers are whole on every process. The heads of a prefix are split.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def split_matrices(model: Any, mesh: DeviceMesh) -> None:
         mesh: the processes, in one dimension.
 
     Raises:
-        LitPeftError: transformers has no plan for the model, the heads cannot be shared out evenly, or an adapter is on
-            a matrix of which each process has a part.
+        LitPeftError: transformers has no plan for the model, the heads cannot be divided evenly, or an adapter is on a
+            matrix of which each process has a part.
     """
     plan, parts = _plan(model), mesh.size()
     config = model.config.get_text_config()
@@ -42,8 +42,8 @@ def split_matrices(model: Any, mesh: DeviceMesh) -> None:
         count = getattr(config, name, None)
         if count is not None and count % parts:
             raise LitPeftError(
-                f"tensor_parallel_size={parts}: the model's {name}={count} cannot be shared out evenly. Give a divisor "
-                "of it."
+                f"tensor_parallel_size={parts}: the model's {name}={count} cannot be divided evenly. Give a divisor of "
+                "it."
             )
     _check_adapters(model, plan, parts)
     for path, module in list(model.named_modules()):
@@ -61,7 +61,7 @@ def _check_adapters(model: Any, plan: dict[re.Pattern[str], str], parts: int) ->
         host = path.removesuffix(".adapter")
         if type(layer) is Bottleneck and any(pattern.fullmatch(host) for pattern in plan):
             raise LitPeftError(
-                f"tensor_parallel_size={parts}: the adapter on {host} would see a part of its features. Use "
+                f"tensor_parallel_size={parts}: the adapter on {host} would see only a part of its features. Use "
                 "placement='paper', which adapts whole sublayers, or tensor_parallel_size=1, which is FSDP2."
             )
 
@@ -72,22 +72,22 @@ def _plan(model: Any) -> dict[re.Pattern[str], str]:
     styles = set(named.values())
     if not named or not styles <= {"colwise", "rowwise"}:
         raise LitPeftError(
-            f"Tensor parallelism: transformers splits {type(model).__name__} in no way that is known here "
-            f"({', '.join(sorted(styles)) or 'none'}). Use tensor_parallel_size=1, which is FSDP2."
+            f"tensor_parallel_size: transformers has no plan for {type(model).__name__} that is supported here (its "
+            f"styles: {', '.join(sorted(styles)) or 'none'}). Use tensor_parallel_size=1, which is FSDP2."
         )
     prefix = f"{model.base_model_prefix}." if isinstance(backbone, nn.Module) else ""
     return {re.compile(re.escape(prefix + name).replace(r"\*", r"\d+")): style for name, style in named.items()}
 
 
 def _split(path: str, module: nn.Module, mesh: DeviceMesh, style: str) -> None:
-    """Distribute the parameters of one linear layer, and make it take and give what is around it."""
+    """Distribute the parameters of a linear layer, and convert its input and output."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     layer = module.base_layer if isinstance(module, LoRALinear) else module
     plain = type(layer) is nn.Linear and type(layer.weight.data) is Tensor
     if not plain or (isinstance(module, LoRALinear) and module.lora_magnitude is not None):
         kind = "DoRA" if plain else f"{type(layer).__name__}, {type(layer.weight.data).__name__}"
-        raise LitPeftError(f"Tensor parallelism does not split {path} ({kind}). Use tensor_parallel_size=1.")
+        raise LitPeftError(f"tensor_parallel_size: {path} ({kind}) cannot be split. Use tensor_parallel_size=1.")
     whole, rows, columns = Replicate(), Shard(0), Shard(1)
     weight, a, b, bias = (rows, whole, rows, rows) if style == "colwise" else (columns, columns, whole, whole)
     places: list[tuple[nn.Module, str, Any]] = [(layer, "weight", weight), (layer, "bias", bias)]
@@ -106,17 +106,17 @@ def _split(path: str, module: nn.Module, mesh: DeviceMesh, style: str) -> None:
         local: Tensor = out.redistribute(placements=[outside]).to_local()
         return local
 
-    # Adapters beside the matrix see plain tensors.
+    # Other adapters at the same place see plain tensors.
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave, prepend=True)
 
 
 def _split_prefix(prefix: Prefix, mesh: DeviceMesh) -> None:
-    """Give each process the prefix keys and values of its own heads; the network that makes them is whole on each."""
+    """Keep in each process the prefix keys and values of its own heads; the network that computes them stays whole."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     parts, rank = mesh.size(), mesh.get_local_rank()
-    # As they lie in the table, K and V of each layer in turn.
+    # The table has K and V of each layer in turn.
     own: list[int] = []
     column = 0
     for heads, size in prefix.shapes:
@@ -127,7 +127,7 @@ def _split_prefix(prefix: Prefix, mesh: DeviceMesh) -> None:
     prefix.shapes = tuple((heads // parts, size) for heads, size in prefix.shapes)
 
     def leave(module: nn.Module, args: Any, table: Tensor) -> Tensor:
-        # Every process has the gradient of its own columns: backward adds them up.
+        # Each process has the gradient of its own columns: the backward pass adds them up.
         whole = DTensor.from_local(table, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
         return whole[:, torch.tensor(own, device=table.device)]
 

@@ -1,4 +1,4 @@
-"""The same number of examples for every process, without counting any twice."""
+"""Evaluation on several processes: equally many examples for each, and none counted twice."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Evened:
-    """Examples, made as many as the processes can share out evenly; those repeated for it are marked `surplus`.
+class EvenShards:
+    """Examples, repeated from the start until the processes can share them evenly; repeats are marked `surplus`.
 
     Attributes:
         examples: a map-style dataset of dicts.
-        processes: how many processes there are.
+        processes: number of processes.
     """
 
     examples: Any
@@ -22,15 +22,15 @@ class Evened:
     def __len__(self) -> int:
         return -(-len(self.examples) // self.processes) * self.processes
 
-    def __getitem__(self, at: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         count = len(self.examples)
-        example: dict[str, Any] = self.examples[at % count]
-        return {**example, "surplus": True} if at >= count else example
+        example: dict[str, Any] = self.examples[index % count]
+        return {**example, "surplus": True} if index >= count else example
 
 
 @dataclass(frozen=True)
-class RealOnly:
-    """Leaves surplus examples out of a batch; a batch of nothing else is kept, and is marked `surplus` itself.
+class DropSurplus:
+    """Drops surplus examples from a batch; a batch of surplus examples only is kept and marked `surplus`.
 
     Attributes:
         collate: joins examples into a batch.

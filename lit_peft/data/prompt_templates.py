@@ -1,0 +1,30 @@
+"""Prompts in Alpaca's form."""
+
+from __future__ import annotations
+
+_OPENING = "Below is an instruction that describes a task"
+_INPUT = ", paired with an input that provides further context"
+_REQUEST = ". Write a response that appropriately completes the request."
+# What LLM-Adapters' prompts contain by mistake: the indentation of their source code, and a comment of it.
+_INDENT = " " * 16
+_COMMENT = "  # noqa: E501"
+
+TEMPLATES = ("alpaca", "llm_adapters")
+
+
+def fill_template(instruction: str, input_text: str = "", template: str = "alpaca") -> str:
+    """Return the prompt for an instruction, up to where the answer starts.
+
+    Args:
+        instruction: what to do.
+        input_text: what to do it with; "" for none.
+        template: `alpaca`, or `llm_adapters`: the prompt of LLM-Adapters' `evaluate.py`, with the 16 spaces and the
+            comment of its source code in it, for adapters that were trained there.
+    """
+    parts = [f"{_OPENING}{_INPUT if input_text else ''}{_REQUEST}", f"### Instruction:\n{instruction}"]
+    parts += [f"### Input:\n{input_text}"] if input_text else []
+    parts += ["### Response:\n"]
+    if template == "alpaca":
+        return "\n\n".join(parts)
+    parts = [part.replace(":\n", f":\n{_INDENT}", 1) for part in parts]
+    return f"{parts[0]}{_COMMENT}\n\n{_INDENT}" + f"\n{_INDENT}\n{_INDENT}".join(parts[1:])

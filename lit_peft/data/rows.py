@@ -1,0 +1,77 @@
+"""Rows of a table, and what all tasks do with their text columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from lit_peft.data.files import column_values
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import brief
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Split = Literal["train", "validation", "test", "predict"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A selection of a table's rows.
+
+    Attributes:
+        table: the whole table.
+        indices: the selected rows, as 0-based positions in the table.
+        field: the setting the table was read from ("data.train"), for error messages.
+        source: that setting's value.
+        row_numbers: the table's row numbers in the source, from 1, if they are not 1, 2, 3, ….
+    """
+
+    table: Dataset
+    indices: list[int]
+    field: str
+    source: str
+    row_numbers: list[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def to_table(self) -> Dataset:
+        """Return the selected rows as a table of their own."""
+        if len(self.indices) == len(self.table):
+            return self.table
+        return self.table.select(self.indices)
+
+    def locate(self, index: int) -> str:
+        """Return the setting, its value and the row number of a table row, to start an error message with."""
+        number = self.row_numbers[index] if self.row_numbers else index + 1
+        return f"{self.field} {self.source!r}, row {number}"
+
+
+def normalize_text(text: str) -> str:
+    """Collapse white space and strip both ends; two texts count as equal if this form is equal."""
+    return " ".join(text.split())
+
+
+def text_key(table: Dataset, columns: Iterable[str | None]) -> Callable[[int], Hashable]:
+    """Return a function that maps a row index to the normalized texts of these columns (None is skipped)."""
+    values = [column_values(table, column) for column in columns if column]
+    return lambda index: tuple(normalize_text(str(column[index])) for column in values)
+
+
+def require_text(rows: Rows, columns: Iterable[str | None], may_be_empty: bool = False) -> None:
+    """Check that every row has text in each of these columns (None is skipped).
+
+    Raises:
+        LitPeftError: a cell is empty (unless `may_be_empty`) or is not text; the message names the row.
+    """
+    for column in filter(None, columns):
+        texts = column_values(rows.table, column)
+        for index in rows.indices:
+            if not may_be_empty and (texts[index] is None or not str(texts[index]).strip()):
+                raise LitPeftError(f"{rows.locate(index)} has no text in column {column!r}; remove the row.")
+            if isinstance(texts[index], (dict, list, bytes)):
+                raise LitPeftError(
+                    f"{rows.locate(index)}: column {column!r} holds {brief(texts[index])}, not a text; correct it."
+                )

@@ -1,0 +1,91 @@
+"""Build the model of a module: load the base, attach the method, set the types and shards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from torch import nn
+
+from lit_peft.methods.adapter_dtype import set_adapter_dtype
+from lit_peft.models.loading import BaseSettings, check_weights_found, empty_model, load_base, load_config
+from lit_peft.training.lightning_internals import replace_average_model, trainer_of
+from lit_peft.training.sharding import shard
+
+
+def build_model(module: Any) -> nn.Module:
+    """Load the base of a `BaseLM`, attach its method, and shard the result if the strategy does.
+
+    Raises:
+        LitPeftError: the base cannot be loaded, or the method's settings do not fit it.
+    """
+    hparams, task = module.hparams, module.task
+    settings, config = _base_settings(hparams), _config(module)
+    dtype = getattr(torch, hparams.dtype) if hparams.dtype else torch.get_default_dtype()
+    model, missing = load_base(settings, config, task.model_class(config), dtype, task.heads)
+    if not task.new_head:
+        check_weights_found(hparams.base, hparams.task, missing)
+    model.train()  # transformers returns models in evaluation mode, and Lightning keeps the mode it finds
+    if hparams.gradient_checkpointing:
+        # transformers renamed it, and warns about the old name.
+        renamed = hasattr(model, "activation_checkpointing_enable")
+        getattr(model, f"{'activation' if renamed else 'gradient'}_checkpointing_enable")()
+    _attach(module, model, missing)
+    if module.device_mesh is not None:  # set by ModelParallelStrategy
+        shard(model, module.device_mesh)
+    return model
+
+
+def build_empty_model(module: Any) -> Any:
+    """Build the model of a `BaseLM` with its method on the meta device, without loading weights.
+
+    Raises:
+        LitPeftError: there is no such base, or the method's settings do not fit it.
+    """
+    config = _config(module)
+    model = empty_model(_base_settings(module.hparams), config, module.task.model_class(config))
+    _attach(module, model, ())
+    return model
+
+
+def share_average_model(module: pl.LightningModule) -> None:
+    """Give `StochasticWeightAveraging`, which copied the module before its model was built, a copy that has one."""
+    for callback in getattr(trainer_of(module), "callbacks", ()):
+        if isinstance(callback, StochasticWeightAveraging):
+            # The frozen parameters are shared: they are their own mean.
+            frozen: dict[int, Any] = {id(p): p for p in module.parameters() if not p.requires_grad}
+            replace_average_model(callback, copy.deepcopy(module, frozen))
+
+
+def _base_settings(hparams: Any) -> BaseSettings:
+    return BaseSettings(
+        hparams.base,
+        revision=hparams.revision,
+        trust_remote_code=hparams.trust_remote_code,
+        attn_implementation=hparams.attn_implementation,
+        quantization=hparams.quantization,
+    )
+
+
+def _config(module: Any) -> Any:
+    hparams, task = module.hparams, module.task
+    labels = {"labels": hparams.labels, "num_labels": hparams.num_labels} if task.labelled else {}
+    return load_config(_base_settings(hparams), needs_padding=task.new_head, **labels)
+
+
+def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
+    """Attach the module's method, and train the task's head: the known heads, and what the base has no weights for."""
+    head = {name for name, _ in model.named_children() if name in module.task.heads}
+    new = {name for name, _ in model.named_parameters(remove_duplicate=False) if name in missing}
+    for name in new:
+        # The module, if all of its parameters are new; else this parameter alone.
+        owner = name.rpartition(".")[0]
+        inside = {f"{owner}.{inner}" for inner, _ in model.get_submodule(owner).named_parameters()}
+        head.add(owner if inside <= new else name)
+    module.attach_method(model, sorted(head))
+    if module.hparams.adapter_dtype is not None:
+        set_adapter_dtype(model, getattr(torch, module.hparams.adapter_dtype))

@@ -1,0 +1,100 @@
+"""Checks of the data against a module and its model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lit_peft.tasks.packed import check_method
+from lit_peft.training.lightning_internals import datamodule_of, trainer_of
+from lit_peft.util.errors import LitPeftError
+
+
+class DataChecks:
+    """Checks, when a run starts, that a `BaseLM` can use its data. A mixin of `BaseLM`."""
+
+    task: Any
+    settings: Any
+    hparams: Any
+
+    def check_data(self, data: Any) -> None:
+        """Refuse a data module whose batches the method or the task cannot use.
+
+        Raises:
+            LitPeftError: the data is packed, and the method has virtual tokens or the task is not `causal_lm`.
+        """
+        if getattr(data, "packing", False):
+            check_method(self.settings)
+            if self.task.name != "causal_lm":
+                raise LitPeftError(
+                    f"data.packing is set, and task={self.task.name!r}: only causal_lm can train on packed rows. "
+                    "Leave packing out."
+                )
+
+    def take_labels(self, data: Any) -> None:
+        """Use the data's labels if the task has labels and the settings name none, and the data's metric if it has one.
+
+        The metric selects the best checkpoint.
+        """
+        if self.task.labelled and self.hparams.labels is None and self.hparams.num_labels is None:
+            self.hparams["labels"] = getattr(data, "label_names", None)
+            if self.hparams.labels is None:
+                self.hparams["num_labels"] = getattr(data, "num_labels", None)
+        self.task.monitor = getattr(data, "monitor", None) or self.task.monitor
+
+    def on_fit_start(self) -> None:
+        check_stages(self, "train", "validation")
+
+    def on_validation_start(self) -> None:
+        trainer: Any = trainer_of(self)  # type: ignore[arg-type]
+        if trainer.state.fn != "fit":  # checked when fitting began
+            check_stages(self, "validation")
+
+    def on_test_start(self) -> None:
+        check_stages(self, "test")
+
+    def on_predict_start(self) -> None:
+        check_stages(self, "predict")
+
+
+def check_stages(module: Any, *stages: str) -> None:
+    """Check before the first step that the model can use the data's tokens and labels.
+
+    Raises:
+        LitPeftError: a row is longer than the base's positions, a token is not in its vocabulary, or the data and the
+            model number the labels differently.
+    """
+    data = datamodule_of(module)
+    if not hasattr(data, "extent"):
+        return
+    if module.task.new_head:
+        # Decoders use it to find the last token of each row, and the data decides what rows are padded with.
+        module.model.config.pad_token_id = data.tokenizer.pad_token_id
+    if module.task.labelled and stages != ("predict",):
+        _check_labels(data, module.model.config.num_labels, module.hparams.labels or ())
+    embeddings = module.model.get_input_embeddings()
+    vocabulary = getattr(embeddings, "num_embeddings", None)
+    for stage in stages:
+        length, token = data.extent(stage)
+        module.task.check_length(length, f"data.{stage}")
+        if vocabulary is not None and token >= vocabulary:
+            raise LitPeftError(
+                f"data.{stage} has the token {token}, but base={module.hparams.base!r} has only {vocabulary} "
+                "embeddings: data.tokenizer belongs to another model, or tokens were added to it. Use the model's own "
+                "tokenizer, or a base that was saved after resize_token_embeddings."
+            )
+
+
+def _check_labels(data: Any, outputs: int, own: Any) -> None:
+    names, count = getattr(data, "label_names", None) or (), getattr(data, "num_labels", None)
+    if count is not None and (count > outputs or (count == 1) != (outputs == 1)):
+        raise LitPeftError(
+            f"The data has {count} labels, but the model has {outputs} output(s): leave model.labels and "
+            "model.num_labels out, or give as many labels as the data has."
+        )
+    # Users may choose other names for the data's labels, but not the same names in another order.
+    moved = next((name for name, label in zip(own, names, strict=False) if name != label and name in names), None)
+    if moved is not None:
+        raise LitPeftError(
+            f"{moved!r} is class {own.index(moved)} of the model's labels, but class {names.index(moved)} of the "
+            "data's: leave model.labels out, or give data.labels in the same order."
+        )

@@ -1,0 +1,49 @@
+"""Checks of a module's settings that need no model and no data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lit_peft.models.generation import check_generation
+from lit_peft.models.quantization import check_quantization
+from lit_peft.training.optimizer import SCHEDULES
+from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.type_checks import brief
+
+
+def check_settings(values: Mapping[str, Any]) -> None:
+    """Refuse values of `BaseLM`'s arguments that are out of range.
+
+    Raises:
+        LitPeftError: names the first such argument, its value and the fix.
+    """
+    _check_optimization(values)
+    num_labels, labels = values["num_labels"], values["labels"]
+    if num_labels is not None and num_labels < 1:
+        raise LitPeftError(f"num_labels={num_labels}: give a number of at least 1; 1 is regression.")
+    if labels is not None and len(set(labels)) < max(len(labels), 1):
+        raise LitPeftError(f"labels={brief(labels)}: give each class a different name, or leave it out.")
+    for name in ("dtype", "adapter_dtype"):
+        if values[name] is not None and not isinstance(getattr(torch, values[name], None), torch.dtype):
+            raise LitPeftError(f"{name}={values[name]!r} is not known: use 'float32', 'bfloat16' or 'float16'.")
+    check_quantization(values["quantization"])
+    check_generation(values["generation"] or {})
+    if values["generation"] and values["task"] not in ("causal_lm", "seq2seq"):
+        raise LitPeftError(f"generation is set, but task={values['task']!r} generates no text: leave generation out.")
+
+
+def _check_optimization(values: Mapping[str, Any]) -> None:
+    schedule, rate = values["lr_scheduler"], values["learning_rate"]
+    if schedule not in SCHEDULES:
+        raise LitPeftError(f"lr_scheduler={schedule!r} is not known: use {closest(schedule, SCHEDULES)}.")
+    if rate is not None and not rate > 0:
+        raise LitPeftError(f"learning_rate={rate}: give a positive number, e.g. 5e-4.")
+    if values["warmup_steps"] < 0:
+        raise LitPeftError(
+            f"warmup_steps={values['warmup_steps']}: give a number of steps, or a share of all steps below 1."
+        )
+    if values["weight_decay"] < 0:
+        raise LitPeftError(f"weight_decay={values['weight_decay']}: give a number of at least 0, e.g. 0.01.")

@@ -1,0 +1,102 @@
+"""The private names of torch that lit_peft uses still mean what `lit_peft/nn/torch_internals.py` takes them to mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from lit_peft.nn.torch_internals import (
+    function_transforms_are_active,
+    has_forward_hooks,
+    is_compiled,
+    lerp_all_,
+    own_parameter,
+    saved_factors,
+    torch_handles_saved_tensors,
+    version_of,
+)
+
+
+def test_forward_hooks_are_found_and_their_removal_too() -> None:
+    layer = nn.Linear(2, 2)
+    assert not has_forward_hooks(layer)
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert has_forward_hooks(layer)
+        handle.remove()
+        assert not has_forward_hooks(layer)
+
+
+def test_a_parameter_is_found_behind_an_attribute_of_the_same_name() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    weight = layer.weight
+    vars(layer)["weight"] = weight.double()
+    assert layer.weight.dtype == torch.float64 and own_parameter(layer, "weight") is weight
+    assert own_parameter(layer, "bias") is None and own_parameter(layer, "nothing") is None
+
+
+def test_the_version_grows_with_each_change_in_place() -> None:
+    tensor = torch.zeros(2)
+    first = version_of(tensor)
+    assert first is not None and version_of(tensor) == first
+    tensor.add_(1)
+    changed = version_of(tensor)
+    assert changed is not None and changed > first
+    with torch.inference_mode():
+        assert version_of(torch.zeros(2)) is None
+
+
+def test_autograd_keeps_both_factors_of_a_product() -> None:
+    a, b = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    found = saved_factors(a * b)
+    assert found is not None and found[0].data_ptr() == a.data_ptr() and found[1].data_ptr() == b.data_ptr()
+    assert saved_factors(a + b) is None and saved_factors(a) is None
+    assert saved_factors(a * torch.ones(3)) is None, "the gradient of one factor alone needs the other one alone"
+
+
+def test_hooks_of_torch_on_saved_tensors_are_told_from_those_of_others() -> None:
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch_handles_saved_tensors())
+        return x * 2
+
+    assert not torch_handles_saved_tensors()
+    with save_on_cpu():
+        assert torch_handles_saved_tensors()
+    with saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert not torch_handles_saved_tensors()
+    checkpoint(look, torch.ones(2, requires_grad=True), use_reentrant=False)
+    assert seen == [True]
+
+
+def test_function_transforms_are_noticed() -> None:
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(function_transforms_are_active())
+        return x * 2
+
+    look(torch.ones(2))
+    torch.func.vmap(look)(torch.ones(2))
+    torch.func.jvp(look, (torch.ones(2),), (torch.ones(2),))
+    torch.func.grad(lambda x: look(x).sum())(torch.ones(2))
+    with torch.autograd.forward_ad.dual_level():
+        look(torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2)))
+    look(torch.ones(2))
+    assert seen == [False, True, True, True, True, False]
+
+
+def test_a_compiled_module_is_known() -> None:
+    layer = nn.Linear(2, 2)
+    assert not is_compiled(layer)
+    layer.compile(backend="eager")
+    assert is_compiled(layer)
+
+
+def test_tensors_move_towards_their_ends() -> None:
+    tensors, ends = [torch.zeros(2), torch.ones(3)], [torch.ones(2), torch.full((3,), 3.0)]
+    lerp_all_(tensors, ends, 0.25)
+    assert torch.equal(tensors[0], torch.full((2,), 0.25)) and torch.equal(tensors[1], torch.full((3,), 1.5))
