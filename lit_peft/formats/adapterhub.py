@@ -20,7 +20,8 @@ from lit_peft.formats.files import copy_tensors, write_json
 from lit_peft.formats.untrusted import check_sizes, read_tensors
 from lit_peft.methods.adapter_h import AdapterHSettings
 from lit_peft.methods.adapter_p import AdapterPSettings
-from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
+from lit_peft.methods.attach import attach, detach
+from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
 from lit_peft.methods.bottleneck import BottleneckSettings
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.p_tuning_v2 import PTuningV2Settings

@@ -16,7 +16,8 @@ from lit_peft.formats import peft_lora, peft_prefix, peft_prompt
 from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import read_extra, write_extra, write_json
 from lit_peft.formats.untrusted import read_tensors
-from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
+from lit_peft.methods.attach import attach, detach
+from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
 from lit_peft.util.errors import LitPeftError
 
 # Settings that have no effect on the model's output, whatever the method.

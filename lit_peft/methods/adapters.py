@@ -15,14 +15,8 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
-from lit_peft.methods.attachment import (
-    Attachment,
-    MethodSettings,
-    Model,
-    attach,
-    attachment_or_none,
-    set_attachment,
-)
+from lit_peft.methods.attach import attach
+from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_or_none, set_attachment
 from lit_peft.methods.lora import merge
 from lit_peft.nn.lora import LoRALayer
 from lit_peft.util.errors import LitPeftError, closest

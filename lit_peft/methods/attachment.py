@@ -1,16 +1,15 @@
-"""Attach a method to a model and detach it again, bit for bit."""
+"""The record of what a method changed in a model, which makes each change reversible."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
-from lit_peft.methods.adapter_dtype import set_trained_dtype
 from lit_peft.methods.changes import (
     AddHook,
     AddModule,
@@ -23,14 +22,58 @@ from lit_peft.methods.changes import (
     owner_of,
     tied_names,
 )
-from lit_peft.methods.fast_path import fast_path_changes
-from lit_peft.methods.saving import SaveAdapter
-from lit_peft.methods.settings import MethodSettings as MethodSettings  # part of this module's public names
 from lit_peft.nn.quantized import is_quantized
 from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.type_checks import check_types
 
 Model = TypeVar("Model", bound=nn.Module)
 _KEY = "_lit_peft_attachment"
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """The settings that all methods share.
+
+    Args:
+        modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+            A full parameter name selects a single parameter.
+
+    Raises:
+        LitPeftError: a value does not have the type of its field.
+    """
+
+    method: ClassVar[str] = ""
+    # The usual learning rate of the method, for runs that set none.
+    learning_rate: ClassVar[float] = 1e-3
+    # Whether a row may hold several examples: the method treats each token alike.
+    packs: ClassVar[bool] = True
+    modules_to_save: tuple[str, ...] | list[str] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
+
+    def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
+        """Add the method to a model. Every change must go through `attachment`, which can undo it.
+
+        Args:
+            model: the frozen model.
+            attachment: makes and records the changes.
+
+        Raises:
+            LitPeftError: the settings do not fit the model.
+        """
+        raise NotImplementedError
+
+    def learning_rate_factor(self, name: str) -> float:
+        """Return the factor on the learning rate for one parameter.
+
+        Args:
+            name: the parameter's name in the model.
+
+        Returns:
+            The factor; 1 unless the method has different learning rates.
+        """
+        return 1.0
 
 
 @dataclass
@@ -205,9 +248,10 @@ class Attachment:
         self.model.requires_grad_(False)
 
     def unfreeze(self) -> None:
-        """Undo `freeze`. The method must be off the model."""
-        for name in self.unfrozen:
-            self.model.get_parameter(name).requires_grad_(True)
+        """Restore which base parameters require gradients. The method must be off the model."""
+        names = set(self.unfrozen)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name in names)
 
     def revert(self) -> None:
         """Undo all changes in reverse order and unfreeze the base, which is then as it was, bit for bit.
@@ -272,14 +316,7 @@ class Attachment:
 
 
 def base_name(path: str) -> str:
-    """Return the name that a parameter has in the bare model.
-
-    Args:
-        path: its name in the adapted model, where a wrapped layer adds `base_layer` to it.
-
-    Returns:
-        The name without `base_layer`.
-    """
+    """Return a parameter's name in the bare model, without the `base_layer` that a wrapped layer adds to it."""
     return path.replace(".base_layer.", ".")
 
 
@@ -323,84 +360,17 @@ def set_attachment(model: nn.Module, attachment: Attachment | None) -> None:
         model: the model.
         attachment: what is now attached; None for nothing.
     """
-    object.__setattr__(model, _KEY, attachment)
+    if attachment is not None:
+        object.__setattr__(model, _KEY, attachment)
+    elif attachment_or_none(model) is not None:
+        object.__delattr__(model, _KEY)
 
 
 def attached_model(module: nn.Module) -> nn.Module | None:
-    """Find the module that has a method attached.
-
-    Args:
-        module: a module that is or contains it.
-
-    Returns:
-        The first such module; None if there is none.
-    """
+    """Return the first module with a method attached, the given one included; None if there is none."""
     return next((inner for inner in module.modules() if attachment_or_none(inner) is not None), None)
 
 
-def attach(model: Model, settings: MethodSettings) -> Model:
-    """Freeze a model and attach a method to it, in place.
-
-    The trained parameters are float32, also on a half-precision model: small updates vanish in bfloat16.
-
-    Args:
-        model: a transformers model, or any `nn.Module` that has the modules named in the settings.
-        settings: the method's settings, e.g. `LoRASettings(r=8)`.
-
-    Returns:
-        The same model. Only the method's parameters require gradients.
-
-    Raises:
-        LitPeftError: a method is already attached, or the settings do not fit the model. The model is left unchanged.
-    """
-    attached = attachment_or_none(model)
-    if attached is not None:
-        raise LitPeftError(
-            f"This {type(model).__name__} already has {attached.settings.method!r} attached: call "
-            "lit_peft.detach(model) first, or use lit_peft.add_adapter. Trained weights are never replaced silently."
-        )
-    attachment = Attachment(model, settings)
-    attachment.freeze()
-    try:
-        settings.attach_to(model, attachment)
-        for change in fast_path_changes(model, attachment.adapted):
-            attachment.make(change)
-        if settings.modules_to_save:
-            attachment.train_modules(settings.modules_to_save)
-        set_trained_dtype(attachment)
-        if attachment.adapted and hasattr(model, "save_pretrained"):
-            attachment.set("", "save_pretrained", SaveAdapter(model))
-    except BaseException:
-        attachment.revert()
-        raise
-    set_attachment(model, attachment)
-    return model
-
-
-def detach(model: Model) -> Model:
-    """Remove the method and restore the base model, bit for bit.
-
-    Args:
-        model: a model with a method attached.
-
-    Returns:
-        The same model.
-
-    Raises:
-        LitPeftError: no method is attached, or the method trains the base itself.
-    """
-    attachment_of(model).revert()
-    object.__delattr__(model, _KEY)
-    return model
-
-
 def trainable_parameters(model: nn.Module) -> int:
-    """Count the trained parameters of a model.
-
-    Args:
-        model: any model.
-
-    Returns:
-        The number of scalars that require gradients.
-    """
+    """Return the number of scalars that are trained in a model."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

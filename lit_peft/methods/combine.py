@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.methods.adapters import adapters_of, new_adapter
-from lit_peft.methods.attachment import Attachment, Model, attach, attachment_of
+from lit_peft.methods.attach import attach
+from lit_peft.methods.attachment import Attachment, Model, attachment_of
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.nn.lora import LoRALayer
 from lit_peft.util.errors import LitPeftError, closest

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of, base_name, detach
+from lit_peft.methods.attach import detach
+from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of, base_name
 from lit_peft.methods.changes import owner_of, tied_names
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_values

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lit_peft.methods.attachment import MethodSettings, attach
+from lit_peft.methods.attach import attach
+from lit_peft.methods.attachment import MethodSettings
 
 
 class MethodMixin:

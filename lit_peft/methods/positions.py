@@ -88,7 +88,7 @@ class ShiftPositions:
         names = arguments(embeddings) if isinstance(embeddings, nn.Module) else ()
         table = getattr(module, "embed_positions", None)
         table_arguments = arguments(table) if isinstance(table, nn.Module) else ()
-        if any(name in table_arguments for name in _PAST_LENGTHS):
+        if "position_ids" not in table_arguments and any(name in table_arguments for name in _PAST_LENGTHS):
             attachment.forward_pre_hook(f"{parent}embed_positions", self.shift_embeddings, with_kwargs=True)
         elif isinstance(table, nn.Module):
             attachment.forward_pre_hook(f"{parent}embed_positions", self.shift_table, with_kwargs=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lit_peft.methods.attachment import Attachment, MethodSettings
 from lit_peft.methods.positions import check_length, count_positions, left_padding
 from lit_peft.models.architectures import counts_over_mask, is_causal, room_for
-from lit_peft.models.call_arguments import arguments, by_name, cache_of, has_fixed_size, is_filled
+from lit_peft.models.call_arguments import by_name, cache_of, has_fixed_size, is_filled
+from lit_peft.models.token_inputs import decoder_of, ordinary_token_id, token_embeddings
 from lit_peft.models.transformers_internals import is_model_of
 from lit_peft.nn.prompt import PromptEncoder, SoftPrompt
 from lit_peft.util.errors import LitPeftError
@@ -137,20 +138,20 @@ class _PromptInsertion:
             self.host = top
         else:
             # Some heads call the decoder inside the model without the head.
-            self.host = _decoder_of(top)
+            self.host = decoder_of(top)
         # An encoder's classifier pools the first position, which must be a virtual token even before padding.
         self.skips_padding = settings.positions == "mask" and (causal or self.decoder is not None)
         self.trims_output = self.decoder is None and not (is_classifier and self.host is top)
         self.extends_labels = self.trims_output and self.host is not top and top.can_generate()
         self.counts_positions = settings.positions == "mask" and counts_over_mask(self.host, config)
-        embeddings = _token_embeddings(self.host)
+        embeddings = token_embeddings(self.host)
         if embeddings is None:
             raise LitPeftError(
                 f"{type(model).__name__} has no plain table of token embeddings at its input, so it cannot take "
                 "virtual tokens: use a method that adapts layers, e.g. LoRASettings()."
             )
         self.embeddings: Any = embeddings
-        self.ordinary_token_id = _ordinary_token_id(config)
+        self.ordinary_token_id = ordinary_token_id(config)
         self.max_positions = room_for(self.num_in_front, self.host, model)
         # The state of one forward.
         self.is_pending = False  # the hook on the embeddings must insert the virtual tokens
@@ -373,39 +374,7 @@ class _PrepareInputs:
         return inputs
 
 
-def _token_embeddings(host: Any) -> nn.Embedding | None:
-    """The table from which the host looks up its input; None if it has none, or cannot take other embeddings."""
-    if getattr(host, "main_input_name", "input_ids") != "input_ids" or "inputs_embeds" not in arguments(host):
-        return None
-    if "perm_mask" in arguments(host):  # XLNet's layers attend in the order of a permutation of the input
-        return None
-    try:
-        embeddings = host.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # transformers finds no embeddings (CANINE)
-        return None
-    return embeddings if isinstance(embeddings, nn.Embedding) else None
-
-
 def _take(tensor: Tensor, index: Tensor) -> Tensor:
     """Reorder the positions of each row: (batch, positions, ...) by (batch, new positions)."""
     columns = index.view(*index.shape, *[1] * (tensor.dim() - 2))
     return tensor.gather(1, columns.expand(*index.shape, *tensor.shape[2:]))
-
-
-def _decoder_of(model: Any) -> Any:
-    """The part of a model that embeds the tokens and runs the layers, without the head."""
-    decoder = model.base_model.get_decoder()
-    if decoder is not model:
-        return decoder
-    # The `base_model_prefix` of some models (Llama 4) names no module.
-    children = (child for child in model.children() if hasattr(child, "get_input_embeddings"))
-    return next((child for child in children if "inputs_embeds" in arguments(child)), model)
-
-
-def _ordinary_token_id(config: Any) -> int:
-    """The lowest token id that is not special. Some configs have several end tokens."""
-    special: set[Any] = set()
-    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-        value = getattr(config, name, None)
-        special.update(value if isinstance(value, (list, tuple)) else [value])
-    return next(token_id for token_id in range(len(special) + 1) if token_id not in special)
