@@ -145,7 +145,7 @@ def _replace_slow_patterns(patterns: dict[str, float], names: list[str], where: 
         raise LitPeftError(f"{where} has {len(patterns):,} patterns, which is more than any model has modules.")
     slow = [pattern for pattern in patterns if not is_quick(pattern, where)]
     found = matching([rf"(.*\.)?({pattern})" for pattern in slow], names, where) if slow else []
-    matches = {pattern: [re.escape(name) for name in own] for pattern, own in zip(slow, found, strict=True)}
+    matches = {pattern: [re.escape(name) for name in names] for pattern, names in zip(slow, found, strict=True)}
     quick: dict[str, float] = {}
     for pattern, value in patterns.items():
         for key in matches.get(pattern, [pattern]):

@@ -84,7 +84,7 @@ def combine_adapters(
     assert isinstance(first, LoRASettings)
     ranks = {path: a.shape[0] for path, (a, _) in factors.items()}
     rank = max(ranks.values())
-    smaller_ranks = {path.replace(".", r"\."): own for path, own in ranks.items() if own != rank}
+    smaller_ranks = {path.replace(".", r"\."): value for path, value in ranks.items() if value != rank}
     settings = replace(
         first,
         r=rank,
