@@ -99,17 +99,17 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
     return model
 
 
-def write(model: nn.Module, folder: Path, name: str = "default", own: bool = True) -> None:
+def write(model: nn.Module, folder: Path, name: str = "default", extended: bool = True) -> None:
     """Write the attached bottleneck adapters, prefixes or LoRA into an existing folder.
 
     Args:
         model: a model with AdapterH, AdapterP, Parallel, Prefix Tuning, P-Tuning v2 or LoRA attached.
         folder: an existing folder.
         name: the adapter's name.
-        own: add our settings, so that `load_adapter` reads what AdapterHub does not support.
+        extended: add our settings, so that `load_adapter` reads what AdapterHub does not support.
 
     Raises:
-        LitPeftError: AdapterHub's format does not support the method or, without `own`, one of its settings.
+        LitPeftError: AdapterHub's format does not support the method or, without `extended`, one of its settings.
     """
     attachment = attachment_of(model)
     settings = attachment.settings
@@ -130,7 +130,7 @@ def write(model: nn.Module, folder: Path, name: str = "default", own: bool = Tru
         unsupported = adapterhub_bottleneck.unsupported_settings(settings)
         written = adapterhub_bottleneck.config(settings, width)
         tensors = adapterhub_bottleneck.tensors(attachment, name)
-    if unsupported and not own:
+    if unsupported and not extended:
         raise LitPeftError(
             f"AdapterHub's format cannot hold {', '.join(unsupported)}: leave format out to write a folder for "
             "load_adapter."
@@ -144,7 +144,7 @@ def write(model: nn.Module, folder: Path, name: str = "default", own: bool = Tru
         "model_type": getattr(base, "model_type", None),
         "name": name,
     }
-    if own:
+    if extended:
         config["lit_peft"] = {"method": settings.method, **dataclasses.asdict(settings)}
     write_json(folder / "adapter_config.json", config)
     # Copies, because AdapterHub has two names for some tensors and safetensors does not save shared memory.

@@ -105,7 +105,7 @@ def write_adapter(
     elif chosen == "lit_peft":
         own.write(model, folder)
     else:
-        adapterhub.write(model, folder, name, own=format is None)
+        adapterhub.write(model, folder, name, extended=format is None)
     base = base_record.base_record(model)
     write_extra(folder, {base_record.KEY: base})
     write_card(model, folder, str(base["name"]))
@@ -134,13 +134,12 @@ def _check_trained_parameters(attachment: Attachment) -> None:
     """
     saved = {id(parameter) for parameter in attachment.saved.values()}
     for module in attachment.adapted.values():
-        own = (parameter for name, parameter in module.named_parameters() if not name.startswith("base_layer."))
-        saved.update(map(id, own))
+        saved.update(id(p) for name, p in module.named_parameters() if not name.startswith("base_layer."))
     for name, parameter in attachment.model.named_parameters():
         if parameter.requires_grad and id(parameter) not in saved:
             raise LitPeftError(
                 f"{name} requires gradients, but it does not belong to the adapter and would not be saved: name it in "
-                f"modules_to_save when you attach the method, or call requires_grad_(False) on it before you save."
+                "modules_to_save when you attach the method, or call requires_grad_(False) on it before you save."
             )
 
 
