@@ -13,7 +13,7 @@ from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attac
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_values
 from lit_peft.models.quantization import dequantize
-from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear, check
+from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear, check, check_mergeable
 from lit_peft.nn.quantized import dense_linear, is_quantized
 from lit_peft.util.errors import LitPeftError
 
@@ -130,6 +130,7 @@ def merge(model: Model) -> Model:
     """
     attachment = attachment_of(model)
     layers = {path: layer for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)}
+    check_mergeable(model)
     if not layers:
         raise LitPeftError(f"{attachment.settings.method!r} is not a weight update and cannot be merged.")
     copies = [pair for path in layers for pair in _untie(model, f"{path}.base_layer.weight")]
