@@ -15,7 +15,7 @@ from lit_peft.methods.changes import owner_of, tied_names
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_values
 from lit_peft.models.quantization import dequantize
-from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear, check
+from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear, check, check_mergeable
 from lit_peft.nn.quantized import dense_linear, is_quantized
 from lit_peft.util.errors import LitPeftError
 
@@ -148,6 +148,7 @@ def merge(model: Model) -> Model:
     """
     attachment = attachment_of(model)
     layers = {path: layer for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)}
+    check_mergeable(model)
     if not layers:
         raise LitPeftError(
             f"The attached method {attachment.settings.method!r} is not a weight update and cannot be merged: save it "
