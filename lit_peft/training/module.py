@@ -18,8 +18,9 @@ from lit_peft.tasks.base import Batch, Generation, float32_default
 from lit_peft.training.accumulation import WeightedAccumulation
 from lit_peft.training.adapter_methods import AdapterMethods
 from lit_peft.training.building import build_empty_model, build_model, share_average_model
+from lit_peft.training.checkpoint_class import CLASS_KEY, class_name, class_of_checkpoint
 from lit_peft.training.data_checks import DataChecks
-from lit_peft.training.flat_init import flat_init
+from lit_peft.training.flat_init import flat_init, subclass_arguments
 from lit_peft.training.lightning_internals import (
     datamodule_of,
     mark_resumed_checkpoint,
@@ -96,9 +97,8 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         check_types(BaseLM.__init__, values)
         settings = getattr(self, "settings", None)
         own = {} if settings is None else {field.name: getattr(settings, field.name) for field in fields(settings)}
-        self.save_hyperparameters(
-            {**values, **own, "optimizer_args": optimizer_args or {}, "generation": generation or {}}
-        )
+        plain = {"optimizer_args": optimizer_args or {}, "generation": generation or {}}
+        self.save_hyperparameters({**subclass_arguments(self), **values, **own, **plain})
         self.task = find_task(task)
         check_settings(values)
         self.model: Any = None
@@ -303,14 +303,28 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         result.missing_keys.clear()
         return result
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a module and its trained tensors; arguments as in Lightning.
+
+        Called on `BaseLM`, it returns a module of the class that wrote the checkpoint.
+
+        Raises:
+            LitPeftError: the checkpoint does not fit, or its class is not known.
+        """
+        if getattr(cls, "settings_class", None) is None:
+            return class_of_checkpoint(cls, checkpoint_path).load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the model before its tensors are loaded, and restore the seed of the run."""
         self.configure_model()
         self._run_seed = checkpoint.get("run_seed", self._run_seed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the seed of the run."""
+        """Save the seed of the run, and the name of the class."""
         checkpoint["run_seed"] = self._run_seed
+        checkpoint[CLASS_KEY] = class_name(type(self))
 
     def describe(self) -> dict[str, str]:
         """Return what a banner shows: base, task and method."""
