@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -16,9 +16,6 @@ from lit_peft.data.notes import note_unused_columns
 from lit_peft.data.rows import Rows
 from lit_peft.data.sources import missing_split, text_options
 from lit_peft.util.errors import LitPeftError, causes
-
-if TYPE_CHECKING:
-    from lit_peft.data.base import LitDataModule
 
 # Batches that are tokenized and shuffled together; the last batch of each block may be incomplete.
 BATCHES_PER_BLOCK = 32
@@ -106,7 +103,7 @@ def read_blocks(rows: Any, size: int) -> Iterator[dict[str, list[Any]]]:
         yield block
 
 
-def make_stream(data: LitDataModule) -> Stream:
+def make_stream(data: Any) -> Stream:
     """Return a data module's training rows as a stream of batches.
 
     Raises:
@@ -117,7 +114,7 @@ def make_stream(data: LitDataModule) -> Stream:
     return Stream(rows, encode, data.collator("train"), data.batch_size, data.seed, data.shuffle_buffer)
 
 
-def check_first_rows(data: LitDataModule) -> None:
+def check_first_rows(data: Any) -> None:
     """Encode the first rows, so that wrong settings show before training starts.
 
     Raises:
@@ -131,7 +128,7 @@ def check_first_rows(data: LitDataModule) -> None:
         )
 
 
-def open_rows(data: LitDataModule) -> Any:
+def open_rows(data: Any) -> Any:
     """Return a data module's training rows as a `datasets.IterableDataset`."""
     value = data.hub.find("train", data.sources["train"])
     if value is None:
@@ -141,7 +138,7 @@ def open_rows(data: LitDataModule) -> Any:
     return stream_file(value, "data.train", **text_options(data, "train"))
 
 
-def encode_block(data: LitDataModule, features: Any, block: dict[str, list[Any]]) -> list[dict[str, Any]]:
+def encode_block(data: Any, features: Any, block: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """Check and tokenize a block of training rows, like a file that has only these rows.
 
     Args:
