@@ -287,7 +287,7 @@ def test_merge_and_unmerge() -> None:
     assert lit_peft.adapter_names(plain) == []
 
 
-def test_dares_draw_is_its_seeds() -> None:
+def test_dare_depends_on_its_seed_alone() -> None:
     model, made = with_loras(4, 4), []
     for name, around, seed in (("x", 0, 3), ("y", 1, 3), ("z", 0, 4)):
         torch.manual_seed(around)
@@ -326,7 +326,7 @@ def test_an_adapter_that_comes_back_is_in_the_models_mode() -> None:
         assert layer.training is training and layer is not model.get_submodule("model.layers.0.self_attn.k_proj")
 
 
-def test_combined_adapters_stand_at_the_same_modules() -> None:
+def test_combined_adapters_must_adapt_the_same_modules() -> None:
     model = with_loras(2)
     lit_peft.add_adapter(model, "b", LoRASettings(r=2, target_modules=["q_proj"]))
     with pytest.raises(LitPeftError, match=r"model\.layers\.0\.self_attn\.v_proj"):

@@ -17,7 +17,7 @@ from torch import nn
 
 import lit_peft
 from lit_peft import LitPeftError, LoRASettings
-from lit_peft.methods.attachment import MethodSettings
+from lit_peft.methods.attachment import MethodSettings, attachment_of
 
 SETTINGS: dict[str, MethodSettings] = {
     "LoRA": LoRASettings(r=4, target_modules="all-linear", bias="all"),
@@ -254,3 +254,24 @@ def test_torch_export_takes_the_method_along(method: str) -> None:
     model, ids = attached(method, "llama").eval(), batch("llama")["input_ids"]
     program = torch.export.export(model, (ids,), kwargs={"use_cache": False}, strict=False)
     close(program.module()(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+def test_a_bias_of_two_names_is_trained_where_the_model_uses_it() -> None:
+    config = transformers.BertConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    model = transformers.BertForMaskedLM(config)
+    with pytest.warns(UserWarning, match="shares its weight"):
+        lit_peft.attach(model, LoRASettings(r=2, modules_to_save=["cls"]))
+    ids = torch.randint(3, 61, (2, 7))
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = trained_of(model)
+    assert trained["cls.predictions.decoder.bias"].grad is not None
+    assert trained["cls.predictions.decoder.bias"].grad.abs().max() > 0
+
+
+def test_modules_to_save_leaves_the_methods_own_parameters_alone() -> None:
+    model = lit_peft.attach(make("llama"), lit_peft.AdapterPSettings(modules_to_save=["mlp"]))
+    own = [name for name in trained_of(model) if ".ffn_adapter." in name or "_adapter." in name]
+    assert own and not any("_adapter" in path for path in attachment_of(model).trained)
+    assert sum(".mlp." in name for name in attachment_of(model).trained) == 6

@@ -1,4 +1,4 @@
-"""Adapter folders that peft wrote, in all its settings, both ways; and folders that somebody crafted."""
+"""Folders of peft and AdapterHub, read and written with all their settings; and malicious or damaged folders."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def peft_folder(folder: Path, name: str, settings: dict[str, Any]) -> Path:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "settings"), READ, ids=lambda value: str(value)[:60])
-def test_peft_settings_both_ways(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_peft_settings_are_read_and_written(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     from peft import PeftModel
 
     folder = peft_folder(tmp_path, name, settings)
@@ -131,7 +131,7 @@ def test_peft_loads_what_we_save_of_its_reference_cases(case: Path, tmp_path: Pa
     folder = lit_peft.save_adapter(lit_peft.load_adapter(base(), case.parent / "adapter"), tmp_path / "again")
     theirs = PeftModel.from_pretrained(base(), str(folder)).eval()
     if facts["method"] == "p_tuning_v2":
-        # Under transformers 5 peft has no forward for prefixes on encoders, its own folder's included.
+        # With transformers 5, peft has no forward pass for prefixes on encoders, not even for its own folders.
         with pytest.raises(ValueError, match="does not support past key values"):
             PeftModel.from_pretrained(base(), str(case.parent / "adapter"))(**inputs)
         own = load_file(case.parent / "adapter" / "adapter_model.safetensors")
@@ -162,7 +162,7 @@ def refuse(folder: Path, message: str) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED, ids=lambda value: str(value)[:60])
-def test_settings_that_cannot_be_read_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unsupported_settings_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = ours(tmp_path)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
@@ -218,7 +218,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool], ids=str)
-def test_tensors_that_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_tensors_that_are_not_weights_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     file = ours(tmp_path) / "adapter_model.safetensors"
     good = load_file(file)
     save_file({**good, min(good): good[min(good)].to(dtype)}, file)
@@ -226,7 +226,7 @@ def test_tensors_that_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64], ids=str)
-def test_weights_of_another_type(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_weights_of_another_dtype_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
     file = ours(tmp_path) / "adapter_model.safetensors"
     stored = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     save_file(stored, file)
@@ -240,7 +240,7 @@ def test_weights_of_another_type(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [5, None, "abcd", [1e999] * 4, [10**400] * 4, [[1]] * 4], ids=lambda v: str(v)[:20])
-def test_an_odd_record_of_the_base(values: Any, tmp_path: Path) -> None:
+def test_a_damaged_record_of_the_base_is_refused(values: Any, tmp_path: Path) -> None:
     folder = ours(tmp_path)
     record = json.loads((folder / "lit_peft.json").read_text())
     record["base"]["sample"] = dict.fromkeys(record["base"]["sample"], values)
@@ -249,7 +249,7 @@ def test_an_odd_record_of_the_base(values: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"r": 4, "r": 5}', '{"r": NaN}', "[" * 100_000, "\ufeff{}", '"x"'])
-def test_odd_json(text: str, tmp_path: Path) -> None:
+def test_invalid_json_is_refused(text: str, tmp_path: Path) -> None:
     folder = ours(tmp_path)
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     refuse(folder, "adapter_config.json")
@@ -361,7 +361,7 @@ def test_the_base_record_is_of_the_base(start: Any, tmp_path: Path) -> None:
     assert base_record(model) == bare
 
 
-def test_files_are_as_the_umask_says_and_little_more_than_their_tensors(tmp_path: Path) -> None:
+def test_files_follow_the_umask_and_are_hardly_larger_than_their_tensors(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     config = type(make("llama").config)(vocab_size=97, hidden_size=1024, intermediate_size=1024, num_hidden_layers=1)
     model = lit_peft.attach(type(make("llama"))(config), LoRASettings(r=16))
@@ -399,7 +399,7 @@ def test_files_are_as_the_umask_says_and_little_more_than_their_tensors(tmp_path
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_lora_as_adapterhub_has_it(name: str, settings: Any, written: Any, tmp_path: Path) -> None:
+def test_lora_in_adapterhubs_format(name: str, settings: Any, written: Any, tmp_path: Path) -> None:
     model = lit_peft.attach(make(name), LoRASettings(r=4, **settings))
     scramble(model)
     folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub", name="mine")
@@ -420,14 +420,14 @@ def test_lora_as_adapterhub_has_it(name: str, settings: Any, written: Any, tmp_p
     ],
     ids=str,
 )
-def test_what_adapterhub_has_no_place_for_is_named(settings: Any, message: str, tmp_path: Path) -> None:
+def test_what_adapterhub_does_not_support_is_named(settings: Any, message: str, tmp_path: Path) -> None:
     model = lit_peft.attach(make("llama"), LoRASettings(r=4, **settings))
     with pytest.raises(LitPeftError, match=message):
         lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_head_whose_name_ends_like_another(tmp_path: Path) -> None:
+def test_a_head_whose_name_is_the_end_of_another(tmp_path: Path) -> None:
     model = lit_peft.attach(make("distilbert"), LoRASettings(r=2, modules_to_save=["classifier"]))
     scramble(model)
     folder = lit_peft.save_adapter(model, tmp_path / "adapter")
@@ -447,7 +447,7 @@ def test_a_head_whose_name_ends_like_another(tmp_path: Path) -> None:
         ("lora_B", lambda b: b[:95]),
     ],
 )
-def test_adapterhub_loras_of_odd_shapes(end: str, change: Any, tmp_path: Path) -> None:
+def test_adapterhub_loras_of_wrong_shapes_are_refused(end: str, change: Any, tmp_path: Path) -> None:
     model = lit_peft.attach(make("gpt2"), LoRASettings(r=4, target_modules=["c_attn"]))
     folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
     stored = load_file(folder / "adapter.safetensors")
@@ -458,7 +458,7 @@ def test_adapterhub_loras_of_odd_shapes(end: str, change: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("path", ["transformer.h.0.ln_1", "transformer.h.0.nowhere", "transformer.h"])
-def test_an_adapterhub_lora_where_there_is_no_matrix(path: str, tmp_path: Path) -> None:
+def test_an_adapterhub_lora_for_no_linear_layer_is_refused(path: str, tmp_path: Path) -> None:
     model = lit_peft.attach(make("gpt2"), LoRASettings(r=4, target_modules=["c_attn"]))
     folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub", name="x")
     stored = load_file(folder / "adapter.safetensors")
@@ -468,7 +468,7 @@ def test_an_adapterhub_lora_where_there_is_no_matrix(path: str, tmp_path: Path) 
         lit_peft.load_adapter(make("gpt2"), folder)
 
 
-def test_adapterhub_loras_of_fewer_matrices_than_are_said(tmp_path: Path) -> None:
+def test_adapterhub_loras_of_fewer_matrices_than_configured_are_refused(tmp_path: Path) -> None:
     model = lit_peft.attach(make("gpt2"), LoRASettings(r=4, target_modules=["c_attn"]))
     folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
     first = {name: tensor.chunk(3)[0].clone() for name, tensor in load_file(folder / "adapter.safetensors").items()}
@@ -477,7 +477,7 @@ def test_adapterhub_loras_of_fewer_matrices_than_are_said(tmp_path: Path) -> Non
         lit_peft.load_adapter(make("gpt2"), folder)
 
 
-def test_an_adapterhub_version_as_long_as_a_line(tmp_path: Path) -> None:
+def test_a_very_long_adapterhub_version_is_read(tmp_path: Path) -> None:
     model = lit_peft.attach(make("llama"), LoRASettings(r=4))
     folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -485,7 +485,7 @@ def test_an_adapterhub_version_as_long_as_a_line(tmp_path: Path) -> None:
     close(logits(lit_peft.load_adapter(make("llama"), folder), "llama"), logits(model, "llama"))
 
 
-def test_what_an_adapterhub_lora_leaves_out_is_its_usual(tmp_path: Path) -> None:
+def test_missing_settings_of_an_adapterhub_lora_have_its_defaults(tmp_path: Path) -> None:
     model = lit_peft.attach(make("llama"), LoRASettings(r=8, lora_alpha=8, target_modules=QV))
     scramble(model)
     folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
@@ -497,7 +497,7 @@ def test_what_an_adapterhub_lora_leaves_out_is_its_usual(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("letters", ["q", "v", "qk", "qv"])
-def test_adapterhub_loras_of_some_of_a_fused_projection(letters: str, tmp_path: Path) -> None:
+def test_adapterhub_loras_of_some_matrices_of_a_fused_projection(letters: str, tmp_path: Path) -> None:
     model = lit_peft.attach(make("gpt2"), LoRASettings(r=4, target_modules=["c_attn"]))
     scramble(model)
     folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
@@ -510,7 +510,7 @@ def test_adapterhub_loras_of_some_of_a_fused_projection(letters: str, tmp_path: 
     config = json.loads((folder / "adapter_config.json").read_text())
     config["config"]["attn_matrices"] = list(letters)
     if letters == "qv":
-        # AdapterHub's usual ones, which it need not say.
+        # AdapterHub's default, which its configuration may leave out.
         del config["config"]["attn_matrices"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with torch.no_grad():
@@ -521,7 +521,7 @@ def test_adapterhub_loras_of_some_of_a_fused_projection(letters: str, tmp_path: 
     close(logits(lit_peft.load_adapter(make("gpt2"), folder), "gpt2"), logits(model, "gpt2"))
 
 
-def test_an_adapterhub_lora_whose_rank_is_no_number(tmp_path: Path) -> None:
+def test_an_adapterhub_lora_with_a_rank_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
     model = lit_peft.attach(make("llama"), LoRASettings(r=4))
     folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -531,7 +531,7 @@ def test_an_adapterhub_lora_whose_rank_is_no_number(tmp_path: Path) -> None:
         lit_peft.load_adapter(make("llama"), folder)
 
 
-def test_which_way_a_base_is_another(tmp_path: Path) -> None:
+def test_how_another_base_differs_is_named(tmp_path: Path) -> None:
     folder = lit_peft.save_adapter(lit_peft.attach(make("llama"), LoRASettings(r=2)), tmp_path / "adapter")
     other = make("llama")
     with torch.no_grad():
@@ -548,8 +548,8 @@ def test_which_way_a_base_is_another(tmp_path: Path) -> None:
         lit_peft.load_adapter(other, folder)
 
 
-def test_an_adapterhub_lora_in_full(tmp_path: Path) -> None:
-    """Its configuration to the last key; a model without the head reads it, and names without the prefix are read."""
+def test_an_adapterhub_lora_to_the_last_key(tmp_path: Path) -> None:
+    """The whole configuration; loading into a model without a head, and from tensors without the base's prefix."""
     model = lit_peft.attach(make("llama"), LoRASettings(r=4, target_modules=QV, lora_dropout=0.1))
     scramble(model)
     folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub", name="mine")
@@ -591,14 +591,14 @@ def test_an_adapter_of_a_later_version_is_refused(own: Any, method: str | None, 
         lit_peft.load_adapter(make("bert"), folder)
 
 
-def test_a_scale_that_is_no_whole_number_in_adapterhubs_format(tmp_path: Path) -> None:
+def test_a_fractional_alpha_in_adapterhubs_format(tmp_path: Path) -> None:
     model = lit_peft.attach(make("llama"), LoRASettings(r=4, lora_alpha=2.5))
     folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
     assert json.loads((folder / "adapter_config.json").read_text())["config"]["alpha"] == 2.5
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_a_peft_lora_leaves_out_is_pefts_usual(tmp_path: Path) -> None:
+def test_missing_settings_of_a_peft_lora_have_its_defaults(tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     model = get_peft_model(make("llama"), LoraConfig(target_modules=QV))
@@ -617,7 +617,7 @@ def test_what_a_peft_lora_leaves_out_is_pefts_usual(tmp_path: Path) -> None:
     refuse(tmp_path, r"r=9 with rank_pattern={} is more than the stored tensors have \(rank 8\)")
 
 
-def test_biases_that_are_not_stored_are_the_bases(tmp_path: Path) -> None:
+def test_biases_that_are_not_stored_stay_as_in_the_base(tmp_path: Path) -> None:
     model = lit_peft.attach(make("opt"), LoRASettings(r=2, target_modules=QV, bias="lora_only"))
     scramble(model)
     folder = lit_peft.save_adapter(model, tmp_path / "adapter")

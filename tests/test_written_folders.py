@@ -169,7 +169,7 @@ def config(folder: Path) -> dict[str, Any]:
 
 @REFERENCES
 @pytest.mark.parametrize("case", cases("peft"))
-def test_pefts_configurations(case: Path, tmp_path: Path) -> None:
+def test_configurations_equal_pefts(case: Path, tmp_path: Path) -> None:
     theirs = config(case / "adapter")
     ours = config(lit_peft.save_adapter(loaded(case), tmp_path / "ours", format="peft"))
     assert set(ours) - set(theirs) <= {"lit_peft"} and not ours.get("prefix_projection")
@@ -179,7 +179,7 @@ def test_pefts_configurations(case: Path, tmp_path: Path) -> None:
 
 @REFERENCES
 @pytest.mark.parametrize("case", cases("adapters"))
-def test_adapterhubs_configurations(case: Path, tmp_path: Path) -> None:
+def test_configurations_equal_adapterhubs(case: Path, tmp_path: Path) -> None:
     theirs = config(case / "adapter")
     folder = lit_peft.save_adapter(loaded(case), tmp_path / "ours", format="adapterhub", name="ref")
     ours = config(folder)
@@ -193,7 +193,7 @@ def test_adapterhubs_configurations(case: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["org/model", "/models/base", "pkg:some-base", "three/parts/long", "."])
-def test_the_card(base: str, tmp_path: Path) -> None:
+def test_the_model_card_names_the_base_and_the_settings(base: str, tmp_path: Path) -> None:
     model = make("llama")
     model.name_or_path = base
     lit_peft.attach(model, PromptTuningSettings(num_virtual_tokens=3, tokenizer_name_or_path=None))
@@ -232,7 +232,7 @@ def test_a_tied_head_beside_an_adapterhub_folder(tmp_path: Path) -> None:
     assert torch.equal(again.eval()(**batch("gpt2")).logits, model.eval()(**batch("gpt2")).logits)
 
 
-def test_a_prefixs_modules_and_parameters(tmp_path: Path) -> None:
+def test_modules_and_parameters_saved_with_a_prefix(tmp_path: Path) -> None:
     for number, saved in enumerate((["classifier"], ["classifier.weight"], ["bert.pooler", "classifier.bias"])):
         model = lit_peft.attach(make("bert"), PTuningV2Settings(modules_to_save=saved))
         folder = lit_peft.save_adapter(model, tmp_path / str(number), format="peft")

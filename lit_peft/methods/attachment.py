@@ -211,14 +211,19 @@ class Attachment:
             LitPeftError: a name matches neither a module with parameters nor a parameter.
         """
         modules = [path for path, module in self.model.named_modules() if path and list(module.parameters())]
-        parameters = {base_name(path): path for path, _ in self.model.named_parameters(remove_duplicate=False)}
+        own = {
+            id(parameter)
+            for module in self.adapted.values()
+            for path, parameter in module.named_parameters()
+            if not path.startswith("base_layer.")
+        }
+        # Under all names of a tied parameter: which one the model computes with is not known.
+        named = self.model.named_parameters(remove_duplicate=False)
+        paths = [path for path, parameter in named if id(parameter) not in own]
+        parameters = {base_name(path): path for path in paths}
         for name in names:
-            found = [
-                f"{path}.{parameter}"
-                for path in modules
-                if path == name or path.endswith("." + name)
-                for parameter, _ in self.model.get_submodule(path).named_parameters()
-            ]
+            matches = tuple(f"{path}." for path in modules if path == name or path.endswith("." + name))
+            found = [path for path in paths if path.startswith(matches)] if matches else []
             if not found and name in parameters:
                 found = [parameters[name]]
             if not found:

@@ -120,7 +120,7 @@ class LoRASettings(MethodSettings):
             if self.bias == "lora_only" and layer.bias is not None:
                 attachment.train(f"{path}.base_layer.bias")
         if self.bias == "all":
-            for name, _ in list(model.named_parameters()):
+            for name, _ in list(model.named_parameters(remove_duplicate=False)):
                 if name.endswith(".bias"):
                     attachment.train(name)
 
