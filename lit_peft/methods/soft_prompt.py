@@ -144,7 +144,7 @@ class _PromptInsertion:
         self.trims_output = self.decoder is None and not (is_classifier and self.host is top)
         self.extends_labels = self.trims_output and self.host is not top and top.can_generate()
         self.counts_positions = settings.positions == "mask" and counts_over_mask(self.host, config)
-        embeddings = token_embeddings(self.host)
+        embeddings = token_embeddings(self.host, by_value=settings.positions == "sequence")
         if embeddings is None:
             raise LitPeftError(
                 f"{type(model).__name__} has no plain table of token embeddings at its input, so it cannot take "

@@ -9,11 +9,18 @@ from torch import nn
 from lit_peft.models.call_arguments import arguments
 
 
-def token_embeddings(host: Any) -> nn.Embedding | None:
-    """The table from which the host looks up its input; None if it has none, or cannot take other embeddings."""
-    if getattr(host, "main_input_name", "input_ids") != "input_ids" or "inputs_embeds" not in arguments(host):
+def token_embeddings(host: Any, by_value: bool = False) -> nn.Embedding | None:
+    """The table from which the host looks up its input; None if virtual tokens cannot stand among its tokens.
+
+    Args:
+        host: the module that is called with token ids.
+        by_value: whether it must take `inputs_embeds` in place of ids.
+    """
+    names = arguments(host)
+    if getattr(host, "main_input_name", "input_ids") != "input_ids" or (by_value and "inputs_embeds" not in names):
         return None
-    if "perm_mask" in arguments(host):  # XLNet's layers attend in the order of a permutation of the input
+    # XLNet attends in the order of a permutation of its input; CPM-Ant puts a prompt of its own in front.
+    if "perm_mask" in names or getattr(getattr(host, "config", None), "prompt_length", None):
         return None
     try:
         embeddings = host.get_input_embeddings()
