@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lit_peft.models.experts import experts_left_out, stacked_experts
-from lit_peft.models.transformers_internals import has_model_class, returns_its_product
+from lit_peft.models.transformers_internals import has_model_class, is_model_of, returns_its_product
 from lit_peft.nn.linear import stores_transposed
 from lit_peft.nn.torch_internals import weights_read_by
 from lit_peft.util.errors import LitPeftError, closest
@@ -39,6 +39,9 @@ _DEFAULT_ATTENTION = (
     ("Wqkv",),
 )
 _HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out", "cls", "classification_head")
+_HEADS_WITHOUT_POOLER = tuple(
+    f"AutoModelFor{head}" for head in ("CausalLM", "MaskedLM", "TokenClassification", "QuestionAnswering")
+)
 # What may precede a pattern of `rank_pattern` or `alpha_pattern`, and what surrounds one of `layers_pattern`.
 _PARENTS = r"(?:.*\.)?"
 _BEFORE_LIST, _AFTER_LIST = r"(?:.*?\.)??", r"\.(?P<found>\d+)(?:\..*)?"
@@ -174,6 +177,11 @@ def _obstacle(model: nn.Module, name: str) -> str | None:
         )
     if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1 and "dense" in last:
         return "which BLOOM does not call with slow_but_exact=True, so an adapter on it would have no effect"
+    parts = name.split(".")
+    if "indexer" in parts:
+        return "which only selects tokens for the attention, so an adapter on it would get no gradient"
+    if "pooler" in parts and any(is_model_of(head, model) for head in _HEADS_WITHOUT_POOLER):
+        return f"whose output the head of {type(model).__name__} does not use, so an adapter on it would have no effect"
     if isinstance(module, nn.Linear) and not returns_its_product(module):
         return f"a {type(module).__name__} that does not return one tensor of its {module.out_features} outputs"
     return None
@@ -184,7 +192,7 @@ def _names_experts(model: nn.Module, target_modules: str | Sequence[str]) -> boo
     if isinstance(target_modules, str):
         return False
     parts = {part for name in stacked_experts(model) for part in name.rpartition(".")[2].split("_")}
-    return any(name.rpartition(".")[2].removesuffix("_proj") in parts for name in target_modules)
+    return any(name.rpartition(".")[2].removesuffix("_proj") in parts - {"proj"} for name in target_modules)
 
 
 def _warn_of_experts(model: nn.Module) -> None:
