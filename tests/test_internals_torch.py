@@ -9,6 +9,8 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lit_peft.nn.torch_internals import (
+    DtypeKeepingDict,
+    computed_buffers,
     function_transforms_are_active,
     has_forward_hooks,
     is_compiled,
@@ -119,3 +121,19 @@ def test_tensors_move_towards_their_ends() -> None:
     tensors, ends = [torch.zeros(2), torch.ones(3)], [torch.ones(2), torch.full((3,), 3.0)]
     lerp_all_(tensors, ends, 0.25)
     assert torch.equal(tensors[0], torch.full((2,), 0.25)) and torch.equal(tensors[1], torch.full((3,), 1.5))
+
+
+def test_buffers_that_no_checkpoint_has_are_found() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3))
+    module[1].register_buffer("table", torch.ones(3), persistent=False)
+    module[1].register_buffer("numbers", torch.arange(3), persistent=False)  # not of floating point
+    assert computed_buffers(module) == [(module[1], "table")]
+    assert "1.table" not in module.state_dict()
+
+
+def test_a_dictionary_of_modules_moves_and_is_never_cast() -> None:
+    kept = DtypeKeepingDict({"norm": nn.BatchNorm1d(3)})
+    outer = nn.Sequential(kept, nn.Linear(3, 3)).to(torch.bfloat16)
+    assert {tensor.dtype for tensor in kept.state_dict().values()} == {torch.float32, torch.int64}
+    assert outer[1].weight.dtype == torch.bfloat16
+    assert outer.to("meta")[0]["norm"].weight.is_meta

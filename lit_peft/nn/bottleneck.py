@@ -256,7 +256,10 @@ class SublayerAdapter(Bottleneck):
             if x is None
             else self._on_rows(self._adapted, y, x)
         )
-        return adapted if isinstance(output, Tensor) else (adapted, *output[1:])
+        if isinstance(output, Tensor):
+            return adapted
+        # Some models return a list, and join it with others.
+        return [adapted, *output[1:]] if isinstance(output, list) else (adapted, *output[1:])
 
     def pass_over(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook of LN: replace its output by y' if `original_ln_after` is False."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import CodeType
 from typing import Any
@@ -117,3 +117,26 @@ def lerp_all_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) 
     """Move each tensor towards its end in place: `tensor + weight * (end - tensor)`, in a few kernel launches."""
     # torch's own optimizers use this list operation; a public one does not exist.
     torch._foreach_lerp_(list(tensors), list(ends), weight)
+
+
+def computed_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the buffers that are not part of a `state_dict`, each as its module and its name."""
+    # Only `state_dict` shows publicly which they are, and it gathers the weights of sharded models.
+    return [
+        (owner, name)
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+        if name in owner._non_persistent_buffers_set and buffer.is_floating_point()
+    ]
+
+
+class DtypeKeepingDict(nn.ModuleDict):
+    """A `ModuleDict` whose modules move between devices but are never cast to another type."""
+
+    # `to`, `half` and `bfloat16` all call this private method of every module, and casts have no public hook.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DtypeKeepingDict:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
