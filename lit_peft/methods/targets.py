@@ -256,12 +256,12 @@ def check_patterns(field: str, patterns: Mapping[str, float], adapted: Sequence[
         )
 
 
-def _matching(wanted: str | Sequence[str], names: Iterable[str], field: str) -> list[str]:
+def _matching(targets: str | Sequence[str], names: Iterable[str], field: str) -> list[str]:
     """The names that a regular expression matches, or whose last parts are in a list."""
-    if isinstance(wanted, str):
+    if isinstance(targets, str):
         expressions = Expressions(field)
-        return [name for name in names if expressions.fullmatch(wanted, name)]
-    listed = set(wanted)
+        return [name for name in names if expressions.fullmatch(targets, name)]
+    listed = set(targets)
     return [name for name in names if not listed.isdisjoint(_ends(name))]
 
 
@@ -271,15 +271,15 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def _check_names(model: nn.Module, field: str, wanted: str | Sequence[str], names: Iterable[str]) -> None:
-    if isinstance(wanted, str):
-        if not _matching(wanted, names, field):
+def _check_names(model: nn.Module, field: str, targets: str | Sequence[str], names: Iterable[str]) -> None:
+    if isinstance(targets, str):
+        if not _matching(targets, names, field):
             raise LitPeftError(
-                f"{field}={wanted!r} matches no module of {type(model).__name__}: {_advice(model, wanted, names)}."
+                f"{field}={targets!r} matches no module of {type(model).__name__}: {_advice(model, targets, names)}."
             )
         return
     ends = {end for name in names for end in _ends(name)}
-    for name in wanted:
+    for name in targets:
         if name not in ends:
             raise LitPeftError(
                 f"{field} has {name!r}, but {type(model).__name__} has no linear or embedding module of that name: "
@@ -287,14 +287,14 @@ def _check_names(model: nn.Module, field: str, wanted: str | Sequence[str], name
             )
 
 
-def _advice(model: nn.Module, wanted: str | Sequence[str], names: Iterable[str]) -> str:
+def _advice(model: nn.Module, targets: str | Sequence[str], names: Iterable[str]) -> str:
     """What to write instead of names or a regular expression that match nothing."""
     last = [name.rpartition(".")[2] for name in names]
-    if isinstance(wanted, str) and _matching([wanted], names, ""):
-        return f"a string is a regular expression for the full name, so give a list, [{wanted!r}]"
-    first = wanted if isinstance(wanted, str) else next(iter(wanted), "")
+    if isinstance(targets, str) and _matching([targets], names, ""):
+        return f"a string is a regular expression for the full name, so give a list, [{targets!r}]"
+    first = targets if isinstance(targets, str) else next(iter(targets), "")
     advice = f"the closest are {closest(first.rpartition('.')[2], last)}"
-    if not isinstance(wanted, str) and _names_experts(model, wanted):
+    if not isinstance(targets, str) and _names_experts(model, targets):
         advice += f"; {experts_left_out(model)}"
     return advice
 
