@@ -68,7 +68,7 @@ def default_targets(model: nn.Module) -> list[str]:
     for names in _DEFAULT_ATTENTION:
         if suffixes.issuperset(names):
             found = [name for name in linear if name.rpartition(".")[2] in names]
-            targets = [name for name in found if name in set(inside)]
+            targets = [name for name in inside if name.rpartition(".")[2] in names]
             return list(names) if found == targets else targets
     raise LitPeftError(
         "target_modules is not set and no attention projection of a known name was found: name the modules, e.g. "

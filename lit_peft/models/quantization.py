@@ -130,7 +130,7 @@ def quantize(model: nn.Module, quantization: str | Mapping[str, Any] | None, ski
             original = module.weight
             quantize_(module, config)
             _put(model, path, _trainable_through(module))
-            # The weights' file stays mapped until loading ends, and would take memory in addition to the quantized weights.
+            # The weights' file stays mapped until loading ends; its pages would add to the quantized weights.
             page_out(original)
     elif quantization is not None:
         for path, module in list(model.named_modules()):
