@@ -150,6 +150,25 @@ def test_bloom_that_computes_layers_without_calling_them_is_refused() -> None:
         lit_peft.attach(model, LoRASettings(target_modules=["dense"]))
 
 
+def test_a_pooler_that_the_head_does_not_use_is_refused() -> None:
+    config = transformers.BigBirdConfig(**SIZE, is_decoder=True, attention_type="original_full")
+    model = transformers.BigBirdForCausalLM(config)
+    with pytest.raises(LitPeftError, match="pooler, whose output the head of BigBirdForCausalLM does not use"):
+        lit_peft.attach(model, LoRASettings(target_modules=["pooler"]))
+    lit_peft.attach(model, LoRASettings(r=2, target_modules="all-linear"))
+    scramble(model)
+    ids = torch.randint(3, 61, (2, 7))
+    all_get_gradients(model, model(input_ids=ids, labels=ids).loss)
+    assert any("pooler" in name for name in find_targets(make("bert"), "all-linear")), "its classifier uses it"
+
+
+def test_an_indexer_that_only_selects_tokens_is_refused() -> None:
+    sparse = nn.ModuleDict({"indexer": nn.ModuleDict({"wq": nn.Linear(4, 4)}), "q_proj": nn.Linear(4, 4)})
+    assert find_targets(sparse, "all-linear") == ["q_proj"]
+    with pytest.raises(LitPeftError, match=r"indexer\.wq, which only selects tokens"):
+        find_targets(sparse, ["wq"])
+
+
 @pytest.mark.parametrize(
     ("kind", "names"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lit_peft.models.experts import experts_left_out, stacked_experts
-from lit_peft.models.transformers_internals import has_model_class, returns_its_product
+from lit_peft.models.transformers_internals import has_model_class, is_model_of, returns_its_product
 from lit_peft.nn.linear import stores_transposed
 from lit_peft.nn.torch_internals import weights_read_by
 from lit_peft.util.errors import LitPeftError, closest
@@ -39,6 +39,9 @@ _DEFAULT_ATTENTION = (
     ("Wqkv",),
 )
 _HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out", "cls", "classification_head")
+_HEADS_WITHOUT_POOLER = tuple(
+    f"AutoModelFor{head}" for head in ("CausalLM", "MaskedLM", "TokenClassification", "QuestionAnswering")
+)
 # What may precede a pattern of `rank_pattern` or `alpha_pattern`, and what surrounds one of `layers_pattern`.
 _PARENTS = r"(?:.*\.)?"
 _BEFORE_LIST, _AFTER_LIST = r"(?:.*?\.)??", r"\.(?P<found>\d+)(?:\..*)?"
@@ -65,7 +68,7 @@ def default_targets(model: nn.Module) -> list[str]:
     for names in _DEFAULT_ATTENTION:
         if suffixes.issuperset(names):
             found = [name for name in linear if name.rpartition(".")[2] in names]
-            targets = [name for name in found if name in set(inside)]
+            targets = [name for name in inside if name.rpartition(".")[2] in names]
             return list(names) if found == targets else targets
     raise LitPeftError(
         "target_modules is not set and no attention projection of a known name was found: name the modules, e.g. "
@@ -174,6 +177,11 @@ def _obstacle(model: nn.Module, name: str) -> str | None:
         )
     if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1 and "dense" in last:
         return "which BLOOM does not call with slow_but_exact=True, so an adapter on it would have no effect"
+    parts = name.split(".")
+    if "indexer" in parts:
+        return "which only selects tokens for the attention, so an adapter on it would get no gradient"
+    if "pooler" in parts and any(is_model_of(head, model) for head in _HEADS_WITHOUT_POOLER):
+        return f"whose output the head of {type(model).__name__} does not use, so an adapter on it would have no effect"
     if isinstance(module, nn.Linear) and not returns_its_product(module):
         return f"a {type(module).__name__} that does not return one tensor of its {module.out_features} outputs"
     return None
@@ -184,7 +192,7 @@ def _names_experts(model: nn.Module, target_modules: str | Sequence[str]) -> boo
     if isinstance(target_modules, str):
         return False
     parts = {part for name in stacked_experts(model) for part in name.rpartition(".")[2].split("_")}
-    return any(name.rpartition(".")[2].removesuffix("_proj") in parts for name in target_modules)
+    return any(name.rpartition(".")[2].removesuffix("_proj") in parts - {"proj"} for name in target_modules)
 
 
 def _warn_of_experts(model: nn.Module) -> None:
@@ -248,12 +256,12 @@ def check_patterns(field: str, patterns: Mapping[str, float], adapted: Sequence[
         )
 
 
-def _matching(wanted: str | Sequence[str], names: Iterable[str], field: str) -> list[str]:
+def _matching(targets: str | Sequence[str], names: Iterable[str], field: str) -> list[str]:
     """The names that a regular expression matches, or whose last parts are in a list."""
-    if isinstance(wanted, str):
+    if isinstance(targets, str):
         expressions = Expressions(field)
-        return [name for name in names if expressions.fullmatch(wanted, name)]
-    listed = set(wanted)
+        return [name for name in names if expressions.fullmatch(targets, name)]
+    listed = set(targets)
     return [name for name in names if not listed.isdisjoint(_ends(name))]
 
 
@@ -263,15 +271,15 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def _check_names(model: nn.Module, field: str, wanted: str | Sequence[str], names: Iterable[str]) -> None:
-    if isinstance(wanted, str):
-        if not _matching(wanted, names, field):
+def _check_names(model: nn.Module, field: str, targets: str | Sequence[str], names: Iterable[str]) -> None:
+    if isinstance(targets, str):
+        if not _matching(targets, names, field):
             raise LitPeftError(
-                f"{field}={wanted!r} matches no module of {type(model).__name__}: {_advice(model, wanted, names)}."
+                f"{field}={targets!r} matches no module of {type(model).__name__}: {_advice(model, targets, names)}."
             )
         return
     ends = {end for name in names for end in _ends(name)}
-    for name in wanted:
+    for name in targets:
         if name not in ends:
             raise LitPeftError(
                 f"{field} has {name!r}, but {type(model).__name__} has no linear or embedding module of that name: "
@@ -279,14 +287,14 @@ def _check_names(model: nn.Module, field: str, wanted: str | Sequence[str], name
             )
 
 
-def _advice(model: nn.Module, wanted: str | Sequence[str], names: Iterable[str]) -> str:
+def _advice(model: nn.Module, targets: str | Sequence[str], names: Iterable[str]) -> str:
     """What to write instead of names or a regular expression that match nothing."""
     last = [name.rpartition(".")[2] for name in names]
-    if isinstance(wanted, str) and _matching([wanted], names, ""):
-        return f"a string is a regular expression for the full name, so give a list, [{wanted!r}]"
-    first = wanted if isinstance(wanted, str) else next(iter(wanted), "")
+    if isinstance(targets, str) and _matching([targets], names, ""):
+        return f"a string is a regular expression for the full name, so give a list, [{targets!r}]"
+    first = targets if isinstance(targets, str) else next(iter(targets), "")
     advice = f"the closest are {closest(first.rpartition('.')[2], last)}"
-    if not isinstance(wanted, str) and _names_experts(model, wanted):
+    if not isinstance(targets, str) and _names_experts(model, targets):
         advice += f"; {experts_left_out(model)}"
     return advice
 

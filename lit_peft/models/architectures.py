@@ -161,7 +161,7 @@ def room_for(num_virtual_tokens: int, host: nn.Module, model: nn.Module) -> int 
         model: the model, for the message.
 
     Raises:
-        LitPeftError: the virtual tokens alone fill the table.
+        LitPeftError: the virtual tokens fill the table, so that no room is left.
     """
     positions = learned_positions(host)
     if positions is not None and num_virtual_tokens >= positions:

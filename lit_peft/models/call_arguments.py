@@ -1,4 +1,4 @@
-"""A module's call: what its forward is given, by name, and the cache of keys and values among it."""
+"""The arguments of a module's call by name, and the cache of keys and values among them."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ from typing import Any
 
 from torch import nn
 
-# What versions of transformers call the argument that holds the cache of keys and values.
+# Names of the cache argument in different versions of transformers.
 CACHES = ("cache", "past_key_values", "layer_past")
 
 
 def arguments(module: nn.Module) -> tuple[str, ...]:
-    """The names of the arguments of a module's forward, as its class has it, in their order."""
+    """Return the argument names of a module's forward (that of its class), in order."""
     return _arguments(type(module).forward)
 
 
-# A decoded token asks at every layer.
+# Cached, because every layer asks again for each decoded token.
 @cache
 def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call of the module by name, those given by position included."""
+    """Return all arguments of a call of the module by name, including positional ones."""
     return {**dict(zip(arguments(module), args, strict=False)), **kwargs}
 
 
 def cache_of(values: Mapping[str, Any]) -> Any:
-    """The cache of keys and values among a call's arguments by name; None if it has none."""
+    """Return the cache of keys and values among a call's arguments; None if there is none."""
     return next((values[name] for name in CACHES if values.get(name) is not None), None)
 
 
 def is_filled(cache: Any) -> bool:
-    """Whether a cache holds tokens of an earlier call."""
+    """Return whether a cache contains tokens of an earlier call."""
     if cache is None:
         return False
     return bool(cache.has_previous_state() if _is_recurrent(cache) else cache.get_seq_length() > 0)
 
 
 def has_fixed_size(cache: Any) -> bool:
-    """Whether a cache was made for a fixed number of tokens (`StaticCache`)."""
+    """Return whether a cache was created for a fixed number of tokens (`StaticCache`)."""
     return bool(getattr(cache, "is_compileable", False)) and not _is_recurrent(cache)
 
 
 def _is_recurrent(cache: Any) -> bool:
-    """Whether all layers keep a state of one size in place of keys and values (Mamba)."""
+    """Return whether all layers keep a state of fixed size instead of keys and values (Mamba)."""
     linear = getattr(cache, "is_linear", ())
     return bool(linear) and all(linear)

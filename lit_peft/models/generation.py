@@ -15,11 +15,11 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda value: 0 < value < math.inf, "a number above 0"),
     **dict.fromkeys(("top_p", "typical_p"), (lambda value: 0 < value <= 1, "a number above 0, at most 1")),
     "min_p": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-    "top_k": (lambda value: value >= 0 and value == int(value), "a whole number of at least 0"),
+    "top_k": (lambda value: value >= 0 and value == int(value), "an integer of at least 0"),
     "repetition_penalty": (lambda value: 0 < value < math.inf, "a number above 0"),
     **dict.fromkeys(
         ("max_new_tokens", "max_length", "num_beams", "num_return_sequences"),
-        (lambda value: value >= 1 and value == int(value), "a whole number of at least 1"),
+        (lambda value: value >= 1 and value == int(value), "an integer of at least 1"),
     ),
 }
 

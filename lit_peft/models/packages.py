@@ -144,9 +144,9 @@ def _models(roots: list[Path]) -> list[Path]:
 
 def _models_hint(distribution: str, roots: list[Path]) -> str:
     names = []
-    whole = _package_roots(distribution, distribution, "base")
+    all_roots = _package_roots(distribution, distribution, "base")
     for model in _models(roots):
-        for root in whole:
+        for root in all_roots:
             if model.is_relative_to(root):
                 names.append(f"'{PACKAGE_PREFIX}{distribution}/{model.relative_to(root).as_posix()}'")
     return f" (it has {', '.join(names)})" if names else ""

@@ -130,7 +130,7 @@ def quantize(model: nn.Module, quantization: str | Mapping[str, Any] | None, ski
             original = module.weight
             quantize_(module, config)
             _put(model, path, _trainable_through(module))
-            # The weights' file is mapped until loading ends, and would stay in memory beside the quantized weights.
+            # The weights' file stays mapped until loading ends; its pages would add to the quantized weights.
             page_out(original)
     elif quantization is not None:
         for path, module in list(model.named_modules()):
@@ -140,7 +140,7 @@ def quantize(model: nn.Module, quantization: str | Mapping[str, Any] | None, ski
                 # Otherwise, evaluation on a CPU changes the weights' layout for good and rounds scales to bfloat16.
                 module.support_avx512bf16_for_cpu = False
     if quantization is not None:
-        # A tensor that is mapped from the weights' file keeps the whole file open.
+        # A tensor that is mapped from the weights' file keeps the entire file open.
         for tensor in (*model.parameters(), *model.buffers()):
             if type(tensor.data) is torch.Tensor and tensor.is_floating_point():
                 tensor.data = tensor.data.clone()

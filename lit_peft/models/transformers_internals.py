@@ -107,7 +107,7 @@ def no_split_classes(model: nn.Module) -> set[type[nn.Module]]:
 
 def computes_next_token_loss(model: nn.Module) -> bool:
     """Return whether a model's forward computes transformers' next-token loss through `self.loss_function`."""
-    # Some forwards compute a loss of their own; whether they use `loss_function` shows in their code alone.
+    # Some forwards compute a loss of their own; only their code shows whether they use `loss_function`.
     loss = getattr(model, "loss_function", None)
     return getattr(loss, "__name__", "") == "ForCausalLMLoss" and "loss_function" in _names_in_forward(model)
 

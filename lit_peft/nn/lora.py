@@ -67,7 +67,8 @@ class LoRALinear(LoRALayer):
     def _is_plain(self, x: Tensor, base: nn.Module, weight: Tensor) -> bool:
         """Whether base and update are two products and nothing else, which `lora_linear` computes as one."""
         return (
-            self.lora_magnitude is None
+            not torch.compiler.is_compiling()
+            and self.lora_magnitude is None
             and self.unmerged_weight is None
             and (type(base) in (nn.Linear, QuantizedLinear) or stores_transposed(base))
             and type(weight) is nn.Parameter
@@ -75,7 +76,6 @@ class LoRALinear(LoRALayer):
             and (weight.dtype == x.dtype or type(base) is QuantizedLinear or autocast_dtype(x.device) is not None)
             and x.is_floating_point()
             and not has_forward_hooks(base)
-            and not torch.compiler.is_compiling()
             and not function_transforms_are_active()
         )
 

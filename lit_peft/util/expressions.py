@@ -58,7 +58,7 @@ class Expressions:
         self._compiled: dict[tuple[str, str, str], regex.Pattern[str] | re.Pattern[str]] = {}
 
     def fullmatch(self, pattern: str, name: str, before: str = "", after: str = "") -> bool:
-        """Return whether the expression matches the whole name.
+        """Return whether the expression matches the full name.
 
         Args:
             pattern: the setting's expression.
@@ -77,7 +77,7 @@ class Expressions:
         return None if match is None else match.group("found")
 
     def first(self, patterns: Iterable[str], name: str, before: str = "") -> str | None:
-        """Return the first of the expressions that matches the whole name; None if none does."""
+        """Return the first of the expressions that matches the full name; None if none does."""
         return next((pattern for pattern in patterns if self.fullmatch(pattern, name, before)), None)
 
     def _search(self, pattern: str, name: str, before: str, after: str) -> regex.Match[str] | re.Match[str] | None:

@@ -49,7 +49,7 @@ def page_out(tensor: Tensor) -> None:
     """
     if sys.platform == "linux" and tensor.device.type == "cpu" and tensor.is_contiguous():
         page = mmap.PAGESIZE
-        # Only pages that belong to this tensor alone.
+        # Only pages that contain nothing else.
         start, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
         if end > start:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)
