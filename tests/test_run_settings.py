@@ -96,3 +96,20 @@ def test_unknown_empty_names_in_a_file_are_refused(
     file.write_text(yaml.safe_dump(settings))
     assert main(["fit", "--config", str(file)]) == 2
     assert f"{part}.nonsense is not a setting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--optimizer", "AdamW"], ["--lr_scheduler=linear"], ["--optimizer.lr", "1"], []])
+def test_lightnings_own_optimizer_options_are_refused_with_what_to_give(
+    given: list[str],
+    decoder: Path,
+    reviews: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["lit-peft"])
+    file = tmp_path / "a.yaml"
+    file.write_text("optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}")
+    assert main([*arguments(decoder, reviews, tmp_path / "runs"), *(given or ["--config", str(file)])]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "--model.optimizer AdamW" in error and "\n" not in error

@@ -318,6 +318,13 @@ def _readable(message: str) -> str:
             f"{options} must be given, on the command line or by a --config file, e.g. "
             "`lit-peft fit --config configs/quickstart.yaml`."
         )
+    optimization = re.search(r"(?:unrecognized arguments: --|does not accept option ')(optimizer|lr_scheduler)\b", text)
+    if optimization:
+        return (
+            f"{optimization[1]!r} is a setting of the model here: give --model.optimizer AdamW with "
+            "--model.learning_rate and --model.optimizer_args, and --model.lr_scheduler linear, cosine or constant "
+            "with --model.warmup_steps."
+        )
     text = re.sub(r'Parser key "[^"]+": (?=Parser key )', "", text)
     unknown = re.search(r"Option '([^']+)' is not accepted", text)
     if unknown:
