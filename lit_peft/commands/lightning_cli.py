@@ -93,9 +93,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse unknown settings, and fill in those that depend on others: the tokenizer and the number of epochs."""
         config = self.config[self.subcommand]
-        for part in ("model", "data"):
-            if config.get(part) is not None:
-                check_names(part, config[part].class_path, list(vars(config[part].init_args)), self.arguments)
+        check_names(self.arguments, config)
         if self.subcommand == "fit" and _never_ends(config.trainer):
             config.trainer.max_epochs = DEFAULT_EPOCHS
             self.length_note = "the default: set --trainer.max_epochs or --trainer.max_steps"
