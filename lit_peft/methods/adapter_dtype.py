@@ -59,6 +59,18 @@ def cast_in_forward(attachment: Attachment) -> None:
             attachment.forward_hook(path, hooks.take, always_call=True)
 
 
+def follow_cast(attachment: Attachment) -> None:
+    """Complete a cast of the model in which the trained parameters kept their type.
+
+    The base's own parameters, which trained copies replace, get the type that the others have now.
+    """
+    cast_in_forward(attachment)
+    frozen = next((p for p in attachment.model.parameters() if not p.requires_grad and p.is_floating_point()), None)
+    for change in attachment.changes:
+        if isinstance(change, TrainParameter) and change.original is not None and frozen is not None:
+            change.original.data = change.original.data.to(frozen.dtype)
+
+
 class _Cast:
     def __init__(self, names: list[str], like: nn.Parameter) -> None:
         # In a tuple: the hooks are copied with their module, and `like` must then be the copy's.
