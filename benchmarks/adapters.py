@@ -159,7 +159,7 @@ def measured(part: str, folder: Path, tiny: Path, scratch: Path, options: argpar
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures that were measured, with what is wanted of them."""
+    """The measured figures with their goals."""
     rows = [
         ("merged decoding, of the base's tokens/s", ("decoding", "merged", "of_base"), ">= 0.97"),
         ("decoding with the LoRA beside the base", ("decoding", "unmerged", "of_base"), ""),
@@ -169,7 +169,7 @@ def table(result: dict[str, Any]) -> str:
         ("merging to bfloat16, own memory in copies of the result", ("merging", "bfloat16", "copies_own"), "about 1"),
         ("an adapter's file, of its parameters' bytes", ("file", "of_parameters"), "<= 1.01"),
     ]
-    lines = ["| | | wanted |", "|---|---|---|"]
+    lines = ["| | measured | goal |", "|---|---|---|"]
     for text, keys, goal in rows:
         value: Any = result
         for key in keys:

@@ -130,7 +130,7 @@ def targets(results: Results) -> str:
             rows.append((f"{case}: step time, of the floor's and its products'", own(case, "cpu_ratio"), 1.02))
         elif "full fine-tuning" not in each["ways"]:
             rows.append((f"{case}: step time, of peft's", own(case, "cpu_ratio"), 0.80))
-    lines = ["| | measured | aimed at |", "|---|---:|---:|"]
+    lines = ["| | measured | goal |", "|---|---:|---:|"]
     for what, value, limit in rows:
         if value is not None:
             lines.append(f"| {what} | {value:.3f}{'' if value <= limit else ' (missed)'} | ≤ {limit:.2f} |")
@@ -154,7 +154,7 @@ FIGURES = {
 
 def overheads_table(figures: dict[str, float]) -> str:
     """The results of overheads.py as a Markdown table."""
-    lines = ["| | measured | aimed at |", "|---|---:|---:|"]
+    lines = ["| | measured | goal |", "|---|---:|---:|"]
     for key, (what, aim) in FIGURES.items():
         if key in figures:
             value, limit = figures[key], float(aim[2:] or "inf")

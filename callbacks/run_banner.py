@@ -14,6 +14,8 @@ from lit_peft.methods.attachment import trainable_parameters
 class RunBanner(Callback):
     """Prints what is trained, how long, in which precision and on which devices, when fitting starts.
 
+    In every stage, it also prints what a data module with a `report()` lost of the data.
+
     Works with any LightningModule; base, task and method come from its `describe()` if it has that method.
 
     Args:
@@ -42,6 +44,25 @@ class RunBanner(Callback):
             "results": results,
         }
         print("\n".join(f"{name + ':':<11}{value}" for name, value in lines.items() if value), flush=True)
+        print_data_report(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            print_data_report(trainer)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        print_data_report(trainer)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        print_data_report(trainer)
+
+
+def print_data_report(trainer: pl.Trainer) -> None:
+    """Print what the data module cut, dropped or ignored, on the first process."""
+    report = getattr(getattr(trainer, "datamodule", None), "report", None)
+    if trainer.is_global_zero and callable(report):
+        for line in report():
+            print(f"{'data:':<11}{line}", flush=True)
 
 
 def _length(trainer: pl.Trainer) -> str:

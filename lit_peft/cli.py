@@ -1,4 +1,4 @@
-"""The `lit-peft` command. Heavy packages are imported only when a command needs them."""
+"""The `lit-peft` command. Large packages are imported only when a command needs them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _COMMANDS = {
     "test": "compute the metrics on the test data",
     "predict": "write predictions for the rows of a file as JSON lines",
     "export": "write an adapter's folder from a training checkpoint",
-    "merge": "merge a LoRA into its base: a plain transformers folder",
+    "merge": "merge a LoRA into its base and write a transformers folder",
     "info": "show what is in an adapter's folder or a checkpoint",
     "generate": "generate text with a base and adapters",
-    "serve": "answer prompts over HTTP, each by the adapter that it names",
+    "serve": "answer prompts over HTTP, each with the adapter that it names",
     "push": "upload an adapter's folder to the hub",
     "pull": "download an adapter from the hub",
-    "compare": "run every method on one base and data, and report which to use",
+    "compare": "compare the methods on one base and data set",
     "doctor": "show what is installed, what works, and what fits in memory",
     "init": "write a commented configuration to start from",
 }
-# Those that are no part of Lightning's command line: a module of `lit_peft.commands` each.
+# Commands with a module of their own in `lit_peft.commands`; the others belong to LightningCLI.
 _OWN = {"export", "merge", "info", "generate", "serve", "push", "pull", "compare", "doctor", "init"}
 _EXAMPLES = """\
 examples:
@@ -35,19 +35,19 @@ examples:
   lit-peft fit --model LoRA --model.base BASE --data CausalLMData --data.train FILE --trainer.max_steps 100
   lit-peft fit --model LoRA --print_config           every setting with its meaning, as YAML
   lit-peft fit --model.help LoRA                     the settings of a method
-  lit-peft compare --config configs/compare.yaml     all methods on the same task, as a table and plots
+  lit-peft compare --config configs/compare.yaml     all methods on one task, as a table and plots
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run a command.
 
     Args:
-        argv: arguments; those of the process when None.
+        argv: the arguments; `sys.argv` when None.
 
     Returns:
-        The exit status: 0, 2 on bad input (one paragraph on stderr; the traceback only with `--debug` or
-        `LIT_PEFT_DEBUG=1`), 130 when interrupted.
+        The exit status: 0; 2 for wrong input, which is reported on stderr in one paragraph (with the traceback only by
+        `--debug` or `LIT_PEFT_DEBUG=1`); 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--debug" in arguments:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments[0] not in _COMMANDS:
             raise LitPeftError(
-                f"{arguments[0]!r} is not a command of lit-peft: the closest are {closest(arguments[0], _COMMANDS)}."
+                f"{arguments[0]!r} is not a lit-peft command: the closest are {closest(arguments[0], _COMMANDS)}."
             )
         if arguments[0] in _OWN:
             import_module(f"lit_peft.commands.{arguments[0]}").run(arguments[1:])
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run(arguments)
     except ValueError as problem:
-        # jsonargparse wraps what a class raises while it is built.
+        # jsonargparse wraps errors that a class raises in its __init__.
         ours = next((cause for cause in causes(problem) if isinstance(cause, LitPeftError)), None)
         if ours is None or os.environ.get(DEBUG_VARIABLE):
             raise
@@ -92,6 +92,6 @@ def _usage() -> str:
         "Parameter-efficient fine-tuning of language models.\n\n"
         f"commands:\n{commands}\n\n{_EXAMPLES}\n"
         "options of every command:\n"
-        "  --debug    show the whole traceback of an error (so does LIT_PEFT_DEBUG=1)\n"
+        "  --debug    show the traceback of an error (as LIT_PEFT_DEBUG=1 does)\n"
         "  --version  print the version"
     )

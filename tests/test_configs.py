@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -101,3 +102,16 @@ def test_every_method_has_one() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in CONFIGS)
     for name, method in METHODS.items():
         assert method.baseline or re.search(rf"class_path: {name}\b", text), f"no configuration for {name}"
+
+
+@pytest.mark.parametrize(
+    "config", sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml")), ids=lambda path: path.stem
+)
+def test_a_configuration_begins_with_its_command_and_explains_its_values(config: Path) -> None:
+    first, *lines = config.read_text(encoding="utf-8").splitlines()
+    name = config.relative_to(config.parents[2 if config.parent.name == "strategies" else 1]).as_posix()
+    assert re.match(r"# lit-peft (fit|compare) ", first) and name in first
+    for before, line in itertools.pairwise(lines):
+        key, _, value = line.strip().partition(": ")
+        if value and key.islower() and not line.lstrip().startswith("#"):
+            assert " # " in value or before.strip().startswith("# "), line

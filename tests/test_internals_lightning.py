@@ -236,3 +236,18 @@ def test_some_tensors_keep_their_type(cast: Any) -> None:
     assert module.double().layer.weight.dtype == module.layer.frequencies.dtype == torch.float64
     module.zero_grad()
     assert module.to("meta").layer.weight.is_meta and module.layer.frequencies.is_meta
+
+
+class Recorded(pl.LightningModule):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.found = fence.subclass_arguments(self)
+
+
+class Inner(Recorded):
+    def __init__(self, size: int = 3, rate: float = 0.5, layer: nn.Module | None = None) -> None:
+        super().__init__(size + 1)
+
+
+def test_arguments_of_the_running_init_methods_are_found_if_they_are_plain() -> None:
+    assert Inner(rate=0.25, layer=nn.Linear(1, 1)).found == {"rate": 0.25, "size": 3}

@@ -76,6 +76,14 @@ class Scaled(BertForSequenceClassification):
         self.bert.embeddings.shift = nn.Parameter(torch.zeros(1))
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """Set what the folder does not have: transformers leaves it as the memory was, which may be NaN."""
+        super()._init_weights(module)
+        if module is self:
+            nn.init.ones_(self.temperature)
+        elif module is self.bert.embeddings:
+            nn.init.zeros_(self.bert.embeddings.shift)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
         output.logits = output.logits * self.temperature + self.bert.embeddings.shift

@@ -1,4 +1,4 @@
-"""`lit-peft doctor`: what is installed, what works, and what fits in this memory."""
+"""`lit-peft doctor`: what is installed, what works, and what fits in memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lit_peft.commands.options import Options, check_counts
 from lit_peft.methods.registry import METHODS
 from lit_peft.util.errors import LitPeftError, closest, first_line
 
-# Each optional package: what it is for, and the command that installs it.
+# Purpose and installation command of each optional package.
 _OPTIONAL = {
     "matplotlib": ("plots of compare", "pip install 'lit-peft[plots]'"),
-    "peft": ("comparison with its folders, in tests", "pip install peft"),
+    "peft": ("tests that compare with it", "pip install peft"),
     "bitsandbytes": ("4 and 8 bit bases, 8 bit optimizers", "pip install 'lit-peft[quantization]'"),
     "torchao": ("quantized bases", "pip install 'lit-peft[quantization]'"),
     "gguf": ("bases in .gguf files", "pip install 'lit-peft[demo]'"),
@@ -25,10 +25,10 @@ _REQUIRED = ("lit-peft", "torch", "lightning", "transformers", "torchmetrics", "
 
 
 def run(arguments: list[str]) -> None:
-    """Print versions, devices and engines, and with a base and a method what they need.
+    """Print versions, devices and optional packages; with a base, also the memory that training it takes.
 
     Raises:
-        LitPeftError: the method is not known, or the base has no configuration.
+        LitPeftError: the method is unknown, or the base has no configuration.
     """
     parser = Options("lit-peft doctor", description="Show what is installed, what works, and what fits in memory.")
     parser.add_argument("--base", help="also estimate the memory of training this base")
@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.method not in METHODS:
         near = closest(options.method, METHODS)
-        raise LitPeftError(f"--method {options.method!r} is not known: the closest are {near}.")
+        raise LitPeftError(f"--method {options.method!r} is unknown: the closest are {near}.")
     check_counts(options, "batch_size", "length")
     need = None
     if options.base is not None:
@@ -55,13 +55,15 @@ def run(arguments: list[str]) -> None:
         print(f"{name:<14}{state}  ({purpose})" + ("" if works else f"  ->  {install}"))
     if need is not None:
         print(f"\n{options.method} on {options.base}, {options.batch_size} x {options.length} tokens, float32:")
-        for what, size in need.items():
-            print(f"  {what:<22}{_size(size)}")
+        for part, size in need.items():
+            print(f"  {part:<22}{_size(size)}")
         total = sum(need.values())
-        print(f"  {'together':<22}{_size(total)}")
+        print(f"  {'total':<22}{_size(total)}")
         for device, free in devices.items():
-            said = "fits" if total <= free else "does not fit: lower --batch_size or --length, or use a smaller dtype"
-            print(f"  {device:<22}{said}")
+            verdict = (
+                "fits" if total <= free else "does not fit: reduce --batch_size or --length, or use a smaller dtype"
+            )
+            print(f"  {device:<22}{verdict}")
 
 
 def memory(base: str, method: str, task: str, batch_size: int, length: int) -> dict[str, int]:
@@ -90,20 +92,20 @@ def memory(base: str, method: str, task: str, batch_size: int, length: int) -> d
 
 
 def available() -> dict[str, int]:
-    """The free bytes of each device."""
+    """Return the free bytes of each device."""
     import torch
 
     found = {}
-    with contextlib.suppress(OSError):  # where there is no /proc, what is free is not known
+    with contextlib.suppress(OSError):  # without /proc, the free memory is unknown
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         found["cpu"] = int(lines["MemAvailable"].split()[0]) * 1024
-    for at in range(torch.cuda.device_count()):
-        found[f"cuda:{at} {torch.cuda.get_device_name(at)}"] = torch.cuda.mem_get_info(at)[0]
+    for index in range(torch.cuda.device_count()):
+        found[f"cuda:{index} {torch.cuda.get_device_name(index)}"] = torch.cuda.mem_get_info(index)[0]
     return found
 
 
 def engine(name: str) -> tuple[str, bool]:
-    """The package's version, "missing", or why it cannot be imported; and whether it can be."""
+    """Return a package's version, "missing", or why its import fails; and whether it can be imported."""
     try:
         version = metadata.version(name.replace("_", "-"))
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""`lit-peft export`: an adapter's folder out of a training checkpoint."""
+"""`lit-peft export`: writes an adapter's folder from a training checkpoint."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from lit_peft.util.errors import LitPeftError, closest, first_line
 
 
 def run(arguments: list[str]) -> None:
-    """Rebuild the module a `.ckpt` is of and save its adapter.
+    """Rebuild the module of a `.ckpt` file and save its adapter.
 
     Raises:
-        LitPeftError: bad input.
+        LitPeftError: the input is wrong.
     """
     parser = Options("lit-peft export", description="Write an adapter's folder from a training checkpoint.")
     parser.add_argument("--ckpt_path", required=True, help="the checkpoint of a lit-peft run")
     parser.add_argument("--output", required=True, help="the new folder")
-    parser.add_argument("--format", choices=["peft", "adapterhub"], default=None, help="the method's own when unset")
+    parser.add_argument(
+        "--format", choices=["peft", "adapterhub"], default=None, help="the usual one of the method when unset"
+    )
     parser.add_argument("--method", default=None, help="LoRA, ...; from the run's config.yaml when unset")
-    parser.add_argument("--base", default=None, help="the base, if it is not where it was at training")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a hub base brings with it")
+    parser.add_argument("--base", default=None, help="the base, if it has moved since training")
+    parser.add_argument("--trust_remote_code", action="store_true", help="execute code of a hub base")
     options = parser.parse_args(arguments)
 
     import lit_peft.modules
@@ -31,9 +33,9 @@ def run(arguments: list[str]) -> None:
     checkpoint = load_checkpoint(Path(options.ckpt_path))
     method = options.method or _method(Path(options.ckpt_path))
     if method not in METHODS:
-        raise LitPeftError(f"--method {method} is not known: the closest are {closest(method, METHODS)}.")
+        raise LitPeftError(f"--method {method} is unknown: the closest are {closest(method, METHODS)}.")
     settings: dict[str, Any] = {**checkpoint["hyper_parameters"], **({"base": options.base} if options.base else {})}
-    # That is for who exports to say, not for who wrote the checkpoint.
+    # The caller decides this, not the author of the checkpoint.
     settings["trust_remote_code"] = options.trust_remote_code
     module: Any = getattr(lit_peft.modules, method)(**settings)
     module.load_state_dict(checkpoint["state_dict"])
@@ -41,10 +43,10 @@ def run(arguments: list[str]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a Lightning checkpoint: plain data and tensors, nothing that could run.
+    """Read a Lightning checkpoint of plain data and tensors. No code in it is executed.
 
     Raises:
-        LitPeftError: the file is missing or not such a checkpoint.
+        LitPeftError: the file is missing, or is not such a checkpoint.
     """
     import torch
 
@@ -53,13 +55,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # pickle.UnpicklingError, RuntimeError, EOFError, ...
-        raise LitPeftError(f"{path} is not a checkpoint that is safe to read ({first_line(problem)}).") from None
+        raise LitPeftError(f"{path} cannot be read safely as a checkpoint ({first_line(problem)}).") from None
     for part in ("state_dict", "hyper_parameters"):
         values = checkpoint.get(part) if isinstance(checkpoint, dict) else None
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-            raise LitPeftError(f"{path} is not a checkpoint of a lit-peft run: it has no settings and tensors by name.")
+            raise LitPeftError(f"{path} is not a checkpoint of a lit-peft run: it has no named settings and tensors.")
     if not all(isinstance(value, torch.Tensor) for value in checkpoint["state_dict"].values()):
-        raise LitPeftError(f"{path} is not a checkpoint of a lit-peft run: its state_dict holds other things, too.")
+        raise LitPeftError(
+            f"{path} is not a checkpoint of a lit-peft run: its state_dict has values that are not tensors."
+        )
     return checkpoint
 
 
@@ -71,4 +75,4 @@ def _method(path: Path) -> str:
         if file.is_file():
             config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
             return str((config.get("model") or {}).get("class_path", "")).rpartition(".")[2]
-    raise LitPeftError(f"There is no config.yaml beside {path}: say with --method which method it is of, e.g. LoRA.")
+    raise LitPeftError(f"There is no config.yaml next to {path}: name the method with --method, e.g. LoRA.")

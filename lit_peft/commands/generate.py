@@ -1,4 +1,4 @@
-"""`lit-peft generate`: a prompt in, streamed text out."""
+"""`lit-peft generate`: generates text from a prompt and prints it as it is generated."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from lit_peft.util.type_checks import brief
 
 
 def run(arguments: list[str]) -> None:
-    """Generate text from prompts, one after the other on a terminal.
+    """Generate text from one prompt, or interactively on a terminal.
 
     Raises:
-        LitPeftError: bad input.
+        LitPeftError: the input is wrong.
     """
     parser = Options("lit-peft generate", description="Generate text, with one of several adapters.")
     parser.takes_base()
     parser.add_argument("--adapter", action="append", default=[], help="[NAME=]FOLDER; repeat for several adapters")
     parser.add_argument("--use", default=None, help="name of the adapter to use; the first one when unset")
-    parser.add_argument("--prompt", default=None, help="the prompt; standard input, or asked for on a terminal")
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens at most")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
-    parser.add_argument("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
-    parser.add_argument("--top_k", type=int, help="draw from this many of the likeliest tokens; 0 for all")
+    parser.add_argument(
+        "--prompt", default=None, help="the prompt; read from standard input, or asked for on a terminal, when unset"
+    )
+    parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template to the prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="maximum number of generated tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most likely token")
+    parser.add_argument(
+        "--top_p", type=float, help="sample from the most likely tokens whose probabilities add up to this"
+    )
+    parser.add_argument("--top_k", type=int, help="sample from this many of the most likely tokens; 0 for all")
     options = parser.parse_args(arguments)
     check_counts(options, "max_new_tokens")
     if not 0 <= options.temperature < math.inf:
         raise LitPeftError(
-            f"--temperature {options.temperature}: give 0 for the likeliest token each time, or a number above it."
+            f"--temperature {options.temperature}: give 0 to always take the most likely token, or a positive number."
         )
     given = {name: value for name in ("top_p", "top_k") if (value := getattr(options, name)) is not None}
     options.sampling = {"do_sample": False}
@@ -41,14 +45,11 @@ def run(arguments: list[str]) -> None:
         options.sampling = {"do_sample": True, "temperature": options.temperature, **given}
         check_generation(options.sampling, "The command line")
     elif given:
-        raise LitPeftError(
-            f"--{next(iter(given))} has no effect where the likeliest token is taken each time: add --temperature, "
-            "e.g. 0.7."
-        )
+        raise LitPeftError(f"--{next(iter(given))} has no effect without sampling: add --temperature, e.g. 0.7.")
     folders = adapter_folders(options.adapter)
     if options.use is not None and options.use not in folders:
-        known = f"the closest are {closest(options.use, folders)}" if folders else "there are none: give --adapter"
-        raise LitPeftError(f"--use {options.use} names no adapter: {known}.")
+        known = f"the closest are {closest(options.use, folders)}" if folders else "none is given with --adapter"
+        raise LitPeftError(f"--use {options.use} is not the name of an adapter: {known}.")
 
     from lit_peft.formats.folder import load_adapter
     from lit_peft.methods.adapters import set_adapter
@@ -57,8 +58,8 @@ def run(arguments: list[str]) -> None:
     tokenizer = load_tokenizer(options.base, "--base", options.revision)
     if options.chat and not getattr(tokenizer, "chat_template", None):
         raise LitPeftError(
-            f"--chat: the tokenizer of {options.base!r} has no chat template; leave --chat out, or take the base "
-            "model's instruct version."
+            f"--chat: the tokenizer of {options.base!r} has no chat template; leave --chat out, or use an "
+            "instruction-tuned version of the model."
         )
     asks = options.prompt is None and sys.stdin.isatty()
     if not asks:
@@ -73,7 +74,7 @@ def run(arguments: list[str]) -> None:
     if not asks:
         _answer(model, tokenizer, inputs, options)
         return
-    print(f"adapters: {', '.join(folders) or 'none'}. /use NAME switches, /base uses none, an empty line ends.")
+    print(f"adapters: {', '.join(folders) or 'none'}. /use NAME switches, /base uses none, an empty line quits.")
     while text := _line():
         try:
             if text == "/base":
@@ -87,7 +88,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _line() -> str:
-    """What is typed next; nothing at the end of the input."""
+    """Read a line; empty at the end of the input."""
     try:
         return input("> ").strip()
     except EOFError:
@@ -96,13 +97,13 @@ def _line() -> str:
 
 
 def _encoded(tokenizer: Any, prompt: str, chat: bool) -> Mapping[str, Any]:
-    """A prompt's tokens, [1, length], as a model takes them.
+    """Tokenize a prompt into tensors of shape [1, length].
 
     Raises:
-        LitPeftError: there are none.
+        LitPeftError: the prompt has no tokens.
     """
     if not prompt.strip():
-        raise LitPeftError("The prompt is empty: give --prompt, or standard input, a text to go on from.")
+        raise LitPeftError("The prompt is empty: give a text with --prompt or on standard input.")
     if chat:
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
@@ -111,7 +112,7 @@ def _encoded(tokenizer: Any, prompt: str, chat: bool) -> Mapping[str, Any]:
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[1]:
-        raise LitPeftError(f"The prompt {brief(prompt)} has no tokens: the tokenizer knows none in its text.")
+        raise LitPeftError(f"The prompt {brief(prompt)} has no tokens: use a text that the tokenizer knows.")
     return {name: value for name, value in inputs.items() if name != "token_type_ids"}
 
 

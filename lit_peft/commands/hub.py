@@ -1,4 +1,4 @@
-"""`lit-peft push` and `lit-peft pull`: adapters to and from the hub."""
+"""`lit-peft push` and `lit-peft pull`: upload and download adapters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from lit_peft.commands.options import Options
 from lit_peft.util.errors import LitPeftError, first_line
 
-# What an adapter's folder consists of; nothing else goes up or comes down.
+# The files of an adapter's folder; no others are transferred.
 PATTERNS = ["*.json", "*.safetensors", "*.bin", "README.md"]
 
 
@@ -16,7 +16,7 @@ def push(arguments: list[str]) -> None:
     """Upload an adapter's folder.
 
     Raises:
-        LitPeftError: the folder is not an adapter's, or the hub refuses.
+        LitPeftError: the folder has no adapter, or the hub refuses the upload.
     """
     parser = Options("lit-peft push", description="Upload an adapter's folder to the hub.")
     parser.add_argument("folder", help="the adapter's folder")
@@ -32,16 +32,16 @@ def push(arguments: list[str]) -> None:
     try:
         api.create_repo(options.repo_id, private=options.private, exist_ok=True)
         done = api.upload_folder(repo_id=options.repo_id, folder_path=options.folder, allow_patterns=PATTERNS)
-    except (OSError, ValueError) as problem:  # what huggingface_hub raises, its HTTP errors included
-        raise LitPeftError(f"{options.repo_id} was not uploaded: {first_line(problem)}") from problem
+    except (OSError, ValueError) as problem:  # huggingface_hub raises these, HTTP errors included
+        raise LitPeftError(f"{options.repo_id} could not be uploaded: {first_line(problem)}") from problem
     print(f"pushed: {done}")
 
 
 def pull(arguments: list[str]) -> None:
-    """Download an adapter into a new folder, whole or not at all.
+    """Download an adapter into a new folder, which appears complete or not at all.
 
     Raises:
-        LitPeftError: the hub has no such adapter, or the folder holds files already.
+        LitPeftError: the hub has no such adapter, or the folder is not empty.
     """
     parser = Options("lit-peft pull", description="Download an adapter from the hub.")
     parser.add_argument("repo_id", help="USER/NAME on the hub")
@@ -59,8 +59,8 @@ def pull(arguments: list[str]) -> None:
                 options.repo_id, revision=options.revision, local_dir=folder, allow_patterns=PATTERNS
             )
         except (OSError, ValueError) as problem:
-            raise LitPeftError(f"{options.repo_id} was not downloaded: {first_line(problem)}") from problem
-        # What the client notes for going on with a download.
+            raise LitPeftError(f"{options.repo_id} could not be downloaded: {first_line(problem)}") from problem
+        # Records of the client for resuming a download.
         shutil.rmtree(folder / ".cache", ignore_errors=True)
         if not (folder / "adapter_config.json").is_file():
             raise LitPeftError(f"{options.repo_id} has no adapter_config.json: it is not an adapter.")

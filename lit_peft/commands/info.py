@@ -1,4 +1,4 @@
-"""`lit-peft info`: what is in an adapter's folder or a checkpoint. Loads no model."""
+"""`lit-peft info`: shows the contents of an adapter's folder or a checkpoint, without loading a model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lit_peft.util.errors import LitPeftError
 
 
 def run(arguments: list[str]) -> None:
-    """Print method, base, settings, and a table of the tensors.
+    """Print method, base, settings and a table of the tensors.
 
     Raises:
-        LitPeftError: it is neither an adapter's folder nor a checkpoint.
+        LitPeftError: the path is neither an adapter's folder nor a checkpoint.
     """
     parser = Options("lit-peft info", description="Show what is in an adapter's folder or a checkpoint.")
     parser.add_argument("path", help="the folder, or a .ckpt file")
@@ -58,7 +58,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _table(tensors: Mapping[str, Any]) -> str:
-    """The tensors as a table: those of each layer under one name, with `*` for its number."""
+    """Format the tensors as a table, with `*` in place of the layer number."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for name, tensor in tensors.items():
         key = (re.sub(r"\.\d+\.", ".*.", name), str(tuple(tensor.shape)), str(tensor.dtype).removeprefix("torch."))

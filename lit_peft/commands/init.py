@@ -1,9 +1,10 @@
-"""`lit-peft init`: a configuration to start from, by asking or by flags."""
+"""`lit-peft init`: writes a configuration to start from, from options or answers."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ _SPAN_MODEL, _CAUSAL_MODEL = "FacebookAI/roberta-base", "HuggingFaceTB/SmolLM2-1
 
 @dataclass(frozen=True)
 class _Form:
-    """How a task's configuration is written.
+    """The contents of a task's configuration.
 
     Attributes:
         data: the data module.
-        columns: what it reads, for the comment.
-        base: the base that is proposed.
-        model: further settings of the model, with their comments.
-        settings: further settings of the data, with their comments.
-        batch_size, max_length: of the data.
+        columns: a comment on the columns that it reads.
+        base: the suggested base model.
+        model: more settings of the model, with their comments.
+        settings: more settings of the data, with their comments.
+        batch_size: of the data.
+        max_length: of the data.
     """
 
     data: str
@@ -47,24 +49,24 @@ FORMS = {
         "Seq2SeqData",
         "columns `source` and `target` (source_column, target_column)",
         "google-t5/t5-small",
-        {"generation": ({"max_new_tokens": 64}, "how validation and prediction generate")},
+        {"generation": ({"max_new_tokens": 64}, "arguments of generate in validation and prediction")},
         {
-            "prefix": ("", 'put before every source; T5 knows "summarize: "'),
-            "max_target_length": (128, "tokens of the target; longer ones are cut"),
+            "prefix": ("", 'added before every source, e.g. "summarize: " for T5'),
+            "max_target_length": (128, "tokens of a target; longer ones are truncated"),
         },
         8,
         256,
     ),
     "token_classification": _Form(
         "TokenClassificationData",
-        "CoNLL (a word and its tag on each line), or columns `tokens` and `tags` of lists",
+        "CoNLL (a word and its tag per line), or columns `tokens` and `tags` with lists",
         _SPAN_MODEL,
     ),
     "question_answering": _Form(
         "QuestionAnsweringData",
         "SQuAD's json, or columns `question`, `context` and `answers`",
         _SPAN_MODEL,
-        settings={"doc_stride": (128, "tokens by which the windows of a long context overlap")},
+        settings={"doc_stride": (128, "overlap in tokens of the windows of a long context")},
         max_length=384,
     ),
     "multiple_choice": _Form(
@@ -77,11 +79,11 @@ FORMS = {
 
 
 def run(arguments: list[str]) -> None:
-    """Write the configuration; what no flag gives is asked for where someone can answer.
+    """Write the configuration. On a terminal, ask for values that no option gives.
 
     Raises:
-        LitPeftError: a value is missing or not known, the data is not what the task needs, or the file exists. Nothing
-            is written then.
+        LitPeftError: a value is missing or unknown, the data does not fit the task, or the file exists. Nothing is
+            written then.
     """
     parser = Options("lit-peft init", description="Write a commented configuration that `lit-peft fit` runs.")
     parser.add_argument("--task", help=", ".join(FORMS))
@@ -92,24 +94,24 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     target = Path(options.output)
     if target.exists():
-        raise LitPeftError(f"--output {options.output!r} exists: give another name, or remove it.")
+        raise LitPeftError(f"--output {options.output!r} exists: give another file, or remove this one.")
     if not target.parent.is_dir():
-        raise LitPeftError(f"--output {options.output!r} is in a folder that does not exist: make it first.")
+        raise LitPeftError(f"--output {options.output!r} is in a folder that does not exist: create it first.")
     task = options.task or _ask("task", "sequence_classification", FORMS)
     if task not in FORMS:
-        raise LitPeftError(f"--task {task!r} is not known: use {closest(task, FORMS, n=len(FORMS))}.")
+        raise LitPeftError(f"--task {task!r} is unknown: use {closest(task, FORMS, n=len(FORMS))}.")
     base = options.base or _ask("base", FORMS[task].base)
     method = options.method or _ask("method", "LoRA", METHODS)
     if method not in METHODS:
-        raise LitPeftError(f"--method {method!r} is not known: the closest are {closest(method, METHODS)}.")
+        raise LitPeftError(f"--method {method!r} is unknown: the closest are {closest(method, METHODS)}.")
     data = options.data or _ask("data", "")
     if not data:
-        raise LitPeftError("--data is not given: name a training file.")
+        raise LitPeftError("--data is missing: give a training file.")
     form = _form(task, data)
-    # Reads the file, and says what is missing in it before anything is written.
+    # Reads the file and checks it before anything is written.
     _ = _module(form, data, base).rows
     target.write_text(configuration(task, base, method, data), encoding="utf-8")
-    print(f"{target} is written.\nnext:  lit-peft fit --config {target}")
+    print(f"written: {target}\nnext:  lit-peft fit --config {target}")
 
 
 def configuration(task: str, base: str, method: str, data: str) -> str:
@@ -126,18 +128,18 @@ model:
   init_args:
     base: {json.dumps(base)}  # hub id, model folder, .gguf file or pkg:DISTRIBUTION
     task: {task}
-    learning_rate: {rate!r}  # the method's usual one; the setting most worth a search
-    lr_scheduler: linear  # to zero, after the warmup; or cosine, constant
-    warmup_steps: 0.06  # share of all steps
+    learning_rate: {rate!r}  # a usual value for the method; of all settings, search this one first
+    lr_scheduler: linear  # to zero after the warmup; or cosine, constant
+    warmup_steps: 0.06  # as a share of all steps
 {_lines(form.model)}\
 data:
   class_path: {form.data}  # all settings: lit-peft fit --data.help {form.data}
   init_args:
     train: {json.dumps(data)}  # {form.columns}
-    validation_fraction: 0.1  # taken out of train, without duplicates; or validation: FILE
+    validation_fraction: 0.1  # taken from train, without duplicates; or give validation: FILE
 {_lines(form.settings)}\
-    batch_size: {form.batch_size}  # lower it where memory runs out
-    max_length: {form.max_length}  # tokens of an example
+    batch_size: {form.batch_size}  # reduce it if memory runs out
+    max_length: {form.max_length}  # tokens per example
 trainer:
   max_epochs: 1
   default_root_dir: lit_peft_runs
@@ -145,24 +147,26 @@ trainer:
 
 
 def _lines(settings: dict[str, tuple[Any, str]]) -> str:
-    return "".join(f"    {name}: {json.dumps(value)}  # {said}\n" for name, (value, said) in settings.items())
+    return "".join(f"    {name}: {json.dumps(value)}  # {comment}\n" for name, (value, comment) in settings.items())
 
 
 def _form(task: str, data: str) -> _Form:
-    """The task's form; that of a causal LM goes by the columns the file has."""
+    """Return the form of a task; for a causal LM it depends on the columns of the file."""
     if task != "causal_lm":
         return FORMS[task]
     from lit_peft.data.files import read_file
 
     found = set(read_file(data, "--data").column_names)
     if "messages" in found:
-        chat = {"messages_column": ("messages", "lists of {role, content}; the loss is on the assistant's turns")}
+        chat = {
+            "messages_column": ("messages", "lists of {role, content}; the loss is computed on the assistant's turns")
+        }
         return _Form("InstructionData", "column `messages`", _CAUSAL_MODEL, settings=chat, batch_size=4, max_length=256)
     if {"instruction", "output"} <= found:
-        said = "columns `instruction`, `output` and perhaps `input`; the loss is on the output"
-        return _Form("InstructionData", said, _CAUSAL_MODEL, batch_size=4, max_length=256)
+        columns = "columns `instruction`, `output` and optionally `input`; the loss is computed on the output"
+        return _Form("InstructionData", columns, _CAUSAL_MODEL, batch_size=4, max_length=256)
     if {"prompt", "completion"} <= found:
-        pairs = {"completion_column": ("completion", "the loss is on it alone")}
+        pairs = {"completion_column": ("completion", "the loss is computed on it alone")}
         return _Form("CausalLMData", "column `prompt`", _CAUSAL_MODEL, settings=pairs, batch_size=4, max_length=256)
     return _TEXT
 
@@ -174,11 +178,11 @@ def _module(form: _Form, data: str, base: str) -> Any:
     return getattr(lit_peft.data, form.data)(train=data, base=base, **settings)
 
 
-def _ask(name: str, usual: str, known: Any = ()) -> str:
+def _ask(name: str, default: str, choices: Iterable[str] = ()) -> str:
     if not sys.stdin.isatty():
-        raise LitPeftError(f"--{name} is not given, and there is no terminal to ask at: give it.")
-    choices = f" ({', '.join(known)})" if known else ""
+        raise LitPeftError(f"--{name} is missing, and there is no terminal to ask for it: give the option.")
+    options = f" ({', '.join(choices)})" if choices else ""
     try:
-        return input(f"{name}{choices}{f' [{usual}]' if usual else ''}: ").strip() or usual
+        return input(f"{name}{options}{f' [{default}]' if default else ''}: ").strip() or default
     except EOFError:
-        raise LitPeftError(f"--{name} is not given, and the input has ended: give it.") from None
+        raise LitPeftError(f"--{name} is missing, and the input has ended: give the option.") from None

@@ -1,4 +1,4 @@
-"""`fit`, `validate`, `test` and `predict`: LightningCLI over the modules and data modules of lit_peft."""
+"""`fit`, `validate`, `test` and `predict`: LightningCLI with the modules and data modules of lit_peft."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ DEFAULT_EPOCHS = 3
 
 
 class Parser(LightningArgumentParser):
-    """Raises `LitPeftError` with one paragraph where jsonargparse would print its usage and exit."""
+    """Raises `LitPeftError` instead of printing the usage and exiting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise LitPeftError(_readable(message)) from ex
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the run's `config.yaml` whole or not at all: a resumed run is found by it."""
+    """Writes the run's `config.yaml` atomically: a run to resume is found by this file."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self._folder = Path(str(trainer.log_dir))  # asks all processes
+        self._folder = Path(str(trainer.log_dir))  # a collective call: every process must make it
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -62,7 +62,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class CLI(LightningCLI):
-    """LightningCLI that checks everything before it writes anything, and says where the results are."""
+    """A LightningCLI that checks its input before it writes anything, and reports where the results are."""
 
     length_note = ""
     arguments: Sequence[str] = ()
@@ -80,14 +80,16 @@ class CLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as problem:
-            raise LitPeftError(f"A file of settings is not UTF-8 ({problem}): save it as UTF-8.") from None
+            raise LitPeftError(f"A configuration file is not UTF-8 ({problem}): save it as UTF-8.") from None
         except ValueError as problem:
-            if "null byte" not in str(problem):  # what jsonargparse meets where it looks for a file of that name
+            if "null byte" not in str(problem):  # raised when jsonargparse looks for a file of that name
                 raise
-            raise LitPeftError("A setting holds the character \\0, which no file and no name has: drop it.") from None
+            raise LitPeftError(
+                "A setting contains the character \\0, which no file name may have: remove it."
+            ) from None
 
     def _parse_ckpt_path(self) -> None:
-        # The configuration says what to build, and the checkpoint's tensors are checked against it.
+        # The configuration determines what is built; the tensors of the checkpoint are checked against it later.
         return None
 
     def before_instantiate_classes(self) -> None:
@@ -104,7 +106,7 @@ class CLI(LightningCLI):
                 data.init_args.revision = config.model.init_args.get("revision")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Check model and data, then build the trainer with what every run has: bar, banner, checkpoints."""
+        """Check model and data, then build the trainer with progress bar, banner and checkpoints."""
         self._check_checkpoint()
         if self.datamodule is not None:
             self.datamodule.setup(str(self.subcommand))
@@ -115,13 +117,14 @@ class CLI(LightningCLI):
         given = config.trainer.callbacks or []
         extra: list[Any] = [RunBanner(self.length_note)]
         if config.trainer.enable_progress_bar is not False:
-            # Where nobody watches it live, a bar that moves every step only fills the log.
+            # In a log file, a bar that is updated at every step is mostly noise.
             extra.append(TokenProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
         if self.subcommand in ("test", "predict"):
             extra.append(PredictionWriter(config.output))
         if self.subcommand == "fit":
-            kinds = (GracefulStop, ExactResume)
-            extra += [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
+            for callback_class in (GracefulStop, ExactResume):
+                if not any(isinstance(callback, callback_class) for callback in given):
+                    extra.append(callback_class())
         saves = config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run
         if saves and not any(isinstance(callback, ModelCheckpoint) for callback in given):
             extra.append(self._checkpoint())
@@ -138,7 +141,7 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(callbacks=[*given, *extra], plugins=plugins, **kwargs)
 
     def _resumed_version(self, root: Path, callbacks: list[Any]) -> int | None:
-        """With `--ckpt_path last`, name the newest last checkpoint of this run, and return the run's number."""
+        """For `--ckpt_path last`, find the newest last checkpoint of this run, and return the number of the run."""
         config = self.config_init[self.subcommand]
         if self.subcommand != "fit" or config.get("ckpt_path") != "last":
             return None
@@ -150,20 +153,20 @@ class CLI(LightningCLI):
         found = newest_last(folders)
         if found is None:
             rank_zero_only(print)(
-                f"No run of this model and data in {root} has a last checkpoint: this is a first start."
+                f"No run of this model and data in {root} has a last checkpoint: training starts from the beginning."
             )
         if found is not None or config.trainer.logger in (None, True):
             config.ckpt_path = None if found is None else str(found)
         return version
 
     def _check_checkpoint(self) -> None:
-        """Refuse a checkpoint that is not there, and say where testing without one is testing what is not trained."""
+        """Refuse a checkpoint that does not exist, and warn if an untrained model is about to be tested."""
         path = self.config_init[self.subcommand].get("ckpt_path")
         named = path is not None and path not in ("last", "best", "hpc") and "://" not in path
         if named and not path.startswith("registry") and not Path(path).exists():
             raise LitPeftError(f"ckpt_path={path!r} does not exist: give the checkpoint that `lit-peft fit` wrote.")
         if path is None and self.subcommand != "fit":
-            rank_zero_warn(f"No ckpt_path is given, so {self.subcommand} runs on the method as it starts, untrained.")
+            rank_zero_warn(f"ckpt_path is not set, so {self.subcommand} uses an untrained adapter.")
 
     def _checkpoint(self) -> ModelCheckpoint:
         validates = "validation" in getattr(self.datamodule, "rows", {})
@@ -171,7 +174,7 @@ class CLI(LightningCLI):
         return ModelCheckpoint(monitor=monitor, mode=mode, filename="best-{step}", save_last=True)
 
     def after_fit(self) -> None:
-        """Say how it went, write the best adapter, and say what to do next. Every process takes part."""
+        """Report the metrics, write the best adapter, and suggest the next command. Every process must call this."""
         trainer = self.trainer
         say = print if trainer.is_global_zero else (lambda *_: None)
         checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
@@ -179,18 +182,18 @@ class CLI(LightningCLI):
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         say()
         if trainer.interrupted:
-            say("Training was interrupted; the last checkpoint is kept.")
+            say("Training was interrupted; the last checkpoint is available.")
         for name, value in sorted(trainer.callback_metrics.items()):
             say(f"{name:<17} {value.item():.4f}")
         if best and checkpoint and checkpoint.monitor and checkpoint.best_model_score is not None:
             say(f"{'best ' + checkpoint.monitor:<18}{checkpoint.best_model_score.item():.4f}  ({best})")
         if not best and checkpoint is not None and checkpoint.dirpath and checkpoint.save_last:
-            # Training ended before the first validation that could have told the best.
+            # Training ended before the first validation, so there is no best checkpoint.
             best = str(save_last(trainer, checkpoint))
-            say(f"No validation was reached, so what is kept is the last step's weights ({best}).")
+            say(f"No validation was reached, so the weights of the last step are used ({best}).")
         if not best:
             return
-        # The adapter people share is the best one, not the last.
+        # People share the best adapter, not the last one.
         adapter = folder / "adapter"
         try:
             self._write_best(best, adapter)
@@ -203,30 +206,31 @@ class CLI(LightningCLI):
         say(f"\nnext:  lit-peft test --config {config} --ckpt_path {shlex.quote(best)}")
 
     def _write_best(self, best: str, adapter: Path) -> None:
-        """Write the adapter of a checkpoint of this run; one that is there is replaced.
+        """Write the adapter of a checkpoint of this run, replacing an earlier one.
 
         Raises:
-            LitPeftError: no format has the method, or the strategy has the model in pieces of its own.
+            LitPeftError: no format supports the method, or the strategy splits the model in a way of its own.
         """
         strategy = self.trainer.strategy
         if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
             raise LitPeftError(
-                f"{type(strategy).__name__} holds the model in pieces: `lit-peft export --ckpt_path {best} --output "
-                f"{adapter}` writes the adapter"
+                f"{type(strategy).__name__} splits the model; to write the adapter, run `lit-peft export --ckpt_path "
+                f"{best} --output {adapter}`"
             )
         weights: dict[str, torch.Tensor] = {}
         if self.trainer.is_global_zero:
             weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
         weights = strategy.broadcast(weights)
-        places = dict(self.model.named_parameters())
-        self.model.load_state_dict({name: sharded_like(places.get(name), value) for name, value in weights.items()})
+        parameters = dict(self.model.named_parameters())
+        sharded = {name: sharded_like(parameters.get(name), value) for name, value in weights.items()}
+        self.model.load_state_dict(sharded)
         problem = None
         with whole_parameters(self.model):
             if self.trainer.is_global_zero:
                 temporary = temporary_folder(adapter)
                 try:
                     write_adapter(self.model.model, temporary)
-                    # A run that was killed here, and resumed, has one already.
+                    # A run that was killed here and resumed has one already.
                     replace_folder(temporary, adapter)
                 except LitPeftError as error:
                     shutil.rmtree(temporary, ignore_errors=True)
@@ -237,19 +241,19 @@ class CLI(LightningCLI):
 
 
 def run(arguments: list[str]) -> None:
-    """Run one of Lightning's commands.
+    """Run `fit`, `validate`, `test` or `predict`.
 
     Args:
         arguments: the command and its options.
 
     Raises:
-        LitPeftError: bad input.
+        LitPeftError: the input is wrong.
     """
     _quiet()
     for package in (lit_peft.data, lit_peft.modules):
         for name in package.__all__:
             getattr(package, name)  # jsonargparse finds subclasses that have been imported
-    # Comments are what makes a printed configuration worth keeping.
+    # A printed configuration with comments is worth keeping.
     arguments = ["--print_config=comments" if text == "--print_config" else text for text in arguments]
     sys.argv = [sys.argv[0], *arguments]
     CLI(
@@ -274,7 +278,7 @@ def _never_ends(trainer: Any) -> bool:
 
 
 def _check_writable(root: Path) -> None:
-    """Say before anything is computed that the folder of the runs cannot be written to."""
+    """Check that the folder of the runs is writable before anything is computed."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=root).close()
@@ -283,7 +287,7 @@ def _check_writable(root: Path) -> None:
 
 
 def _quiet() -> None:
-    """Leave out what the libraries say about themselves; what they warn of stays."""
+    """Silence the libraries' messages about themselves, but not their warnings."""
     import datasets
     import transformers
 
@@ -300,20 +304,20 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
 
 
-# What jsonargparse says of the ways it tried, which tells a user nothing.
+# Lines in which jsonargparse lists the types that it tried: they do not help a user.
 _NOISE = re.compile(r"Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|.*Does not validate against")
 
 
 def _readable(message: str) -> str:
-    """Bring what jsonargparse reports to one paragraph that names the closest settings or classes."""
+    """Turn a message of jsonargparse into one paragraph that names the closest settings or classes."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     text = " ".join(line for line in lines if line and not _NOISE.match(line))
-    kinds = [*_subclasses(BaseLM), *_subclasses(LitDataModule)]
+    classes = [*_subclasses(BaseLM), *_subclasses(LitDataModule)]
     missing = re.search(r"arguments are required: (.+)", text)
     if missing:
         options = ", ".join("--" + name.rpartition(".")[2] for name in missing[1].split(", "))
         return (
-            f"{options} must be given, on the command line or by a --config file, e.g. "
+            f"{options} must be given on the command line or in a --config file, e.g. "
             "`lit-peft fit --config configs/quickstart.yaml`."
         )
     optimization = re.search(r"(?:unrecognized arguments: --|does not accept option ')(optimizer|lr_scheduler)\b", text)
@@ -326,14 +330,13 @@ def _readable(message: str) -> str:
     text = re.sub(r'Parser key "[^"]+": (?=Parser key )', "", text)
     unknown = re.search(r"Option '([^']+)' is not accepted", text)
     if unknown:
-        names = [name for kind in kinds for name in inspect.signature(kind).parameters]
+        names = [name for cls in classes for name in inspect.signature(cls).parameters]
         near = closest(unknown[1], names)
-        return f"{unknown[1]!r} is not a setting of the class it is given to: the closest are {near}."
+        return f"{unknown[1]!r} is not a setting of this class: the closest are {near}."
     unknown = re.search(r"Expected a dot import path string: (\S+)", text)
     if unknown:
-        return (
-            f"{unknown[1]!r} is not a known class: the closest are {closest(unknown[1], [k.__name__ for k in kinds])}."
-        )
+        near = closest(unknown[1], [cls.__name__ for cls in classes])
+        return f"{unknown[1]!r} is not a known class: the closest are {near}."
     unknown = re.search(r"does not accept option '([^'.]+)", text)
     if unknown:
         keys = ("model", "data", "trainer", "seed_everything", "ckpt_path")
@@ -341,6 +344,6 @@ def _readable(message: str) -> str:
     return text or message
 
 
-def _subclasses(kind: type[Any]) -> list[type[Any]]:
-    children: list[type[Any]] = kind.__subclasses__()
+def _subclasses(cls: type[Any]) -> list[type[Any]]:
+    children: list[type[Any]] = cls.__subclasses__()
     return [found for child in children for found in (child, *_subclasses(child))]

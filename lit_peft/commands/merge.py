@@ -1,4 +1,4 @@
-"""`lit-peft merge`: a plain transformers folder out of a base and a LoRA."""
+"""`lit-peft merge`: writes a transformers folder of a base with a LoRA merged into it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lit_peft.util.errors import LitPeftError
 
 
 def run(arguments: list[str]) -> None:
-    """Merge an adapter's folder into its base and save the result, whole or not at all.
+    """Merge an adapter into its base and save the result, which appears complete or not at all.
 
     Raises:
-        LitPeftError: bad input, or the adapter is not one that can be merged.
+        LitPeftError: the input is wrong, or the adapter cannot be merged.
     """
     parser = Options("lit-peft merge", description="Merge a LoRA into its base: a plain transformers folder.")
     parser.takes_base()
     parser.add_argument("--adapter", required=True, help="the adapter's folder")
     parser.add_argument("--output", required=True, help="the new folder")
-    parser.add_argument("--max_shard_size", default="5GB", help="size of a weights file at most")
+    parser.add_argument("--max_shard_size", default="5GB", help="maximum size of a weights file")
     options = parser.parse_args(arguments)
     size = re.fullmatch(r"(\d+(?:\.\d+)?)(?:KB|MB|GB|TB)", options.max_shard_size, re.IGNORECASE)
     if size is None or not float(size[1]):
@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
         model = load_base(options)
         merge(load_adapter(model, options.adapter, check_base=not options.force))
         model.save_pretrained(folder, max_shard_size=options.max_shard_size)
-        # A base without a tokenizer is merged all the same.
+        # A base without a tokenizer can be merged, too.
         with contextlib.suppress(LitPeftError):
             load_tokenizer(options.base, "--base", options.revision).save_pretrained(folder)
     print(f"merged: {options.output}")

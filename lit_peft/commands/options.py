@@ -1,4 +1,4 @@
-"""Options that the commands share, and loading what they name."""
+"""Options that several commands share, and loading the base that they name."""
 
 from __future__ import annotations
 
@@ -11,42 +11,44 @@ from lit_peft.util.errors import LitPeftError, closest
 
 
 class Options(argparse.ArgumentParser):
-    """An argument parser whose errors are one paragraph."""
+    """An argument parser that reports errors as `LitPeftError`."""
 
     def error(self, message: str) -> NoReturn:
         raise LitPeftError(f"{message}: see `{self.prog} --help`.")
 
     def takes_base(self) -> None:
-        """Add the options that say which base model to load, and how."""
+        """Add the options for loading a base model."""
         self.add_argument("--base", required=True, help="hub id, model folder, .gguf file or pkg:DISTRIBUTION")
         self.add_argument("--revision", help="branch, tag or commit of a hub model")
-        self.add_argument("--task", default=None, help="task of the model; by the base's own architecture when unset")
+        self.add_argument(
+            "--task", default=None, help="task of the model; the architecture in the base's config when unset"
+        )
         self.add_argument("--num_labels", type=int, default=None, help="number of labels, for classification")
-        self.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: as the base is stored")
-        self.add_argument("--quantization", default=None, help="int8, int4, nf4, ...: as the adapter was trained on it")
-        self.add_argument("--force", action="store_true", help="use the adapter on another base than its own")
+        self.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto for the stored type")
+        self.add_argument("--quantization", default=None, help="int8, int4, nf4, ...: as in training")
+        self.add_argument("--force", action="store_true", help="use the adapter on a base that it was not trained on")
 
 
 def base_options(base: str, **given: Any) -> argparse.Namespace:
-    """The options that `load_base` reads, those not given at their defaults.
+    """Return the options that `load_base` reads, with defaults for those that are not given.
 
     Raises:
-        LitPeftError: there is no such option.
+        LitPeftError: an option does not exist.
     """
     parser = Options()
     parser.takes_base()
     known = vars(parser.parse_args([f"--base={base}"]))
     for name in given:
         if name not in known:
-            raise LitPeftError(f"{name!r} is not an option of a base: the closest are {closest(name, known)}.")
+            raise LitPeftError(f"{name!r} is not an option for a base: the closest are {closest(name, known)}.")
     return argparse.Namespace(**{**known, **given})
 
 
 def adapter_folders(given: Sequence[str]) -> dict[str, str]:
-    """The folders of `--adapter [NAME=]FOLDER` by name; those without one are adapter0, adapter1, ... by their place.
+    """Return the folders of `--adapter [NAME=]FOLDER` by name; without NAME, they are adapter0, adapter1, ...
 
     Raises:
-        LitPeftError: a name is given twice, or a folder is none of an adapter.
+        LitPeftError: a name is given twice, or a folder has no adapter.
     """
     from lit_peft.formats.untrusted import read_json
 
@@ -63,27 +65,27 @@ def adapter_folders(given: Sequence[str]) -> dict[str, str]:
 
 
 def check_counts(options: argparse.Namespace, *names: str) -> None:
-    """Check that each of these options, where it is set, is at least 1.
+    """Check that each of these options is unset or at least 1.
 
     Raises:
-        LitPeftError: names the first that is not.
+        LitPeftError: one is not.
     """
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise LitPeftError(f"--{name} {value}: give a whole number of at least 1.")
+            raise LitPeftError(f"--{name} {value} must be an integer of at least 1.")
 
 
 def check_generates(model: Any) -> None:
-    """Refuse a model that cannot write text.
+    """Check that a model can generate text.
 
     Raises:
         LitPeftError: it cannot.
     """
-    # Models without a head for words have no `can_generate`, or one that says no.
+    # Models without a language modeling head have no `can_generate`, or it returns False.
     if not getattr(model, "can_generate", lambda: False)():
         raise LitPeftError(
-            f"--base {model._lit_peft_base!r} is a {type(model).__name__}, which does not generate text: give a causal "
+            f"--base {model._lit_peft_base!r} is a {type(model).__name__}, which cannot generate text: give a causal "
             "or an encoder-decoder model, or the --task to load it for."
         )
 

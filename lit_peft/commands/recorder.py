@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
+import signal
 import statistics
 import time
 from typing import Any
@@ -40,7 +40,7 @@ class Recorder(Callback):
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive():
             # The command has ended, so nobody would receive the result.
-            os._exit(1)
+            signal.raise_signal(signal.SIGKILL)
 
     def on_validation_end(self, trainer: Any, *_: Any) -> None:
         value = float(trainer.callback_metrics[self.monitor])

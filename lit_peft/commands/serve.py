@@ -1,4 +1,4 @@
-"""`lit-peft serve`: a base and several adapters behind HTTP."""
+"""`lit-peft serve`: serves a base with several adapters over HTTP."""
 
 from __future__ import annotations
 
@@ -12,22 +12,29 @@ def run(arguments: list[str]) -> None:
     """Serve until interrupted.
 
     Raises:
-        LitPeftError: bad input, or the extra `serve` is not installed.
+        LitPeftError: the input is wrong, or the extra `serve` is not installed.
     """
-    parser = Options("lit-peft serve", description="Answer prompts over HTTP, each by the adapter that it names.")
+    parser = Options("lit-peft serve", description="Answer prompts over HTTP, each with the adapter that it names.")
     parser.takes_base()
     parser.add_argument("--adapter", action="append", default=[], help="[NAME=]FOLDER; repeat for several adapters")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for every one")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at")
-    parser.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to run")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens to write at most")
-    parser.add_argument("--max_prompt_tokens", type=int, default=4096, help="longer prompts are refused")
-    parser.add_argument("--max_batch_size", type=int, default=8, help="requests in one batch at most")
-    parser.add_argument("--batch_timeout", type=float, default=0.02, help="seconds to wait for further requests")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds after which a request is given up")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    parser.add_argument(
+        "--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="device to run on"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="maximum number of generated tokens")
+    parser.add_argument(
+        "--max_prompt_tokens",
+        type=int,
+        default=4096,
+        help="maximum number of tokens of a prompt; longer ones are refused",
+    )
+    parser.add_argument("--max_batch_size", type=int, default=8, help="maximum number of requests in a batch")
+    parser.add_argument("--batch_timeout", type=float, default=0.02, help="seconds to wait for more requests")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds until a request is abandoned")
     options = vars(parser.parse_args(arguments))
     if not options["timeout"] > 0:
-        raise LitPeftError(f"--timeout {options['timeout']}: give seconds, more than 0.")
+        raise LitPeftError(f"--timeout {options['timeout']}: give a positive number of seconds.")
     if not 0 < options["port"] < 2**16:
         raise LitPeftError(f"--port {options['port']}: give a number from 1 to 65535.")
     if find_spec("litserve") is None:

@@ -46,33 +46,6 @@ def flat_init(cls: type[Any], base: type[Any]) -> Any:
     return __init__
 
 
-def subclass_arguments(module: Any) -> dict[str, Any]:
-    """Return the arguments of the running `__init__` methods of a module, if they are plain data, by name.
-
-    Called by `BaseLM.__init__`, so that checkpoints contain the arguments that a user's subclass adds.
-    """
-    found: dict[str, Any] = {}
-    frame = inspect.currentframe()
-    frame = None if frame is None else frame.f_back
-    while frame is not None and frame.f_code.co_name == "__init__":
-        code, values = frame.f_code, frame.f_locals
-        owner, *names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        if values[owner] is not module:
-            break
-        found |= {name: values[name] for name in names if _is_plain(values[name])}
-        frame = frame.f_back
-    return found
-
-
-def _is_plain(value: Any) -> bool:
-    """Return whether a value is data that a checkpoint can be loaded with, without running code."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
-
-
 def _argument_docs(documented: type[Any]) -> str:
     """Return the "Args:" section of a class's docstring, indented by four."""
     text = inspect.cleandoc(documented.__doc__ or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ class SelectiveCheckpoint(ModelCheckpoint):
 # --------------------------------------------------------------------------------------------------- the log
 
 
-class AppendingWriter(ExperimentWriter):
+class _AppendingWriter(ExperimentWriter):
     """Lightning's writer of `metrics.csv`, which continues an existing file instead of deleting it.
 
     Attributes:
@@ -222,7 +223,7 @@ class AppendingCSVLogger(CSVLogger):
     def experiment(self) -> Any:
         # The class of the writer cannot be set in a public way.
         if self._experiment is None:
-            self._experiment = AppendingWriter(self.log_dir)
+            self._experiment = _AppendingWriter(self.log_dir)
         return self._experiment
 
 
@@ -262,3 +263,31 @@ class DtypeKeepingModule(pl.LightningModule):
         if cast:
             self.after_cast()
         return self
+
+
+def subclass_arguments(module: Any) -> dict[str, Any]:
+    """Return the arguments of the running `__init__` methods of a module, if they are plain data, by name.
+
+    Called by `BaseLM.__init__`, so that checkpoints contain the arguments that a user's subclass adds.
+    """
+    # Lightning's `save_hyperparameters` reads the frames too, but only those of the class that calls it.
+    found: dict[str, Any] = {}
+    frame = inspect.currentframe()
+    frame = None if frame is None else frame.f_back
+    while frame is not None and frame.f_code.co_name == "__init__":
+        code, values = frame.f_code, frame.f_locals
+        owner, *names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if values[owner] is not module:
+            break
+        found |= {name: values[name] for name in names if _is_plain(values[name])}
+        frame = frame.f_back
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is data that a checkpoint can be loaded with, without running code."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

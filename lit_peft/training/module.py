@@ -20,10 +20,11 @@ from lit_peft.training.adapter_methods import AdapterMethods
 from lit_peft.training.building import build_empty_model, build_metrics, build_model, share_average_model
 from lit_peft.training.checkpoint_class import CLASS_KEY, class_name, class_of_checkpoint
 from lit_peft.training.data_checks import DataChecks
-from lit_peft.training.flat_init import flat_init, subclass_arguments
+from lit_peft.training.flat_init import flat_init
 from lit_peft.training.lightning_internals import (
     datamodule_of,
     mark_resumed_checkpoint,
+    subclass_arguments,
     trainer_of,
 )
 from lit_peft.training.optimizer import check_finite, make_optimizer, parameter_groups, schedule_for_run
