@@ -89,7 +89,7 @@ class GracefulStop(Callback):
         """Make the loop stop where it checks next: after the step and its validation, or at the end of the epoch."""
         number = self._signal or 0
         if trainer.world_size > 1:
-            ours = torch.tensor(float(number), device=trainer.strategy.root_device)
+            ours = torch.tensor(number, device=trainer.strategy.root_device)
             number = int(trainer.strategy.reduce(ours, reduce_op="max"))
         if not number:
             return

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from lit_peft.util.disk import whole_file
+from lit_peft.util.errors import LitPeftError
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -24,6 +25,9 @@ class PredictionWriter(BasePredictionWriter):
     written at the end. After a kill, the same command computes only the missing rows, if the data module accepts
     `finished` (a set of row numbers) and the data, the weights and the settings are the same; else it starts again.
     Testing writes the text that the task generated and evaluated in the same form, at the end.
+
+    Raises:
+        LitPeftError: there are several loaders to predict.
 
     Args:
         output: the file; `predictions.jsonl` (for tests `test_predictions.jsonl`) in the run's folder if unset.
@@ -90,6 +94,11 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
+        if dataloader_idx:
+            raise LitPeftError(
+                "PredictionWriter numbers the rows of a single loader, but there are several: call trainer.predict for "
+                "each loader, each time with another output."
+            )
         # Loaders without a sampler report no row numbers; with n processes, each takes every n-th example.
         step, first = trainer.world_size, trainer.global_rank + trainer.world_size * self._seen
         self._seen += len(prediction)

@@ -8,6 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lit_peft.callbacks import PredictionWriter
 from models import scramble
 from torch import nn
 from torch.utils.data import DataLoader
@@ -276,3 +278,39 @@ def test_the_base_class_loads_any_run(decoder: Path, tmp_path: Path) -> None:
     with pytest.raises(LitPeftError, match="does not name its class"):
         lit_peft.BaseLM.load_from_checkpoint(tmp_path / "c.ckpt")
     assert lit_peft.PrefixTuning.load_from_checkpoint(tmp_path / "c.ckpt").settings.num_virtual_tokens == 3
+
+
+def test_several_validation_and_test_loaders_have_metrics_of_their_own(decoder: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    other = {**batch(), "input_ids": torch.randint(5, 20, (3, 7), generator=generator)}
+    other["labels"] = other["input_ids"]
+    loaders = [DataLoader([rows] * 2, batch_size=None) for rows in (batch(), other)]
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    module = lit_peft.LoRA(base=str(decoder), learning_rate=1e-2)
+    keep = ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer = pl.Trainer(max_epochs=2, callbacks=[keep], **options)
+    trainer.fit(module, DataLoader([batch()] * 2, batch_size=None), loaders)
+    module.eval()
+    with torch.no_grad():
+        losses = [float(module(**rows).loss) for rows in (batch(), other)]
+    assert abs(losses[0] - losses[1]) > 1e-3
+    names = ("val_loss", "val_loss/dataloader_idx_1")
+    assert [float(trainer.callback_metrics[name]) for name in names] == pytest.approx(losses, abs=1e-5)
+    assert float(keep.best_model_score or 0) == pytest.approx(losses[0], abs=1e-5)
+    first, second = trainer.test(module, loaders, verbose=False)
+    assert first["test_loss"] == pytest.approx(losses[0], abs=1e-5)
+    assert second["test_loss/dataloader_idx_1"] == pytest.approx(losses[1], abs=1e-5)
+    # Once more with one loader: nothing is left of the second.
+    (only,) = trainer.validate(module, loaders[1], verbose=False)
+    assert only["val_loss"] == pytest.approx(losses[1], abs=1e-5) and "val_loss/dataloader_idx_1" not in only
+
+
+def test_predictions_of_several_loaders_are_not_written_over_each_other(decoder: Path, tmp_path: Path) -> None:
+    prompts = {name: value for name, value in batch().items() if name != "labels"}
+    loaders = [DataLoader([prompts], batch_size=None)] * 2
+    module = lit_peft.LoRA(base=str(decoder), generation={"max_new_tokens": 2})
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    rows = pl.Trainer(**options).predict(module, loaders)
+    assert rows is not None and len(rows) == 2
+    with pytest.raises(LitPeftError, match="single loader"):
+        pl.Trainer(callbacks=[PredictionWriter(str(tmp_path / "a.jsonl"))], **options).predict(module, loaders)

@@ -132,10 +132,10 @@ def test_of_data_that_would_not_read_a_setting(kind: str, values: dict[str, Any]
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"labels": ["pos", "neg"]}, "'pos' is class 0 of the model's labels, and class 1 of the data's"),
-        ({"labels": ["other", "neg", "pos"]}, "'neg' is class 1 of the model's labels, and class 0 of the data's"),
-        ({"labels": ["neg"]}, "2 labels, and the model 1 output"),
-        ({"num_labels": 1}, "2 labels, and the model 1 output"),
+        ({"labels": ["pos", "neg"]}, "'pos' is class 0 of the model's labels, but class 1 of the data's"),
+        ({"labels": ["other", "neg", "pos"]}, "'neg' is class 1 of the model's labels, but class 0 of the data's"),
+        ({"labels": ["neg"]}, "2 labels, but the model has 1 output"),
+        ({"num_labels": 1}, "2 labels, but the model has 1 output"),
         ({"labels": ["bad", "good"]}, None),
         ({"labels": ["neg", "pos", "other"]}, None),
         ({"num_labels": 3}, None),
@@ -159,7 +159,7 @@ def test_of_an_optimizer_and_its_schedule() -> None:
         make_optimizer(groups, "AdmW", 0.1, {})
     with pytest.raises(LitPeftError, match=r"optimizer='no\.such\.Module'"):
         make_optimizer(groups, "no.such.Module", 0.1, {})
-    with pytest.raises(LitPeftError, match="does not take optimizer_args"):
+    with pytest.raises(LitPeftError, match="does not accept optimizer_args"):
         make_optimizer(groups, "SGD", 0.1, {"betas": (0, 1)})
     optimizer = make_optimizer(groups, "torch.optim.SGD", 0.1, {"momentum": 0.5})
     assert type(optimizer) is torch.optim.SGD and optimizer.defaults["momentum"] == 0.5

@@ -74,7 +74,7 @@ def test_unknown_names_are_refused_whatever_their_value(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("part", ["model", "data"])
+@pytest.mark.parametrize("part", ["model", "data", "callback"])
 def test_unknown_empty_names_in_a_file_are_refused(
     part: str,
     decoder: Path,
@@ -89,10 +89,31 @@ def test_unknown_empty_names_in_a_file_are_refused(
         "data": {"class_path": "CausalLMData", "init_args": {"train": str(reviews)}},
         "trainer": {"max_steps": 1, "accelerator": "cpu", "default_root_dir": str(tmp_path / "runs")},
     }
+    callbacks = [{"class_path": "GracefulStop"}, {"class_path": "AdapterNorms", "init_args": {"every_n_steps": 2}}]
+    settings["trainer"]["callbacks"] = [{**c, "class_path": f"lit_peft.callbacks.{c['class_path']}"} for c in callbacks]
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump(settings))
     assert main(["fit", "--config", str(file)]) == 0
-    settings[part]["init_args"]["nonsense"] = {}
+    place = settings["trainer"]["callbacks"][1] if part == "callback" else settings[part]
+    place["init_args"]["nonsense"] = {}
     file.write_text(yaml.safe_dump(settings))
     assert main(["fit", "--config", str(file)]) == 2
-    assert f"{part}.nonsense is not a setting" in capsys.readouterr().err
+    where = "trainer.callbacks" if part == "callback" else part
+    assert f"{where}.nonsense is not a setting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--optimizer", "AdamW"], ["--lr_scheduler=linear"], ["--optimizer.lr", "1"], []])
+def test_lightnings_own_optimizer_options_are_refused_with_what_to_give(
+    given: list[str],
+    decoder: Path,
+    reviews: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["lit-peft"])
+    file = tmp_path / "a.yaml"
+    file.write_text("optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}")
+    assert main([*arguments(decoder, reviews, tmp_path / "runs"), *(given or ["--config", str(file)])]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "--model.optimizer AdamW" in error and "\n" not in error

@@ -95,9 +95,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse unknown settings, and fill in those that depend on others: the tokenizer and the number of epochs."""
         config = self.config[self.subcommand]
-        for part in ("model", "data"):
-            if config.get(part) is not None:
-                check_names(part, config[part].class_path, list(vars(config[part].init_args)), self.arguments)
+        check_names(self.arguments, config)
         if self.subcommand == "fit" and _never_ends(config.trainer):
             config.trainer.max_epochs = DEFAULT_EPOCHS
             self.length_note = "the default: set --trainer.max_epochs or --trainer.max_steps"
@@ -321,6 +319,13 @@ def _readable(message: str) -> str:
         return (
             f"{options} must be given on the command line or in a --config file, e.g. "
             "`lit-peft fit --config configs/quickstart.yaml`."
+        )
+    optimization = re.search(r"(?:unrecognized arguments: --|does not accept option ')(optimizer|lr_scheduler)\b", text)
+    if optimization:
+        return (
+            f"{optimization[1]!r} is a setting of the model here: give --model.optimizer AdamW with "
+            "--model.learning_rate and --model.optimizer_args, and --model.lr_scheduler linear, cosine or constant "
+            "with --model.warmup_steps."
         )
     text = re.sub(r'Parser key "[^"]+": (?=Parser key )', "", text)
     unknown = re.search(r"Option '([^']+)' is not accepted", text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,50 @@ from lit_peft.util.errors import LitPeftError, closest
 _OWN_KEYS = ("class_path", "init_args", "dict_kwargs", "help")
 
 
-def check_names(part: str, class_path: str, known: Collection[str], arguments: Sequence[str]) -> None:
-    """Refuse names that are not settings of a class.
+def check_names(arguments: Sequence[str], parsed: Any) -> None:
+    """Refuse names that are not settings of the class that they are given to.
 
     Args:
-        part: `model` or `data`.
-        class_path: the class, e.g. `lit_peft.LoRA`.
-        known: its settings.
         arguments: the command line.
+        parsed: the settings that jsonargparse made of it, in which every class has all of its settings.
 
     Raises:
         LitPeftError: names the first unknown setting.
     """
-    for given in (*_on_command_line(part, arguments), *_in_files(part, class_path, arguments)):
-        if given not in known:
-            near = closest(given, known)
-            raise LitPeftError(f"{part}.{given} is not a setting of {_name(class_path)}: the closest are {near}.")
+    for part in ("model", "data"):
+        if parsed.get(part) is not None:
+            for name in _on_command_line(part, arguments):
+                _check_name(name, part, parsed[part])
+    for file in _files(arguments):
+        _check_tree(yaml.safe_load(file.read_text(encoding="utf-8")), parsed, "")
+
+
+def _check_name(name: str, where: str, parsed: Any) -> None:
+    known = vars(parsed.get("init_args", parsed))
+    if name not in known:
+        raise LitPeftError(
+            f"{where}.{name} is not a setting of {_class_name(parsed.class_path)}: the closest are "
+            f"{closest(name, known)}."
+        )
+
+
+def _check_tree(given: Any, parsed: Any, where: str) -> None:
+    """Check the settings of every class in a file, wherever it stands."""
+    if isinstance(given, list) and isinstance(parsed, list):
+        for inner, its in zip(given, parsed, strict=False):
+            _check_tree(inner, its, where)
+    if not isinstance(given, Mapping) or not hasattr(parsed, "get"):
+        return
+    if "class_path" in given:
+        # A later file or argument may have chosen another class.
+        if _class_name(given["class_path"]) != _class_name(parsed.get("class_path")):
+            return
+        values = given.get("init_args")
+        for name in values if isinstance(values, Mapping) and parsed.get("init_args") is not None else ():
+            _check_name(str(name), where, parsed)
+    for key, value in given.items():
+        inside = where if key == "init_args" else f"{where}.{key}".removeprefix(".")
+        _check_tree(value, parsed.get(str(key)), inside)
 
 
 def _on_command_line(part: str, arguments: Sequence[str]) -> Iterator[str]:
@@ -42,18 +70,14 @@ def _on_command_line(part: str, arguments: Sequence[str]) -> Iterator[str]:
                 yield name
 
 
-def _in_files(part: str, class_path: str, arguments: Sequence[str]) -> Iterator[str]:
+def _files(arguments: Sequence[str]) -> Iterator[Path]:
     for position, argument in enumerate(arguments):
         key, _, value = argument.partition("=")
         if key in ("--config", "-c"):
             file = Path(value or (arguments[position + 1] if position + 1 < len(arguments) else ""))
-            settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-            section: Any = settings.get(part) if isinstance(settings, Mapping) else None
-            values: Any = section.get("init_args") if isinstance(section, Mapping) else None
-            # A later file or argument may have chosen another class.
-            same = isinstance(values, Mapping) and _name(section.get("class_path")) == _name(class_path)
-            yield from (str(name) for name in values) if same else ()
+            if file.is_file():
+                yield file
 
 
-def _name(class_path: Any) -> str:
+def _class_name(class_path: Any) -> str:
     return str(class_path).rpartition(".")[2]

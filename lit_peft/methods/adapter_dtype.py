@@ -60,6 +60,18 @@ def cast_in_forward(attachment: Attachment) -> None:
             attachment.forward_hook(module_path, cast.restore, always_call=True)
 
 
+def follow_cast(attachment: Attachment) -> None:
+    """Complete a cast of the model in which the trained parameters kept their dtype.
+
+    The base's own parameters, which trained copies replace, get the dtype that the frozen ones have now.
+    """
+    cast_in_forward(attachment)
+    frozen = _frozen_parameter(attachment.model)
+    for change in attachment.changes:
+        if isinstance(change, TrainParameter) and change.original is not None and frozen is not None:
+            change.original.data = change.original.data.to(frozen.dtype)
+
+
 def _frozen_parameter(model: nn.Module) -> nn.Parameter | None:
     """The first frozen floating-point parameter of a model; None if it has none."""
     return next((p for p in model.parameters() if not p.requires_grad and p.is_floating_point()), None)

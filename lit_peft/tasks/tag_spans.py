@@ -69,7 +69,7 @@ class SpanScore(Metric):
 
         self.kind = kind
         for name in ("right", "predicted", "gold"):
-            self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, right: int, predicted: int, gold: int) -> None:
         """Add the numbers of right, predicted and gold spans."""
@@ -79,4 +79,4 @@ class SpanScore(Metric):
 
     def compute(self) -> Tensor:
         total = {"precision": self.predicted, "recall": self.gold, "f1": (self.predicted + self.gold) / 2}[self.kind]
-        return (self.right / total.clamp(min=1e-9)).float()
+        return self.right.float() / total.float().clamp(min=1e-9)

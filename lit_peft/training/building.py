@@ -14,6 +14,8 @@ from torch import nn
 from lit_peft.methods.adapter_dtype import set_trained_dtype
 from lit_peft.methods.attachment import attachment_of
 from lit_peft.models.loading import BaseSettings, check_weights_found, empty_model, load_base, load_config
+from lit_peft.nn.torch_internals import DtypeKeepingDict
+from lit_peft.tasks.base import Task, float32_default
 from lit_peft.training.lightning_internals import replace_average_model, trainer_of
 from lit_peft.training.sharding import shard
 
@@ -51,6 +53,12 @@ def build_empty_model(module: Any) -> Any:
     model = empty_model(_base_settings(module.hparams), config, module.task.model_class(config))
     _attach(module, model, ())
     return model
+
+
+def build_metrics(task: Task, config: Any) -> DtypeKeepingDict:
+    """Return new metrics of a task by name; their states are float32 or integers in every precision."""
+    with float32_default():
+        return DtypeKeepingDict(task.metrics(config))
 
 
 def share_average_model(module: pl.LightningModule) -> None:

@@ -14,10 +14,10 @@ from lit_peft.methods.attachment import MethodSettings
 from lit_peft.models.tokenization import load_tokenizer
 from lit_peft.nn.torch_internals import DtypeKeepingDict
 from lit_peft.tasks import find_task
-from lit_peft.tasks.base import Batch, Generation, float32_default
+from lit_peft.tasks.base import Batch, Generation
 from lit_peft.training.accumulation import WeightedAccumulation
 from lit_peft.training.adapter_methods import AdapterMethods
-from lit_peft.training.building import build_empty_model, build_model, share_average_model
+from lit_peft.training.building import build_empty_model, build_metrics, build_model, share_average_model
 from lit_peft.training.checkpoint_class import CLASS_KEY, class_name, class_of_checkpoint
 from lit_peft.training.data_checks import DataChecks
 from lit_peft.training.flat_init import flat_init
@@ -129,10 +129,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         self.take_labels(datamodule_of(self))
         self.model = build_model(self)
         self.task.prepare(self.model)
-        with float32_default():
-            self.val_metrics, self.test_metrics = (
-                DtypeKeepingDict(self.task.metrics(self.model.config)) for _ in range(2)
-            )
+        self.val_metrics, self.test_metrics = (build_metrics(self.task, self.model.config) for _ in range(2))
         share_average_model(self)
 
     def check(self) -> None:
@@ -206,16 +203,27 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
     def _loss_only(self) -> Any:
         return self.task.loss_only(self.model) if self.hparams.supervised_loss else nullcontext()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the validation metrics."""
-        self._evaluate(batch, self.val_metrics, "val")
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the validation metrics of its loader.
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any] | None:
-        """Add a batch to the test metrics; if the task evaluates generated text, return a plain dict per example."""
-        rows = self._evaluate(batch, self.test_metrics, "test")
+        The metrics of the first loader have plain names, e.g. `val_loss`; the others end in `/dataloader_idx_1`, ….
+        """
+        self._evaluate(batch, "val", dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any] | None:
+        """Add a batch to the test metrics of its loader; see `validation_step`.
+
+        Returns:
+            One plain dict per example, under the key `rows`, if the task evaluates generated text; else None.
+        """
+        rows = self._evaluate(batch, "test", dataloader_idx)
         return None if rows is None else {"rows": rows}
 
-    def _evaluate(self, batch: Batch, metrics: Any, stage: str) -> list[dict[str, Any]] | None:
+    def _evaluate(self, batch: Batch, stage: str, loader: int) -> list[dict[str, Any]] | None:
+        attribute = f"{stage}_metrics" + (f"_{loader}" if loader else "")
+        if not hasattr(self, attribute):
+            setattr(self, attribute, build_metrics(self.task, self.model.config).to(self.device))
+        metrics: Any = getattr(self, attribute)
         # Rows that were repeated so that all processes have equally many do not count. This process still makes the
         # calls that processes make together, for the metrics that the others update.
         surplus = batch.pop("surplus", False)
@@ -227,10 +235,19 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
             # A task may have metrics that do not apply to this data.
             for name, metric in ((name, metric) for name, metric in metrics.items() if updated[name].update_called):
                 monitored = stage == "val" and name == self.task.monitor[0].removeprefix("val_")
-                self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=monitored, batch_size=size)
+                self.log(
+                    f"{stage}_{name}",
+                    metric,
+                    on_step=False,
+                    on_epoch=True,
+                    prog_bar=monitored and not loader,
+                    batch_size=size,
+                    add_dataloader_idx=loader > 0,
+                    metric_attribute=f"{attribute}.{name}",
+                )
         return None if surplus else rows
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Return one plain dict per example: label and probabilities, or generated text."""
         return self.task.predict(self.model, batch, self._generation)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_peft.methods.adapter_dtype import cast_in_forward
+from lit_peft.methods.adapter_dtype import follow_cast
 from lit_peft.methods.attachment import attachment_or_none
 from lit_peft.nn.torch_internals import computed_buffers
 from lit_peft.training.lightning_internals import DtypeKeepingModule
@@ -30,7 +30,7 @@ class PreciseModule(DtypeKeepingModule):
         return [] if self.model is None else computed_buffers(self.model)
 
     def after_cast(self) -> None:
-        """Let modules of the base with a trained parameter cast it to the base's type in each forward."""
+        """Let modules of the base cast their trained parameters to the base's new type in each forward."""
         attachment = attachment_or_none(self.model)
         if attachment is not None:
-            cast_in_forward(attachment)
+            follow_cast(attachment)
