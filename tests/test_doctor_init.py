@@ -17,9 +17,9 @@ from lit_peft.tasks import TASKS
 
 def test_memory_counts_the_models_own_parameters(decoder: Path) -> None:
     base = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(decoder).parameters())
-    full = doctor.memory(str(decoder), "FullFineTuning", "causal_lm", 2, 16)
+    full = doctor.training_memory(str(decoder), "FullFineTuning", "causal_lm", 2, 16)
     assert [full["parameters"], full["gradients"], full["Adam's moments"]] == [4 * base, 4 * base, 8 * base]
-    lora = doctor.memory(str(decoder), "LoRA", "causal_lm", 2, 16)
+    lora = doctor.training_memory(str(decoder), "LoRA", "causal_lm", 2, 16)
     extra = lora["parameters"] - 4 * base
     assert lora["gradients"] == extra > 0 and lora["Adam's moments"] == 2 * extra
     # 34 s b h + 5 a s^2 b bytes for each layer in half precision; twice in single.
@@ -30,7 +30,7 @@ def test_doctor_says_what_is_missing_and_what_fits(
     decoder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_OPTIONAL", {"no_such_package": ("nothing", "pip install it")})
-    monkeypatch.setattr(doctor, "available", lambda: {"large": 2**40, "small": 1})
+    monkeypatch.setattr(doctor, "free_memory", lambda: {"large": 2**40, "small": 1})
     assert main(["doctor", "--base", str(decoder)]) == 0
     said = capsys.readouterr().out
     assert "missing  (nothing)  ->  pip install it" in said
@@ -186,6 +186,6 @@ def test_init_asks_for_what_no_flag_gives(
 @pytest.mark.parametrize("task", TASKS)
 def test_doctor_knows_every_task(task: str, encoder: Path, decoder: Path, t5: Path) -> None:
     base = {"causal_lm": decoder, "seq2seq": t5}.get(task, encoder)
-    need = doctor.memory(str(base), "AdapterP", task, 2, 16)
+    need = doctor.training_memory(str(base), "AdapterP", task, 2, 16)
     assert need["parameters"] > need["gradients"] > 0 and need["Adam's moments"] == 2 * need["gradients"]
     assert need["activations, about"] > 0

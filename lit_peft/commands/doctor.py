@@ -43,15 +43,15 @@ def run(arguments: list[str]) -> None:
     check_counts(options, "batch_size", "length")
     need = None
     if options.base is not None:
-        need = memory(options.base, options.method, options.task, options.batch_size, options.length)
+        need = training_memory(options.base, options.method, options.task, options.batch_size, options.length)
     print(f"{'python':<14}{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in _REQUIRED:
         print(f"{name:<14}{metadata.version(name)}")
-    devices = available()
+    devices = free_memory()
     for device, free in devices.items():
         print(f"{device:<14}{_size(free)} free")
     for name, (purpose, install) in _OPTIONAL.items():
-        state, works = engine(name)
+        state, works = package_state(name)
         print(f"{name:<14}{state}  ({purpose})" + ("" if works else f"  ->  {install}"))
     if need is not None:
         print(f"\n{options.method} on {options.base}, {options.batch_size} x {options.length} tokens, float32:")
@@ -66,13 +66,13 @@ def run(arguments: list[str]) -> None:
             print(f"  {device:<22}{verdict}")
 
 
-def memory(base: str, method: str, task: str, batch_size: int, length: int) -> dict[str, int]:
-    """Estimate the bytes of training in float32 with AdamW; no weights are read.
+def training_memory(base: str, method: str, task: str, batch_size: int, length: int) -> dict[str, int]:
+    """Estimate the memory of training in float32 with AdamW, without reading weights.
 
     Returns:
-        Parameters, gradients, Adam's two moments (exact, from the model on the meta device), and activations: 34
-        values of hidden size, and 2.5 scores per head and pair of tokens, for each token and layer, which Korthikanti
-        et al. (2022, arXiv:2205.05198, section 4.1) count in half precision bytes: an estimate.
+        Bytes of parameters, gradients and the two moments of Adam, which are exact, and of activations, which are
+        estimated: 34 values of hidden size per token and layer, and 2.5 scores per head and pair of tokens. Korthikanti
+        et al. (2022, arXiv:2205.05198, section 4.1) count these in bytes of half precision.
     """
     import lit_peft
     from lit_peft.methods.attachment import trainable_parameters
@@ -85,13 +85,13 @@ def memory(base: str, method: str, task: str, batch_size: int, length: int) -> d
     parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
     text = model.config.get_text_config()
     hidden, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
-    # Bytes in half precision are values times two; these are of four bytes.
+    # The paper counts two bytes per value; in float32 it is four.
     activations = 2 * layers * batch_size * length * (34 * hidden + 5 * heads * length)
     exact = {"parameters": parameters, "gradients": trained, "Adam's moments": 2 * trained}
     return {**exact, "activations, about": activations}
 
 
-def available() -> dict[str, int]:
+def free_memory() -> dict[str, int]:
     """Return the free bytes of each device."""
     import torch
 
@@ -104,7 +104,7 @@ def available() -> dict[str, int]:
     return found
 
 
-def engine(name: str) -> tuple[str, bool]:
+def package_state(name: str) -> tuple[str, bool]:
     """Return a package's version, "missing", or why its import fails; and whether it can be imported."""
     try:
         version = metadata.version(name.replace("_", "-"))
