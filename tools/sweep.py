@@ -34,7 +34,7 @@ from torch import Tensor
 import lit_peft
 
 DOCS = Path(__file__).parents[1] / "docs" / "support.md"
-START, END = "<!-- support: start -->\n", "<!-- support: end -->\n"
+START, END = "<!-- sweep: start -->\n", "<!-- sweep: end -->\n"
 METHODS: dict[str, Any] = {
     "LoRA": lit_peft.LoRASettings(),
     # Wider than by default: with two units, both may be off for all tokens.
@@ -187,6 +187,13 @@ def read(results: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
 
 
+def general(reason: str) -> str:
+    """A refusal without the names of one model, so that those of many models are one note."""
+    reason = re.sub(r"^[\w.]+ \(\w+\) ", "An attention layer ", reason)
+    reason = re.sub(r"^[A-Z]\w+ ", "The model ", reason) if not reason.startswith("An ") else reason
+    return re.sub(r"target_modules=\['[^]]*\]", "target_modules=[...]", reason)
+
+
 def write(rows: list[dict[str, str]]) -> None:
     """Write the table of docs/support.md."""
     notes: dict[str, int] = {}
@@ -200,7 +207,7 @@ def write(rows: list[dict[str, str]]) -> None:
             cells = []
             for method in METHODS:
                 found = results.get((kind, name, method), "not tried")
-                reason = found.removeprefix("no: ")
+                reason = general(found.removeprefix("no: "))
                 cells.append("yes" if found == "yes" else f"no [{notes.setdefault(reason, len(notes) + 1)}]")
             lines.append(f"| {name} ({kind}) | " + " | ".join(cells) + " |")
     lines += ["", *(f"{number}. {note}" for note, number in notes.items())]
