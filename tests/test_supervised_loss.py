@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,10 @@ def test_hooks_of_a_module_stay_and_act_only_in_a_step(decoder: Path) -> None:
     copied = copy.deepcopy(module)
     torch.testing.assert_close(copied.training_step(inputs, 0), first, rtol=1e-5, atol=0)
     assert copied.task.supervised.model is copied.model
+    pickled = pickle.loads(pickle.dumps(model))
+    assert SupervisedLoss.of(pickled).model is pickled
+    with SupervisedLoss.of(pickled).active():
+        torch.testing.assert_close(pickled(**inputs).loss, first, rtol=1e-5, atol=0)
     with supervised_loss(model):
         assert rows_of_the_head(model, inputs) == 1  # whose logits nobody uses
     assert not model._forward_hooks and not model.lm_head._forward_hooks
