@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,20 @@ def test_a_row_that_the_template_refuses_is_named(
     ) as e:
         data.examples(split)  # type: ignore[arg-type]
     assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_wrong_row_ends_all_processes_though_a_handler_ignores_sigterm(decoder: Path, tmp_path: Path) -> None:
+    """Lightning's handler, which stays after a fit, ignores the signal by which a pool ends its processes."""
+    template = "{{ raise_exception('no') }}" + PLAIN
+    data = chats(decoder, lines(tmp_path / "a.jsonl", *[{"messages": chat()}] * 9), template, num_proc=3)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(LitPeftError, match="the chat template cannot render this chat"):
+            data.examples("train")
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_template_with_a_mistake_is_reported(decoder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.datasets_internals import get_fingerprint
@@ -48,21 +51,35 @@ def tokenize(
         tokenizer_digest(tokenizer),
     )
     try:
-        encoded = table.map(
-            _call_with_indices,
-            batched=True,
-            with_indices=True,
-            fn_kwargs={"function": function, "tokenizer": tokenizer, **settings},
-            remove_columns=table.column_names,
-            new_fingerprint=fingerprint(*key),
-            num_proc=num_proc,
-            desc=description,
-        )
+        with _default_sigterm() if num_proc else contextlib.nullcontext():
+            encoded = table.map(
+                _call_with_indices,
+                batched=True,
+                with_indices=True,
+                fn_kwargs={"function": function, "tokenizer": tokenizer, **settings},
+                remove_columns=table.column_names,
+                new_fingerprint=fingerprint(*key),
+                num_proc=num_proc,
+                desc=description,
+            )
     except RowError as exc:
         raise LitPeftError(f"{rows.locate(rows.indices[exc.index])}: {exc.problem}") from exc
     if len(encoded) == len(rows):
         _refuse_empty_examples(encoded, rows)
     return encoded
+
+
+@contextlib.contextmanager
+def _default_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the processes that are started: they inherit the handler, and a trainer's ignores the signal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
 
 
 def _call_with_indices(
