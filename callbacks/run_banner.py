@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 
 from lit_peft.methods.attachment import trainable_parameters
 
 
 class RunBanner(Callback):
-    """Prints the base, method, trainable parameters, precision, devices and results folder when fitting starts.
+    """Prints what is trained, how long, in which precision and on which devices, when fitting starts.
+
+    In every stage, it also prints what a data module with a `report()` lost of the data.
 
     Works with any LightningModule; base, task and method come from its `describe()` if it has that method.
+
+    Args:
+        length_note: text to print after the number of epochs and steps.
     """
+
+    def __init__(self, length_note: str = "") -> None:
+        self.length_note = length_note
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         results = trainer.log_dir or trainer.default_root_dir  # communicates, so all processes need it
@@ -28,7 +39,39 @@ class RunBanner(Callback):
             "task": facts.get("task", ""),
             "method": facts.get("method", type(pl_module).__name__),
             "trainable": f"{trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.3f} %)",
+            "length": _length(trainer) + (f" ({self.length_note})" if self.length_note else ""),
             "precision": f"{trainer.precision} on {trainer.world_size} × {device}",
             "results": results,
         }
         print("\n".join(f"{name + ':':<11}{value}" for name, value in lines.items() if value), flush=True)
+        print_data_report(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            print_data_report(trainer)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        print_data_report(trainer)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        print_data_report(trainer)
+
+
+def print_data_report(trainer: pl.Trainer) -> None:
+    """Print what the data module cut, dropped or ignored, on the first process."""
+    report = getattr(getattr(trainer, "datamodule", None), "report", None)
+    if trainer.is_global_zero and callable(report):
+        for line in report():
+            print(f"{'data:':<11}{line}", flush=True)
+
+
+def _length(trainer: pl.Trainer) -> str:
+    """Return how long training lasts, in words."""
+    epochs = trainer.max_epochs
+    try:
+        steps = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # gradients are accumulated over a changing number of batches
+        steps = math.inf
+    parts = [] if epochs is None or epochs < 0 else [f"{epochs} epoch{'' if epochs == 1 else 's'}"]
+    parts += [f"{steps:,} steps"] if math.isfinite(steps) else []
+    return ", ".join(parts) or "until it is stopped"

@@ -33,10 +33,10 @@ from lit_peft.data.token_classification import TokenClassificationData as TokenC
 from lit_peft.methods.adapters import active_adapter as active_adapter
 from lit_peft.methods.adapters import adapter_names as adapter_names
 from lit_peft.methods.adapters import add_adapter as add_adapter
-from lit_peft.methods.attachment import attach as attach
+from lit_peft.methods.attach import attach as attach
 from lit_peft.methods.combine import combine_adapters as combine_adapters
 from lit_peft.methods.adapters import delete_adapter as delete_adapter
-from lit_peft.methods.attachment import detach as detach
+from lit_peft.methods.attach import detach as detach
 from lit_peft.methods.adapters import disable_adapter as disable_adapter
 from lit_peft.methods.bottleneck import drop_adapters as drop_adapters
 from lit_peft.methods.adapters import hotswap_adapter as hotswap_adapter

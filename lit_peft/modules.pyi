@@ -59,8 +59,8 @@ class FullFineTuning(FullFineTuningMixin, BaseLM):
         """Build the module.
 
         Args:
-            modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head; a
-                single parameter by its full name.
+            modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+                A full parameter name selects a single parameter.
             base, ...: see `BaseLM`.
         """
 
@@ -96,8 +96,8 @@ class HeadOnly(HeadOnlyMixin, BaseLM):
         """Build the module.
 
         Args:
-            modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head; a
-                single parameter by its full name.
+            modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+                A full parameter name selects a single parameter.
             base, ...: see `BaseLM`.
         """
 
@@ -148,21 +148,22 @@ class LoRA(LoRAMixin, BaseLM):
 
         Args:
             r: rank of each update.
-            lora_alpha: updates are scaled by `lora_alpha / r`.
-            lora_dropout: dropout probability on the update's input.
-            target_modules: names, a regular expression, or `"all-linear"`; the query and value projections when None.
+            lora_alpha: scales the updates by `lora_alpha / r`.
+            lora_dropout: dropout probability on the input of the update.
+            target_modules: the modules to adapt: a list of names, a regular expression, or `"all-linear"`. None selects
+                the query and value projections.
             exclude_modules: names or a regular expression of modules to leave out.
-            rank_pattern: rank by module name (regular expressions), where it differs from `r`.
-            alpha_pattern: the same for `lora_alpha`.
-            layers_to_transform: numbers of the layers to adapt, counted from 0; all when None.
-            layers_pattern: the name of the list of layers.
-            bias: which biases are trained as well: `none`, `all`, or `lora_only` (of the adapted layers).
-            use_rslora: scale by `lora_alpha / sqrt(r)` (arXiv:2312.03732).
+            rank_pattern: ranks that differ from `r`, by regular expression on the module's name.
+            alpha_pattern: values that differ from `lora_alpha`, by regular expression on the module's name.
+            layers_to_transform: indices of the layers to adapt, counted from 0. None adapts all layers.
+            layers_pattern: name of the model's list of layers.
+            bias: which biases to train: `none`, `all`, or `lora_only` (those of the adapted layers).
+            use_rslora: scale by `lora_alpha / sqrt(r)` instead (arXiv:2312.03732).
             use_dora: weight-decomposed updates (arXiv:2402.09353).
             init_lora_weights: `kaiming`, `gaussian`, `pissa` (arXiv:2404.02948) or `olora` (arXiv:2406.01775).
-            loraplus_lr_ratio: B learns this many times faster than A (LoRA+, arXiv:2402.12354).
-            modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head; a
-                single parameter by its full name.
+            loraplus_lr_ratio: ratio of B's learning rate to A's (LoRA+, arXiv:2402.12354).
+            modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+                A full parameter name selects a single parameter.
             base, ...: see `BaseLM`.
         """
 
@@ -219,35 +220,36 @@ class AdapterH(AdapterHMixin, BaseLM):
         """Build the module.
 
         Args:
-            mh_adapter: an adapter at each self-attention.
-            train_layer_norms: train the model's LayerNorms as well, as the paper does.
-            reduction_factor: the hidden size divided by the bottleneck's; a number, or numbers by layer, counted from 0
-                through all stacks, e.g. `{"0": 8, "default": 16}`.
-            bottleneck_size: width of the bottleneck itself, in place of `reduction_factor`.
-            non_linearity: the activation by name, e.g. `relu`, `swish`, `gelu`, `tanh`.
+            mh_adapter: adapt each self-attention.
+            train_layer_norms: also train the model's LayerNorms, as in the paper.
+            reduction_factor: hidden size divided by bottleneck size. Either a number, or numbers by layer index, e.g.
+                `{"0": 8, "default": 16}`. Indices count from 0, and a decoder's layers follow those of the encoder.
+            bottleneck_size: width of the bottleneck, as an alternative to `reduction_factor`.
+            non_linearity: name of the activation, e.g. `relu`, `swish`, `gelu`, `tanh`.
             bias: whether the two projections have biases.
             scaling: factor on the adapter's output: a number, `learned` (one number) or `channel` (one per feature).
             dropout: dropout probability on the adapter's output.
-            init_weights: `mam_adapter` (starts as zero: the model's output is unchanged), `bert` or `houlsby` (both
-                random and small, near zero).
-            use_gating: a trained gate on the adapter's output, averaged over the sequence; padding and the KV cache
-                change that average.
-            ln_before: a new LayerNorm before the bottleneck.
-            ln_after: a new LayerNorm after it.
-            adapter_residual_before_ln: add the residual before that LayerNorm.
-            original_ln_before: give the adapter the sublayer's output after the layer's residual and LayerNorm.
-            original_ln_after: let the layer's residual and LayerNorm follow the adapter.
-            residual_before_ln: take the residual around the adapter before the layer's LayerNorm; `post_add`: between
-                the layer's residual and its LayerNorm.
-            mh_adapter: an adapter at each self-attention.
-            output_adapter: an adapter at each feed-forward block.
-            cross_adapter: an adapter at each cross-attention.
-            leave_out: numbers of the layers without adapters (AdapterDrop, arXiv:2010.11918), counted from 0 through all
-                stacks: a decoder's go on from the encoder's.
-            placement: `paper`: at the sublayers, as the method's paper; `llm_adapters`: at named linear layers.
-            target_modules: the linear layers' names with `placement="llm_adapters"`; the method's own when None.
-            modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head; a
-                single parameter by its full name.
+            init_weights: `mam_adapter` (the adapter's output starts at zero, so the model's output is unchanged), `bert`
+                or `houlsby` (small random weights, so the adapter's output starts near zero).
+            use_gating: multiply the adapter's output by a trained gate, averaged over the sequence. Padding and the KV
+                cache affect that average.
+            ln_before: add a LayerNorm before the bottleneck.
+            ln_after: add a LayerNorm after the bottleneck.
+            adapter_residual_before_ln: add the residual before the LayerNorm of `ln_after`.
+            original_ln_before: apply the layer's residual and LayerNorm to the sublayer's output before the adapter.
+            original_ln_after: apply the layer's residual and LayerNorm after the adapter.
+            residual_before_ln: take the adapter's own residual from before the layer's residual and LayerNorm; `post_add`
+                takes it from between the two.
+            mh_adapter: adapt each self-attention.
+            output_adapter: adapt each feed-forward block.
+            cross_adapter: adapt each cross-attention.
+            leave_out: indices of the layers to leave without adapters (AdapterDrop, arXiv:2010.11918). Indices count from
+                0, and a decoder's layers follow those of the encoder.
+            placement: `paper` adapts the sublayers as in the method's paper; `llm_adapters` adapts linear layers.
+            target_modules: names of the linear layers for `placement="llm_adapters"`. None selects those that LLM-Adapters
+                uses for the method.
+            modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+                A full parameter name selects a single parameter.
             base, ...: see `BaseLM`.
         """
 
@@ -303,34 +305,35 @@ class AdapterP(AdapterPMixin, BaseLM):
         """Build the module.
 
         Args:
-            original_ln_before: give the adapter the FFN's output after the layer's residual and LayerNorm.
-            reduction_factor: the hidden size divided by the bottleneck's; a number, or numbers by layer, counted from 0
-                through all stacks, e.g. `{"0": 8, "default": 16}`.
-            bottleneck_size: width of the bottleneck itself, in place of `reduction_factor`.
-            non_linearity: the activation by name, e.g. `relu`, `swish`, `gelu`, `tanh`.
+            original_ln_before: apply the layer's residual and LayerNorm to the FFN's output before the adapter.
+            reduction_factor: hidden size divided by bottleneck size. Either a number, or numbers by layer index, e.g.
+                `{"0": 8, "default": 16}`. Indices count from 0, and a decoder's layers follow those of the encoder.
+            bottleneck_size: width of the bottleneck, as an alternative to `reduction_factor`.
+            non_linearity: name of the activation, e.g. `relu`, `swish`, `gelu`, `tanh`.
             bias: whether the two projections have biases.
             scaling: factor on the adapter's output: a number, `learned` (one number) or `channel` (one per feature).
             dropout: dropout probability on the adapter's output.
-            init_weights: `mam_adapter` (starts as zero: the model's output is unchanged), `bert` or `houlsby` (both
-                random and small, near zero).
-            use_gating: a trained gate on the adapter's output, averaged over the sequence; padding and the KV cache
-                change that average.
-            ln_before: a new LayerNorm before the bottleneck.
-            ln_after: a new LayerNorm after it.
-            adapter_residual_before_ln: add the residual before that LayerNorm.
-            original_ln_before: give the adapter the sublayer's output after the layer's residual and LayerNorm.
-            original_ln_after: let the layer's residual and LayerNorm follow the adapter.
-            residual_before_ln: take the residual around the adapter before the layer's LayerNorm; `post_add`: between
-                the layer's residual and its LayerNorm.
-            mh_adapter: an adapter at each self-attention.
-            output_adapter: an adapter at each feed-forward block.
-            cross_adapter: an adapter at each cross-attention.
-            leave_out: numbers of the layers without adapters (AdapterDrop, arXiv:2010.11918), counted from 0 through all
-                stacks: a decoder's go on from the encoder's.
-            placement: `paper`: at the sublayers, as the method's paper; `llm_adapters`: at named linear layers.
-            target_modules: the linear layers' names with `placement="llm_adapters"`; the method's own when None.
-            modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head; a
-                single parameter by its full name.
+            init_weights: `mam_adapter` (the adapter's output starts at zero, so the model's output is unchanged), `bert`
+                or `houlsby` (small random weights, so the adapter's output starts near zero).
+            use_gating: multiply the adapter's output by a trained gate, averaged over the sequence. Padding and the KV
+                cache affect that average.
+            ln_before: add a LayerNorm before the bottleneck.
+            ln_after: add a LayerNorm after the bottleneck.
+            adapter_residual_before_ln: add the residual before the LayerNorm of `ln_after`.
+            original_ln_before: apply the layer's residual and LayerNorm to the sublayer's output before the adapter.
+            original_ln_after: apply the layer's residual and LayerNorm after the adapter.
+            residual_before_ln: take the adapter's own residual from before the layer's residual and LayerNorm; `post_add`
+                takes it from between the two.
+            mh_adapter: adapt each self-attention.
+            output_adapter: adapt each feed-forward block.
+            cross_adapter: adapt each cross-attention.
+            leave_out: indices of the layers to leave without adapters (AdapterDrop, arXiv:2010.11918). Indices count from
+                0, and a decoder's layers follow those of the encoder.
+            placement: `paper` adapts the sublayers as in the method's paper; `llm_adapters` adapts linear layers.
+            target_modules: names of the linear layers for `placement="llm_adapters"`. None selects those that LLM-Adapters
+                uses for the method.
+            modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+                A full parameter name selects a single parameter.
             base, ...: see `BaseLM`.
         """
 
@@ -386,33 +389,34 @@ class Parallel(ParallelMixin, BaseLM):
         """Build the module.
 
         Args:
-            reduction_factor: the hidden size divided by the bottleneck's; a number, or numbers by layer, counted from 0
-                through all stacks, e.g. `{"0": 8, "default": 16}`.
-            bottleneck_size: width of the bottleneck itself, in place of `reduction_factor`.
-            non_linearity: the activation by name, e.g. `relu`, `swish`, `gelu`, `tanh`.
+            reduction_factor: hidden size divided by bottleneck size. Either a number, or numbers by layer index, e.g.
+                `{"0": 8, "default": 16}`. Indices count from 0, and a decoder's layers follow those of the encoder.
+            bottleneck_size: width of the bottleneck, as an alternative to `reduction_factor`.
+            non_linearity: name of the activation, e.g. `relu`, `swish`, `gelu`, `tanh`.
             bias: whether the two projections have biases.
             scaling: factor on the adapter's output: a number, `learned` (one number) or `channel` (one per feature).
             dropout: dropout probability on the adapter's output.
-            init_weights: `mam_adapter` (starts as zero: the model's output is unchanged), `bert` or `houlsby` (both
-                random and small, near zero).
-            use_gating: a trained gate on the adapter's output, averaged over the sequence; padding and the KV cache
-                change that average.
-            ln_before: a new LayerNorm before the bottleneck.
-            ln_after: a new LayerNorm after it.
-            adapter_residual_before_ln: add the residual before that LayerNorm.
-            original_ln_before: give the adapter the sublayer's output after the layer's residual and LayerNorm.
-            original_ln_after: let the layer's residual and LayerNorm follow the adapter.
-            residual_before_ln: take the residual around the adapter before the layer's LayerNorm; `post_add`: between
-                the layer's residual and its LayerNorm.
-            mh_adapter: an adapter at each self-attention.
-            output_adapter: an adapter at each feed-forward block.
-            cross_adapter: an adapter at each cross-attention.
-            leave_out: numbers of the layers without adapters (AdapterDrop, arXiv:2010.11918), counted from 0 through all
-                stacks: a decoder's go on from the encoder's.
-            placement: `paper`: at the sublayers, as the method's paper; `llm_adapters`: at named linear layers.
-            target_modules: the linear layers' names with `placement="llm_adapters"`; the method's own when None.
-            modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head; a
-                single parameter by its full name.
+            init_weights: `mam_adapter` (the adapter's output starts at zero, so the model's output is unchanged), `bert`
+                or `houlsby` (small random weights, so the adapter's output starts near zero).
+            use_gating: multiply the adapter's output by a trained gate, averaged over the sequence. Padding and the KV
+                cache affect that average.
+            ln_before: add a LayerNorm before the bottleneck.
+            ln_after: add a LayerNorm after the bottleneck.
+            adapter_residual_before_ln: add the residual before the LayerNorm of `ln_after`.
+            original_ln_before: apply the layer's residual and LayerNorm to the sublayer's output before the adapter.
+            original_ln_after: apply the layer's residual and LayerNorm after the adapter.
+            residual_before_ln: take the adapter's own residual from before the layer's residual and LayerNorm; `post_add`
+                takes it from between the two.
+            mh_adapter: adapt each self-attention.
+            output_adapter: adapt each feed-forward block.
+            cross_adapter: adapt each cross-attention.
+            leave_out: indices of the layers to leave without adapters (AdapterDrop, arXiv:2010.11918). Indices count from
+                0, and a decoder's layers follow those of the encoder.
+            placement: `paper` adapts the sublayers as in the method's paper; `llm_adapters` adapts linear layers.
+            target_modules: names of the linear layers for `placement="llm_adapters"`. None selects those that LLM-Adapters
+                uses for the method.
+            modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+                A full parameter name selects a single parameter.
             base, ...: see `BaseLM`.
         """
 
@@ -460,22 +464,23 @@ class PrefixTuning(PrefixTuningMixin, BaseLM):
 
         Args:
             num_virtual_tokens: length v of the prefix.
-            prefix_projection: compute keys and values from a smaller table by an MLP, rather than train them themselves.
-            prefix_projection_size: width of the MLP's hidden layer; the model's hidden size when None.
-            non_linearity: the MLP's activation by name.
+            prefix_projection: compute keys and values from a smaller table with an MLP instead of training them directly.
+            prefix_projection_size: width of the MLP's hidden layer. None selects the model's hidden size.
+            non_linearity: name of the MLP's activation.
             dropout: dropout probability on the prefix's keys and values.
-            init_std: standard deviation of the trained table at the start.
-            encoder_prefix: in an encoder-decoder, a prefix at the encoder's self-attention.
-            cross_prefix: in an encoder-decoder, a prefix at the decoder's cross-attention.
-            leave_out: numbers of the layers without a prefix, counted from 0 through all stacks: a decoder's go on from
-                the encoder's.
-            positions: where absolute and rotary positions of the real tokens start. `mask`: behind the prefix, padding
-                not counted, so that padding changes nothing; `peft`: behind the prefix, padding counted unless the model
-                itself does not; `adapterhub`: as without a prefix (T5: its keys alone move behind the prefix).
-            per_query_head: where several query heads share keys, a prefix of its own for each of them, as early
-                versions of AdapterHub did.
-            modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head; a
-                single parameter by its full name.
+            init_std: standard deviation of the initial table.
+            encoder_prefix: in an encoder-decoder, add a prefix to the encoder's self-attention.
+            cross_prefix: in an encoder-decoder, add a prefix to the decoder's cross-attention.
+            leave_out: indices of the layers to leave without a prefix. Indices count from 0, and a decoder's layers follow
+                those of the encoder.
+            positions: absolute and rotary positions of the input's tokens. `mask`: they start after the prefix and skip
+                padding, so that padding has no effect. `peft`: they start after the prefix and count padding, unless the
+                model skips it. `adapterhub`: they are the same as without a prefix (in T5, those of the keys start after
+                the prefix).
+            per_query_head: give each query head a separate prefix where several share keys, as early versions of
+                AdapterHub did.
+            modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+                A full parameter name selects a single parameter.
             base, ...: see `BaseLM`.
         """
 
@@ -523,22 +528,23 @@ class PTuningV2(PTuningV2Mixin, BaseLM):
 
         Args:
             num_virtual_tokens: length v of the prefix.
-            prefix_projection: compute keys and values from a smaller table by an MLP, rather than train them themselves.
-            prefix_projection_size: width of the MLP's hidden layer; the model's hidden size when None.
-            non_linearity: the MLP's activation by name.
+            prefix_projection: compute keys and values from a smaller table with an MLP instead of training them directly.
+            prefix_projection_size: width of the MLP's hidden layer. None selects the model's hidden size.
+            non_linearity: name of the MLP's activation.
             dropout: dropout probability on the prefix's keys and values.
-            init_std: standard deviation of the trained table at the start.
-            encoder_prefix: in an encoder-decoder, a prefix at the encoder's self-attention.
-            cross_prefix: in an encoder-decoder, a prefix at the decoder's cross-attention.
-            leave_out: numbers of the layers without a prefix, counted from 0 through all stacks: a decoder's go on from
-                the encoder's.
-            positions: where absolute and rotary positions of the real tokens start. `mask`: behind the prefix, padding
-                not counted, so that padding changes nothing; `peft`: behind the prefix, padding counted unless the model
-                itself does not; `adapterhub`: as without a prefix (T5: its keys alone move behind the prefix).
-            per_query_head: where several query heads share keys, a prefix of its own for each of them, as early
-                versions of AdapterHub did.
-            modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head; a
-                single parameter by its full name.
+            init_std: standard deviation of the initial table.
+            encoder_prefix: in an encoder-decoder, add a prefix to the encoder's self-attention.
+            cross_prefix: in an encoder-decoder, add a prefix to the decoder's cross-attention.
+            leave_out: indices of the layers to leave without a prefix. Indices count from 0, and a decoder's layers follow
+                those of the encoder.
+            positions: absolute and rotary positions of the input's tokens. `mask`: they start after the prefix and skip
+                padding, so that padding has no effect. `peft`: they start after the prefix and count padding, unless the
+                model skips it. `adapterhub`: they are the same as without a prefix (in T5, those of the keys start after
+                the prefix).
+            per_query_head: give each query head a separate prefix where several share keys, as early versions of
+                AdapterHub did.
+            modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+                A full parameter name selects a single parameter.
             base, ...: see `BaseLM`.
         """
 
@@ -582,21 +588,20 @@ class PTuning(PTuningMixin, BaseLM):
         """Build the module.
 
         Args:
-            encoder_reparameterization_type: `LSTM`, followed by an MLP, or `MLP` alone.
-            encoder_hidden_size: hidden size of the network; half of the embeddings' size when None.
-            encoder_num_layers: layers of the LSTM.
-            encoder_dropout: dropout between the LSTM's layers.
-            num_virtual_tokens: v, how many virtual tokens.
-            prompt_token_id: the id of a token that stands for a virtual token. Each row of `input_ids` then holds it v
-                times, wherever the template has a virtual token, and the virtual tokens take these places in their order.
-                None puts all of them in front.
-            positions: `mask` counts positions over the tokens that the attention mask shows, so that padding on either
-                side changes nothing; `sequence` does as peft, which counts the padding too and hides the ids from the
-                model. Folders that peft wrote are read with `sequence`.
-            num_transformer_submodules: 2 keeps twice the rows, as peft does for encoder-decoders. The encoder uses the
-                first half.
-            modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head; a
-                single parameter by its full name.
+            encoder_reparameterization_type: `LSTM` for an LSTM followed by an MLP, or `MLP` for an MLP only.
+            encoder_hidden_size: hidden size of the network. None selects half the size of the embeddings.
+            encoder_num_layers: number of LSTM layers.
+            encoder_dropout: dropout probability between LSTM layers.
+            num_virtual_tokens: number v of virtual tokens.
+            prompt_token_id: id of a placeholder token. Each row of `input_ids` must contain it v times, anywhere in the
+                template, and the virtual tokens replace it in order. None puts all virtual tokens in front.
+            positions: how positions are counted. `mask` counts only the tokens that the attention mask shows, so that
+                padding has no effect on either side. `sequence` counts padding too and passes embeddings instead of ids to
+                the model, as peft does. Adapters saved by peft are loaded with `sequence`.
+            num_transformer_submodules: 2 stores twice as many embeddings, as peft does for encoder-decoders. The encoder
+                uses the first half.
+            modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+                A full parameter name selects a single parameter.
             base, ...: see `BaseLM`.
         """
 
@@ -640,23 +645,22 @@ class PromptTuning(PromptTuningMixin, BaseLM):
         """Build the module.
 
         Args:
-            prompt_tuning_init: where the virtual tokens start (section 3.2): `SAMPLE_VOCAB`, embeddings of tokens drawn
-                from the vocabulary; `TEXT`, those of a text's tokens, repeated or cut to v; `LABELS`, one for each class
-                label (of the model's own the first v), the mean over its tokens, the rest drawn from the vocabulary;
-                `RANDOM`, uniform in [-0.5, 0.5].
-            prompt_tuning_init_text: the text, for `TEXT`.
-            prompt_tuning_init_labels: the labels, for `LABELS`; the model's own names (`config.id2label`) when None.
-            tokenizer_name_or_path: whose tokenizer splits text and labels; the base model's when None.
-            num_virtual_tokens: v, how many virtual tokens.
-            prompt_token_id: the id of a token that stands for a virtual token. Each row of `input_ids` then holds it v
-                times, wherever the template has a virtual token, and the virtual tokens take these places in their order.
-                None puts all of them in front.
-            positions: `mask` counts positions over the tokens that the attention mask shows, so that padding on either
-                side changes nothing; `sequence` does as peft, which counts the padding too and hides the ids from the
-                model. Folders that peft wrote are read with `sequence`.
-            num_transformer_submodules: 2 keeps twice the rows, as peft does for encoder-decoders. The encoder uses the
-                first half.
-            modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head; a
-                single parameter by its full name.
+            prompt_tuning_init: initial virtual tokens (section 3.2). `SAMPLE_VOCAB`: embeddings of tokens drawn from the
+                vocabulary. `TEXT`: embeddings of the tokens of a text, repeated or cut to v tokens. `LABELS`: for each
+                class label the mean embedding of its tokens, then tokens drawn from the vocabulary. `RANDOM`: uniform
+                in [-0.5, 0.5].
+            prompt_tuning_init_text: the text for `TEXT`.
+            prompt_tuning_init_labels: the labels for `LABELS`. None uses the model's labels (`config.id2label`), at most v.
+            tokenizer_name_or_path: the tokenizer of the text or labels. None uses the base model's.
+            num_virtual_tokens: number v of virtual tokens.
+            prompt_token_id: id of a placeholder token. Each row of `input_ids` must contain it v times, anywhere in the
+                template, and the virtual tokens replace it in order. None puts all virtual tokens in front.
+            positions: how positions are counted. `mask` counts only the tokens that the attention mask shows, so that
+                padding has no effect on either side. `sequence` counts padding too and passes embeddings instead of ids to
+                the model, as peft does. Adapters saved by peft are loaded with `sequence`.
+            num_transformer_submodules: 2 stores twice as many embeddings, as peft does for encoder-decoders. The encoder
+                uses the first half.
+            modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+                A full parameter name selects a single parameter.
             base, ...: see `BaseLM`.
         """

@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lit_peft.callbacks import AdapterCheckpoint
+from torch.utils.data import DataLoader
 
 import lit_peft
 from lit_peft.data import CausalLMData, TextClassificationData
@@ -90,6 +91,41 @@ def train(
         torch.save(result, out / f"{method}.pt")
 
 
+def accumulate(strategy: str, base: str, out: Path) -> None:
+    """Write OUT/gradients.pt: the gradient of eight rows with different numbers of labels, in two batches of each
+    process, or in a single one."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 20, (8, 9), generator=generator)
+    labels = torch.where(torch.arange(9) < torch.tensor([1, 9, 2, 8, 3, 7, 1, 1])[:, None], ids % 2, -100)
+    rows = [
+        {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": x} for i, x in zip(ids, labels, strict=True)
+    ]
+    found: dict[str, torch.Tensor] = {}
+
+    class Gradients(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            found.update({n: whole(p.grad).clone() for n, p in module.named_parameters() if p.grad is not None})
+
+    pl.seed_everything(0)
+    module = lit_peft.LoRA(base=base, task="token_classification", labels=["a", "b"], lr_scheduler="constant")
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=ShardedStrategy() if strategy == "fsdp2" else strategy,
+        max_epochs=1,
+        accumulate_grad_batches=1 if world == 1 else 2,
+        callbacks=[Gradients()],
+        enable_checkpointing=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(rows, batch_size=8 if world == 1 else 4 // world))  # type: ignore[arg-type]
+    if trainer.is_global_zero:
+        torch.save(found, out / "gradients.pt")
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     strategy, out, base, data, single, task, *methods = sys.argv[1:]
@@ -97,3 +133,5 @@ if __name__ == "__main__":
         train(strategy, method, base, data, Path(out), 4, None, task)
     train(strategy, "LoRA", base, data, Path(out) / "half", 2, None, task)
     train(strategy, "LoRA", base, data, Path(out) / "resumed", 4, Path(single) / "half" / "LoRA.ckpt", task)
+    if task == "sequence_classification":
+        accumulate(strategy, base, Path(out))

@@ -306,7 +306,7 @@ def test_an_adapter_on_a_tied_weight_is_not_merged_in_place() -> None:
 
 def test_an_attached_method_is_an_adapter_of_its_own() -> None:
     model = make("llama")
-    with pytest.raises(LitPeftError, match="no adapter 'x' on this model: there are none"):
+    with pytest.raises(LitPeftError, match="no adapter 'x' on this model: it has none"):
         lit_peft.set_adapter(model, "x")
     lit_peft.attach(model, LoRASettings(r=2, target_modules=QV))
     assert lit_peft.active_adapter(model) == "default"
@@ -338,6 +338,6 @@ def test_a_bottleneck_and_a_dora_at_the_same_layer_cannot_share_a_batch() -> Non
     for name, settings in (("beside", ParallelSettings), ("before", AdapterHSettings)):
         settings = settings(placement="llm_adapters", target_modules=["q_proj"], bottleneck_size=4)
         lit_peft.add_adapter(model, name, settings)
-        said = r"stand at model.layers.0.self_attn.q_proj both"
-        with pytest.raises(LitPeftError, match=said), lit_peft.row_adapters(model, ["dora", name]):
+        words = r"model\.layers\.0\.self_attn\.q_proj has both a bottleneck adapter and a LoRA"
+        with pytest.raises(LitPeftError, match=words), lit_peft.row_adapters(model, ["dora", name]):
             pass

@@ -652,7 +652,11 @@ def test_a_factor_that_makes_more_than_a_folder_holds_is_refused_before_it_is_bu
     folder = lit_peft.save_adapter(lit_peft.attach(make("bert"), AdapterPSettings()), tmp_path / "a", "adapterhub")
     config = json.loads((folder / "adapter_config.json").read_text())
     # 32 / 0.5 is 64, as wide as the largest tensor, 32 by 2.
-    for factor, match in ((0.5, "shape"), (0.49, "the size by reduction_factor=65.3"), ({"default": 0.49}, "65.3")):
+    for factor, match in (
+        (0.5, "shape"),
+        (0.49, "the bottleneck size from reduction_factor=65.3"),
+        ({"default": 0.49}, "65.3"),
+    ):
         config["config"]["reduction_factor"] = factor
         (folder / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(LitPeftError, match=match):

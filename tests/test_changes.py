@@ -177,9 +177,9 @@ def test_each_row_needs_a_name_and_generate_may_repeat_rows() -> None:
     alone = model.generate(input_ids=ids[:1], attention_mask=torch.ones_like(ids[:1]), **settings)
     with lit_peft.row_adapters(model, ["a", None]):
         mixed = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        with pytest.raises(LitPeftError, match="given 2 names, and the batch has 4 rows"):
+        with pytest.raises(LitPeftError, match="given 2 names, but the batch has 4 rows"):
             model(ids.repeat(2, 1))
-        with pytest.raises(LitPeftError, match="given 2 names, and the batch has 1 rows"):
+        with pytest.raises(LitPeftError, match="given 2 names, but the batch has 1 rows"):
             model.generate(input_ids=ids[:1], max_new_tokens=1)
     assert torch.equal(mixed[:1], alone)
     assert "generate" not in vars(model)

@@ -102,7 +102,7 @@ def multirc(paragraph: int, question: int, answers: str) -> list[dict[str, Any]]
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 def test_multirc_is_judged_by_question_and_by_answer(suffix: str, encoder: Path, tmp_path: Path) -> None:
-    """F1a and exact match by their definitions, over answers that stand in several batches and out of order."""
+    """F1a and exact match by their definitions, over answers that are spread over several batches, out of order."""
     rows = [*multirc(0, 0, "101"), *multirc(0, 1, "0"), *multirc(1, 0, "11"), *multirc(1, 1, "0100")]
     rows = rows[::2] + rows[1::2]
     file = written(tmp_path / f"a.{suffix}", rows)
@@ -125,7 +125,7 @@ def test_multirc_is_judged_by_question_and_by_answer(suffix: str, encoder: Path,
     both = sum(one and other for one, other in zip(gold, got, strict=True))
     assert found["test_binary_f1"] == pytest.approx(2 * both / (sum(gold) + sum(got)))
     assert data.monitor == ("val_binary_f1", "max")
-    # What is held out shares no paragraph with what is trained on.
+    # Validation and training share no paragraph.
     held = TextClassificationData(train=file, validation_fraction=0.5, **settings)
     held.setup("fit")
     parts = [{rows[at]["paragraph"] for at in held.rows[split].indices} for split in ("train", "validation")]
@@ -249,7 +249,7 @@ def test_a_choice_benchmark_trains_tests_and_predicts(name: str, encoder: Path, 
     assert len(predicted) == len(rows)
 
 
-def test_wrong_cloze_rows_are_told(encoder: Path, tmp_path: Path) -> None:
+def test_wrong_cloze_rows_are_reported(encoder: Path, tmp_path: Path) -> None:
     wrong = {
         "row 2: column 'query' has no '@placeholder'": {"query": "it was good"},
         "row 2: none of the answers .'Eve'. in column 'answers' is one of the 3 choices": {"answers": ["Eve"]},
@@ -471,7 +471,7 @@ def test_super_glues_own_files_are_read(name: str, streaming: bool, encoder: Pat
         assert set(mine) == set(wanted) and sorted(mine["input_ids"].tolist()) == sorted(ids)
     for key, value in hubs[1].items():
         assert torch.equal(own[1][key], value) if isinstance(value, torch.Tensor) else own[1][key] == value, key
-    # Its test file, without labels, is told, and predicted.
+    # Its test file has no labels: testing refuses it, prediction reads it.
     text = json.dumps(line).replace('"label"', '"other"').replace('"answers": [{"start"', '"others": [{"start"')
     bare = written(tmp_path / "test.jsonl", [json.loads(text)])
     with pytest.raises(LitPeftError, match="test files come without labels"):
@@ -480,7 +480,7 @@ def test_super_glues_own_files_are_read(name: str, streaming: bool, encoder: Pat
     assert len(kind(predict=bare, **settings).examples("predict")) == len(rows)
 
 
-def test_broken_files_of_super_glue_are_told(encoder: Path, tmp_path: Path) -> None:
+def test_broken_files_of_super_glue_are_reported(encoder: Path, tmp_path: Path) -> None:
     for name in ("multirc", "record", "wsc"):
         line = json.loads(json.dumps(SUPER_GLUE_FILES[name][0]))
         nested = line["target" if name == "wsc" else "passage"]
@@ -491,7 +491,7 @@ def test_broken_files_of_super_glue_are_told(encoder: Path, tmp_path: Path) -> N
             data.setup("test")
 
 
-def test_wrong_names_and_numbers_are_told(encoder: Path, tmp_path: Path) -> None:
+def test_wrong_names_and_numbers_are_reported(encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(LitPeftError, match="'glue/mrpc'"):
         TextClassificationData(base=str(encoder), benchmark="glue/mrcp")
     file = tmp_path / "a.csv"

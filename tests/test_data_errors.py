@@ -1,4 +1,4 @@
-"""What is wrong with a data file is told in one paragraph, by row or line and column, for every data module."""
+"""Every data module reports what is wrong with a file in one paragraph, with the row or with the line and column."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def told(name: str, file: Path, base: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_broken_files_are_told(
+def test_broken_files_are_reported(
     name: str,
     encoder: Path,
     decoder: Path,
@@ -65,19 +65,19 @@ def test_broken_files_are_told(
     assert "broken JSON at line 2, column" in error(f"[{line},\n{line[:-2]}", "json")
     assert "is not UTF-8: byte 0xe9 in line 2" in error(line.encode() + b'\n{"text": "caf\xe9"}\n')
     assert "is empty (0 bytes)" in error("")
-    if name == "TextClassificationData":  # The rest of what reads files is the same for all.
+    if name == "TextClassificationData":  # The other checks of files do not depend on the data module.
         assert "has no rows" in error("[]", "json")
         assert "has no rows" in error("text,label\n", "csv")
         assert "line 3 has 3 cells" in error("text,label\ngood,x\ngood,x,y", "csv")
         assert "is not a readable parquet file" in error("PAR1", "parquet")
         assert "unknown suffix '.xlsx'" in error("a", "xlsx")
-    # Without a worked out answer, the gold one is learned.
+    # Without a solution, the gold answer is learned.
     for column in row.keys() - ({"output"} if name == "ReasoningData" else set()):
         others = {other: value for other, value in {**row, "more": "x"}.items() if other != column}
         said = error(json.dumps(others) + "\n")
         assert f"has no column {column!r}" in said and all(map(repr(said).__contains__, others)), said
         if column in ("answers", "tags"):
-            continue  # No answer is one, too; missing tags are told with their words.
+            continue  # Questions may have no answer; missing tags are reported with their words.
         said = error(f"{line}\n{json.dumps({**row, column: None})}\n{line}\n")
         assert "row 2" in said, said
         said = error(f"{line}\n{line}\n{json.dumps({**row, column: {'z': 1}})}\n")
@@ -85,7 +85,7 @@ def test_broken_files_are_told(
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_labels_that_training_has_not_are_told(
+def test_labels_that_do_not_occur_in_training_are_reported(
     train: bool, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Files as users have them: what reads, and what is told of those that do not."""
+"""Files as users have them: those that can be read, and the errors of those that cannot."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_parquet_with_extra_columns(encoder: Path, tmp_path: Path) -> None:
         ("a.xlsx", b"x", "unknown suffix '.xlsx'"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_place(
+def test_what_is_wrong_is_reported_with_its_position(
     name: str, content: bytes, said: str, encoder: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / name
@@ -215,7 +215,7 @@ def test_what_a_killed_process_left_goes(new_cache: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "text"), [("a.csv", "text\ngood\n"), ("a.jsonl", '{"text": "good"}\n'), ("a.conll", "good O\n")]
 )
-def test_a_cache_that_cannot_be_written_is_told(name: str, text: str, new_cache: Path, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(name: str, text: str, new_cache: Path, tmp_path: Path) -> None:
     new_cache.rmdir()
     new_cache.write_text("a file in the folder's place")
     (tmp_path / name).write_text(text)
@@ -225,7 +225,7 @@ def test_a_cache_that_cannot_be_written_is_told(name: str, text: str, new_cache:
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.csv", "text\ngood\n"), ("a.jsonl", '{"text": "good"}\n')])
-def test_a_full_disk_is_told(name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -296,7 +296,7 @@ def test_cut_texts_are_counted(encoder: Path, tmp_path: Path) -> None:
     file.write_text(f"text,label\n{'good ' * 9},0\nbad,1\n")
     made = data(encoder, file, max_length=6)
     made.setup("fit")
-    assert made.report() == ["data.train: 1 of 2 texts cut to 6 tokens (data.max_length); 3 tokens lost."]
+    assert made.report() == ["data.train: 1 of 2 texts (50.0 %) cut to 6 tokens (data.max_length); 3 tokens lost."]
 
 
 _MEASURE = """

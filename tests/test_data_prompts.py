@@ -1,4 +1,4 @@
-"""Prompts, and what is learned after them: nothing is cut, left out or emptied without a word."""
+"""Prompts and their answers: nothing is cut, dropped or emptied silently."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_raw_prompts_that_are_cut_are_counted(decoder: Path, tmp_path: Path) -> 
     bad = AutoTokenizer.from_pretrained(decoder)("bad")["input_ids"]
     assert [len(ids) for ids in examples["input_ids"]] == [6, 1] and examples["input_ids"][0][-1:] == bad
     assert examples.column_names == ["input_ids"]
-    assert data.report() == ["data.predict: 1 of 2 prompts cut to 6 tokens (data.max_length); 4 tokens lost."]
+    assert data.report() == ["data.predict: 1 of 2 prompts (50.0 %) cut to 6 tokens (data.max_length); 4 tokens lost."]
 
 
 @pytest.mark.parametrize("make", [CausalLMData, InstructionData, Seq2SeqData])
-def test_rows_with_nothing_to_learn_are_told(make: Any, letters: Any, tmp_path: Path) -> None:
+def test_rows_with_nothing_to_learn_are_reported(make: Any, letters: Any, tmp_path: Path) -> None:
     columns = {
         CausalLMData: ("prompt", "completion", {"completion_column": "completion"}),
         InstructionData: ("instruction", "output", {}),
@@ -53,7 +53,20 @@ def test_rows_with_nothing_to_learn_are_told(make: Any, letters: Any, tmp_path: 
         data.examples("train")
 
 
-def test_text_without_a_token_to_predict_is_told(letters: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [CausalLMData, InstructionData, Seq2SeqData])
+def test_a_tokenizer_without_an_end_is_a_warning(make: Any, letters: Any, decoder: Path, tmp_path: Path) -> None:
+    row = {"text": "a b", "instruction": "a", "output": "b", "source": "a", "target": "b"}
+    file = lines(tmp_path / "a.jsonl", row)
+    data = make(train=file, validation_fraction=0)
+    data.tokenizer = letters
+    with pytest.warns(UserWarning, match=r"no end-of-text token \(eos_token\), so the model does not learn to stop"):
+        data.setup("fit")
+    data = make(base=str(decoder), train=file, validation_fraction=0)
+    data.setup("fit")
+    assert not [line for line in data.report() if "stop" in line]
+
+
+def test_text_without_a_token_to_predict_is_reported(letters: Any, tmp_path: Path) -> None:
     data = CausalLMData(train=lines(tmp_path / "a.jsonl", {"text": "a"}, {"text": "b"}), validation_fraction=0)
     data.tokenizer = letters
     with pytest.raises(LitPeftError, match=r"data\.train .* no row has two tokens"):
@@ -75,7 +88,7 @@ def test_a_template_takes_any_column(letters: Any, tmp_path: Path) -> None:
     with pytest.raises(LitPeftError, match="does not fit"):
         prompts("{x.y:d}")
     data = CausalLMData(predict=file, prompt_column="x", completion_column="out")
-    with pytest.raises(LitPeftError, match=r"row 1: column 'x' holds"):
+    with pytest.raises(LitPeftError, match=r"row 1: column 'x' has"):
         data.examples("predict")
 
 
@@ -103,6 +116,8 @@ def test_an_input_that_is_a_number_stays(decoder: Path, tmp_path: Path) -> None:
         input_column="b",
         output_column="c",
         template="alpaca",
+        system_column="s",
+        history_column="h",
         prompts_only=True,
         max_length=8,
         train_on_inputs=False,

@@ -140,7 +140,7 @@ def test_only_first_tokens_are_labelled(base: str, tmp_path: Path) -> None:
 def test_byte_level_words_are_found() -> None:
     from lit_peft.data.token_classification import first_tokens
 
-    # "ab c", with the space as part of the token after it, and as one of its own.
+    # "ab c", with the space as part of the next token, and as a separate token.
     assert first_tokens([(0, 1), (1, 2), (2, 4)], ["ab", "c"]) == [0, -1, 1]
     assert first_tokens([(0, 2), (2, 3), (3, 4)], ["ab", "c"]) == [0, -1, 1]
     assert first_tokens([(0, 0), (0, 2)], ["ab", "c"]) == [-1, 0]
@@ -151,7 +151,7 @@ def test_words_that_are_cut_are_reported_and_missed(base: str, tmp_path: Path) -
     file = lines(tmp_path / "a.jsonl", rows)
     data = TokenClassificationData(base=base, train=file, test=file, max_length=8, validation_fraction=0)
     data.setup("test")
-    assert "1 of 1 sentences cut to 8 tokens" in data.report()[0] and "4 words" in data.report()[0]
+    assert "1 of 1 sentences (100.0 %) cut to 8 tokens" in data.report()[0] and "4 words" in data.report()[0]
     module = lit_peft.HeadOnly(base=base, task="token_classification")
     metrics = pl.Trainer(**OPTIONS).test(module, data, verbose=False)[0]
     assert metrics["test_recall"] == 0
@@ -166,14 +166,14 @@ def test_words_that_are_cut_are_reported_and_missed(base: str, tmp_path: Path) -
         ([{"tokens": ["a", "b"], "tags": ["O", "B-X"]}, {"tokens": ["a"], "tags": ["B-Y"]}], "row 2: tag 'B-Y'"),
     ],
 )
-def test_wrong_tags_are_told(rows: list[dict[str, Any]], said: str, base: str, tmp_path: Path) -> None:
+def test_wrong_tags_are_reported(rows: list[dict[str, Any]], said: str, base: str, tmp_path: Path) -> None:
     file = lines(tmp_path / "a.jsonl", rows)
     data = TokenClassificationData(base=base, train=file, labels=["O", "B-X"], validation_fraction=0)
     with pytest.raises(LitPeftError, match=said):
         data.setup("fit")
 
 
-def test_a_broken_conll_line_is_told(base: str, tmp_path: Path) -> None:
+def test_a_broken_conll_line_is_reported(base: str, tmp_path: Path) -> None:
     file = tmp_path / "a.conll"
     file.write_text("ann B-PER\nlives\n")
     with pytest.raises(LitPeftError, match=r"line 2 \('lives'\)"):
@@ -344,7 +344,7 @@ def test_choices_in_several_shapes(
         assert text == data.tokenizer.decode(data.tokenizer("s", "q y")["input_ids"], skip_special_tokens=True)
 
 
-def test_wrong_answers_are_told(base: str, tmp_path: Path) -> None:
+def test_wrong_answers_are_reported(base: str, tmp_path: Path) -> None:
     for answer in ("E", 2, "nothing", None):
         file = lines(tmp_path / "a.jsonl", [{"question": "q", "choices": ["a", "b"], "answer": answer}])
         with pytest.raises(LitPeftError, match=r"row 1: answer .* none of the 2 choices"):
@@ -394,7 +394,7 @@ def test_targets_are_padded_and_cut(t5: str, tmp_path: Path) -> None:
     batch = next(iter(data.test_dataloader()))
     assert batch["labels"][1].tolist()[3:] == [-100, -100] and batch["labels"].shape == (2, 5)
     assert batch["labels"][0, -1] == 3  # the end stays
-    assert "1 of 2 targets cut to 5 tokens" in data.report()[0] and "3 tokens" in data.report()[0]
+    assert "1 of 2 targets (50.0 %) cut to 5 tokens" in data.report()[0] and "3 tokens" in data.report()[0]
 
 
 def test_generated_text_is_scored_as_the_libraries_score_it(t5: str) -> None:
@@ -473,7 +473,7 @@ def test_metrics_over_uneven_processes_equal_those_of_one(base: str, tmp_path: P
         assert one == pytest.approx(two, abs=1e-5)
 
 
-def test_a_question_that_is_none_is_told(base: str, tmp_path: Path) -> None:
+def test_a_question_that_is_none_is_reported(base: str, tmp_path: Path) -> None:
     articles = [{"paragraphs": [{"context": "good film", "qas": [None]}]}]
     (tmp_path / "a.json").write_text(json.dumps({"data": articles}))
     data = lit_peft.QuestionAnsweringData(base=base, train=str(tmp_path / "a.json"))

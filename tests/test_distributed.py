@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import WORDS
-from distributed_run import SETTINGS, train
+from distributed_run import SETTINGS, accumulate, train
 from safetensors.torch import load_file
 
 from lit_peft import AdapterP
@@ -63,6 +63,7 @@ def single(base: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) 
     for method in METHODS:
         train("auto", method, str(base), str(reviews), out, 4, None)
     train("auto", "LoRA", str(base), str(reviews), out / "half", 2, None)
+    accumulate("auto", str(base), out)
     return out
 
 
@@ -85,6 +86,11 @@ def test_two_processes_train_what_one_trains(
                 torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-5)
         files = [torch.load(run / f"{method}.ckpt", weights_only=True) for run in (single, tmp_path)]
         assert set(files[0]["state_dict"]) == set(files[1]["state_dict"]) and set(files[0]) == set(files[1])
+    # Gradients of two batches in each of two processes are those of a single large batch.
+    one, both = (torch.load(run / "gradients.pt", weights_only=True) for run in (single, tmp_path))
+    assert one.keys() == both.keys() and len(one) > 4
+    for name, value in one.items():
+        assert (both[name] - value).norm() <= 1e-5 * value.norm(), name
     # A checkpoint of one process goes on in two, and one of two in one.
     alike(results(tmp_path / "resumed", "LoRA"), results(single, "LoRA"), last=2)
     train("auto", "LoRA", str(base), str(reviews), tmp_path / "one", 4, tmp_path / "half" / "LoRA.ckpt")
@@ -117,7 +123,7 @@ def test_an_adapter_on_a_part_of_a_matrix_is_refused(decoder: Path) -> None:
 
     module = AdapterP(str(decoder), placement="llm_adapters", target_modules=["up_proj"])
     module.configure_model()
-    with pytest.raises(LitPeftError, match="up_proj would see a part of its features"):
+    with pytest.raises(LitPeftError, match="up_proj would see only a part of its features"):
         split_matrices(module.model, Mesh())  # type: ignore[arg-type]
 
 

@@ -68,12 +68,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"r": 10**9}, "1000000000"),
     ({"r": "8"}, "r='8'"),
     ({"target_modules": 5}, "target_modules=5"),
-    ({"target_modules": r"([\w.]+)+!"}, "has the regular expression '.*forever"),
-    ({"rank_pattern": {r"([\w.]+)+!": 4, r"([\w.]+)+\?": 4}}, "has 2 regular expressions as '.*forever"),
-    ({"rank_pattern": {rf"(a+)+{number}": 4 for number in range(3000)}, "r": 10**9}, "r=1000000000"),
+    ({"target_modules": r"(\w|\w\w|.)+[!?]"}, "target_modules has the regular expression '.*takes too long"),
+    ({"rank_pattern": {r"(\w|\w\w|.)+[!?]": 4}}, "rank_pattern has the regular expression '.*too long"),
+    ({"rank_pattern": {rf"(a+)+{number}": 4 for number in range(3000)}, "r": 10**9}, "takes too long"),
     ({"rank_pattern": {f"q{number}": 4 for number in range(20_000)}}, "20,000 patterns"),
-    ({"exclude_modules": "q" * 10_000_000}, "10,000,000 letters"),
-    ({"layers_pattern": "(a+)+"}, "layers_pattern"),
+    ({"exclude_modules": "q" * 10_000_000}, "10,000,000 characters"),
+    ({"layers_pattern": r"(\w|\w\w|.)+[!?]", "layers_to_transform": [0]}, "layers_pattern has .*takes too long"),
     ({"target_modules": "(a+)+q_proj"}, "matches no module"),
     ({"target_modules": "../../etc/passwd"}, "matches no module"),
     ({"rank_pattern": {"(": 4}}, "regular expression"),
@@ -148,11 +148,11 @@ def ours(folder: Path) -> Path:
     return lit_peft.save_adapter(model, folder / "adapter")
 
 
-def refuse(folder: Path, said: str) -> None:
+def refuse(folder: Path, message: str) -> None:
     model = make("llama")
     before = list(model.state_dict())
     start = time.perf_counter()
-    with pytest.raises(LitPeftError, match=said) as caught:
+    with pytest.raises(LitPeftError, match=message) as caught:
         lit_peft.load_adapter(model, folder)
     assert str(folder) in str(caught.value) or str(caught.value).startswith(
         ("adapter_config.json: ", "target_modules=")
@@ -161,12 +161,12 @@ def refuse(folder: Path, said: str) -> None:
     assert list(model.state_dict()) == before and all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize(("change", "said"), REFUSED, ids=lambda value: str(value)[:60])
-def test_settings_that_cannot_be_read_are_named(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=lambda value: str(value)[:60])
+def test_settings_that_cannot_be_read_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = ours(tmp_path)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
-    refuse(folder, said)
+    refuse(folder, message)
 
 
 def header(values: dict[str, Any], data: bytes = b"", length: int | None = None) -> bytes:
@@ -204,13 +204,13 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
     file = ours(tmp_path) / "adapter_model.safetensors"
     good = load_file(file)
     name = min(good)
-    for bad, said in (
+    for bad, message in (
         (torch.full_like(good[name], torch.nan), "NaN"),
         (good[name][:, :3].clone(), "has shape"),
         (good[name][0].clone(), "has shape|does not fit"),
     ):
         save_file({**good, name: bad}, file)
-        refuse(file.parent, said)
+        refuse(file.parent, message)
     save_file({**good, "base_model.model.x": good[name].clone()}, file)
     refuse(file.parent, "unexpected")
     save_file({key: value for key, value in good.items() if key != name}, file)
@@ -304,7 +304,7 @@ def test_pickles_never_run(tmp_path: Path) -> None:
     refuse(folder, "could run code")
     for other in ([1, 2], {1: torch.ones(2)}, {"a": 2}):
         torch.save(other, file)
-        refuse(folder, "adapter_model.bin is not .* holds other things than named tensors")
+        refuse(folder, "adapter_model.bin is not .*values that are not named tensors")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(50_000_000))
     refuse(folder, "unpack")
@@ -410,7 +410,7 @@ def test_lora_as_adapterhub_has_it(name: str, settings: Any, written: Any, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"target_modules": ["o_proj"]}, "o_proj"),
         ({"target_modules": r".*layers\.(0.*q_proj|1.*v_proj)"}, r"no LoRA at model.layers.0.self_attn.v_proj"),
@@ -420,9 +420,9 @@ def test_lora_as_adapterhub_has_it(name: str, settings: Any, written: Any, tmp_p
     ],
     ids=str,
 )
-def test_what_adapterhub_has_no_place_for_is_named(settings: Any, said: str, tmp_path: Path) -> None:
+def test_what_adapterhub_has_no_place_for_is_named(settings: Any, message: str, tmp_path: Path) -> None:
     model = lit_peft.attach(make("llama"), LoRASettings(r=4, **settings))
-    with pytest.raises(LitPeftError, match=said):
+    with pytest.raises(LitPeftError, match=message):
         lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
     assert not (tmp_path / "adapter").exists()
 
@@ -464,7 +464,7 @@ def test_an_adapterhub_lora_where_there_is_no_matrix(path: str, tmp_path: Path) 
     stored = load_file(folder / "adapter.safetensors")
     more = {f"{path}.loras.x.lora_A": torch.ones(4, 32), f"{path}.loras.x.lora_B": torch.ones(32, 4)}
     save_file({**stored, **more}, folder / "adapter.safetensors")
-    with pytest.raises(LitPeftError, match=f"does not fit this model: '{path}.loras.x.lora_A' has no place"):
+    with pytest.raises(LitPeftError, match=f"does not fit this model: .* no linear layer for '{path}.loras.x.lora_A'"):
         lit_peft.load_adapter(make("gpt2"), folder)
 
 
@@ -473,7 +473,7 @@ def test_adapterhub_loras_of_fewer_matrices_than_are_said(tmp_path: Path) -> Non
     folder = lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
     first = {name: tensor.chunk(3)[0].clone() for name, tensor in load_file(folder / "adapter.safetensors").items()}
     save_file(first, folder / "adapter.safetensors")
-    with pytest.raises(LitPeftError, match=r"has rank 4, and r=4 for attn_matrices=\['q', 'k', 'v'\]"):
+    with pytest.raises(LitPeftError, match=r"has rank 4, .* from r=4 and attn_matrices=\['q', 'k', 'v'\]"):
         lit_peft.load_adapter(make("gpt2"), folder)
 
 
@@ -527,7 +527,7 @@ def test_an_adapterhub_lora_whose_rank_is_no_number(tmp_path: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     config["config"]["r"] = "4"
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(LitPeftError, match=r"adapter/adapter_config.json: r='4' is not of its kind"):
+    with pytest.raises(LitPeftError, match=r"adapter/adapter_config.json: r='4' has the wrong type"):
         lit_peft.load_adapter(make("llama"), folder)
 
 

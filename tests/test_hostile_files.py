@@ -1,4 +1,4 @@
-"""Odd and broken files through the command: one clear paragraph and nothing half written, or the right result."""
+"""Odd and broken files through the command: one clear paragraph and no incomplete output, or the right result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS = [{"text": f"{word} film", "label": label} for word, label in zip(("good",
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 TABLE = "text,label\ngood film,pos\nbad film,neg\n"
 
-# Name of the file, its content (None: a folder), and what is said of it.
+# Name of the file, its content (None: a folder), and a part of the error message.
 BROKEN: list[tuple[str, str | bytes | None, str]] = [
     ("latin.jsonl", LINES.encode() + b'{"text": "caf\xe9", "label": "pos"}', "not UTF-8: byte 0xe9 in line 3"),
     ("latin.csv", TABLE.encode() + b"caf\xe9,pos\n", "not UTF-8: byte 0xe9 in line 4"),
@@ -45,7 +45,7 @@ BROKEN: list[tuple[str, str | bytes | None, str]] = [
     ("infinity.json", '[Infinity, {"text": {}}]', "row 1 is not a JSON object ('Infinity')"),
     ("lists.json", '[["text", "label"], ["good", "pos"]]', "row 1 is not a JSON object"),
     ("text.json", '"good"', "line 1 is not a JSON object"),
-    ("columns.json", json.dumps({"text": ["good"], "label": ["pos"]}), "row 1: column 'text' holds ['good']"),
+    ("columns.json", json.dumps({"text": ["good"], "label": ["pos"]}), "row 1: column 'text' has ['good']"),
     ("splits.json", json.dumps({"train": ROWS}), "no column 'text' (data.text_column); it has 'train'"),
     ("deep.jsonl", LINES + '{"m":' * 9_000, "line 3 is nested too deeply"),
     ("deep.json", '[{"m":' + "[" * 9_000, "row 1 is nested too deeply"),
@@ -57,7 +57,7 @@ BROKEN: list[tuple[str, str | bytes | None, str]] = [
     ("short.csv", TABLE + "good\n", "row 3 has no label"),
     ("quote.csv", TABLE + '"good,pos\n', "a quote opened in row"),
     ("text.jsonl", LINES + '{"text": null, "label": "pos"}', "row 3 has no text"),
-    ("list.jsonl", LINES + '{"text": ["x"], "label": "pos"}', "row 3: column 'text' holds ['x'], not a text"),
+    ("list.jsonl", LINES + '{"text": ["x"], "label": "pos"}', "row 3: column 'text' has ['x'], which is not text"),
     ("label.jsonl", LINES + '{"text": "x"}', "row 3 has no label"),
     ("nan.jsonl", LINES + '{"text": "x", "label": NaN}', "row 3 has no label"),
     ("inf.jsonl", LINES + '{"text": "x", "label": -Infinity}', "row 3 has no label"),
@@ -71,7 +71,7 @@ BROKEN: list[tuple[str, str | bytes | None, str]] = [
     (
         "bytes.parquet",
         Dataset.from_dict({"text": [b"good", b"bad"], "label": ["pos", "neg"]}),  # type: ignore[list-item]
-        "row 1: column 'text' holds b'good', not a text",
+        "row 1: column 'text' has b'good', which is not text",
     ),
     ("folder.jsonl", None, "is a folder"),
     ("folder", None, "is a folder"),
@@ -135,7 +135,7 @@ def command(stage: str, base: Path, **data: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "content", "said"), BROKEN, ids=[case[0] for case in BROKEN])
-def test_a_broken_file_is_told(
+def test_a_broken_file_is_reported(
     name: str, content: Any, said: str, encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(name, content)
@@ -192,7 +192,7 @@ def test_one_row(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.heavy
 def test_the_installed_command_leaves_nothing(encoder: Path) -> None:
-    """It stops with a status of its own and one paragraph, with workers as well."""
+    """It stops with exit status 2 and one paragraph, also with workers."""
     write("bad.jsonl", LINES * 40 + "[1]\n")
     call = [str(Path(sysconfig.get_path("scripts")) / "lit-peft")]
     data: dict[str, Any] = {"labels": ["neg", "pos"], "num_workers": 2}

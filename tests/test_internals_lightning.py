@@ -82,6 +82,7 @@ def test_where_a_loop_is_within_a_step(tmp_path: Path) -> None:
             self.inside: list[bool] = []
 
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            assert not fence.accumulates_further(trainer)
             facts = (fence.is_within_step(trainer), fence.validation_follows(trainer), fence.log_row_of_step(trainer))
             self.seen.append((trainer.global_step, *facts))
 
@@ -96,6 +97,16 @@ def test_where_a_loop_is_within_a_step(tmp_path: Path) -> None:
     assert rows[0] is None and rows[2] is None
     assert rows[1] is not None and rows[1]["step"] == 1 and rows[1]["train_loss"] > 0
     assert trainer.loggers and isinstance(trainer.loggers[0], CSVLogger)
+
+
+def test_where_gradients_are_accumulated_further(tmp_path: Path) -> None:
+    class Look(pl.Callback):
+        def on_after_backward(self, trainer: pl.Trainer, *_: Any) -> None:
+            seen.append(fence.accumulates_further(trainer))
+
+    seen: list[bool] = []
+    fit(tmp_path, Look(), accumulate_grad_batches=3)  # of four batches, the last ends the epoch
+    assert seen == [True, True, False, False]
 
 
 def test_a_checkpoint_within_a_step_resumes_with_its_validation(tmp_path: Path) -> None:
@@ -205,8 +216,13 @@ def test_some_tensors_keep_their_type(cast: Any) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 2)
 
-        def tensors_keeping_dtype(self) -> list[Tensor]:
+            self.layer.register_buffer("frequencies", torch.rand(4), persistent=False)
+
+        def parameters_not_rounded(self) -> list[nn.Parameter]:
             return [self.layer.weight]
+
+        def buffers_not_rounded(self) -> list[tuple[nn.Module, str]]:
+            return [(self.layer, "frequencies")]
 
     module = Kept()
     weight = module.layer.weight.detach().clone()
@@ -216,4 +232,22 @@ def test_some_tensors_keep_their_type(cast: Any) -> None:
     assert module.layer.bias.dtype != torch.float32
     assert module.layer.weight is parameter and torch.equal(parameter, weight)
     assert parameter.grad is not None and parameter.grad.dtype == torch.float32
-    assert module.to("meta").layer.weight.is_meta
+    assert module.layer.frequencies.dtype == torch.float32
+    assert module.double().layer.weight.dtype == module.layer.frequencies.dtype == torch.float64
+    module.zero_grad()
+    assert module.to("meta").layer.weight.is_meta and module.layer.frequencies.is_meta
+
+
+class Recorded(pl.LightningModule):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.found = fence.subclass_arguments(self)
+
+
+class Inner(Recorded):
+    def __init__(self, size: int = 3, rate: float = 0.5, layer: nn.Module | None = None) -> None:
+        super().__init__(size + 1)
+
+
+def test_arguments_of_the_running_init_methods_are_found_if_they_are_plain() -> None:
+    assert Inner(rate=0.25, layer=nn.Linear(1, 1)).found == {"rate": 0.25, "size": 3}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
+from models import make
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lit_peft.nn.torch_internals import (
+    DtypeKeepingDict,
+    computed_buffers,
     function_transforms_are_active,
     has_forward_hooks,
     is_compiled,
@@ -16,6 +19,7 @@ from lit_peft.nn.torch_internals import (
     saved_factors,
     torch_handles_saved_tensors,
     version_of,
+    weights_read_by,
 )
 
 
@@ -89,6 +93,23 @@ def test_function_transforms_are_noticed() -> None:
     assert seen == [False, True, True, True, True, False]
 
 
+def test_layers_are_known_whose_weight_is_used_without_a_call() -> None:
+    from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+    from transformers.models.wavlm.modeling_wavlm import WavLMAttention
+
+    def read_by(kind: type[nn.Module]) -> frozenset[str]:
+        return weights_read_by(kind.__new__(kind))
+
+    assert read_by(nn.MultiheadAttention) == {"out_proj"}
+    assert not read_by(nn.TransformerEncoderLayer) & {"linear1", "linear2"}
+    assert read_by(WavLMAttention) >= {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert "dt_proj" in read_by(JambaMambaMixer) and "out_proj" in read_by(Mamba2Mixer)
+    # These look at a weight's dtype, or use the weight in one case and call the layer in the other.
+    for name in ("llama", "bloom", "t5"):
+        assert not any(weights_read_by(module) for module in make(name).modules())
+
+
 def test_a_compiled_module_is_known() -> None:
     layer = nn.Linear(2, 2)
     assert not is_compiled(layer)
@@ -100,3 +121,19 @@ def test_tensors_move_towards_their_ends() -> None:
     tensors, ends = [torch.zeros(2), torch.ones(3)], [torch.ones(2), torch.full((3,), 3.0)]
     lerp_all_(tensors, ends, 0.25)
     assert torch.equal(tensors[0], torch.full((2,), 0.25)) and torch.equal(tensors[1], torch.full((3,), 1.5))
+
+
+def test_buffers_that_no_checkpoint_has_are_found() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3))
+    module[1].register_buffer("table", torch.ones(3), persistent=False)
+    module[1].register_buffer("numbers", torch.arange(3), persistent=False)  # not of floating point
+    assert computed_buffers(module) == [(module[1], "table")]
+    assert "1.table" not in module.state_dict()
+
+
+def test_a_dictionary_of_modules_moves_and_is_never_cast() -> None:
+    kept = DtypeKeepingDict({"norm": nn.BatchNorm1d(3)})
+    outer = nn.Sequential(kept, nn.Linear(3, 3)).to(torch.bfloat16)
+    assert {tensor.dtype for tensor in kept.state_dict().values()} == {torch.float32, torch.int64}
+    assert outer[1].weight.dtype == torch.bfloat16
+    assert outer.to("meta")[0]["norm"].weight.is_meta

@@ -21,9 +21,9 @@ from lit_peft.models.transformers_internals import (
     eager_attention,
     has_model_class,
     is_model_of,
-    is_norm,
     no_split_classes,
     own_loss_function,
+    returns_its_product,
     set_own_loss_function,
     uses_attention_interface,
 )
@@ -43,14 +43,6 @@ def test_auto_classes_say_which_models_are_theirs() -> None:
     assert not is_model_of("AutoModelForSequenceClassification", decoder)
     assert is_model_of("AutoModelForCausalLM", decoder)
     assert not is_model_of("AutoModelForCausalLM", nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS, *SEQ2SEQS])
-def test_norms_are_known_by_their_weight(name: str) -> None:
-    # Their weights are the only vectors.
-    for module in make(name).modules():
-        weight = getattr(module, "weight", None)
-        assert is_norm(module) is (weight is not None and weight.dim() == 1)
 
 
 def test_the_attention_of_a_model_is_read_from_its_config() -> None:
@@ -102,6 +94,16 @@ def test_models_with_alibi_build_it_by_a_function_of_their_file() -> None:
         steps = function(mask, 2, torch.float32).reshape(2, 3)
         torch.testing.assert_close(steps[:, 2] - steps[:, 1], steps[:, 1] - steps[:, 0])
     assert alibi_function(make("llama")) is None
+
+
+def test_linear_layers_that_return_more_than_their_product_are_known() -> None:
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+    from transformers.models.llama4.modeling_llama4 import Llama4Router
+
+    config = transformers.Llama4TextConfig(hidden_size=16, num_local_experts=4, num_experts_per_tok=1)
+    router = Llama4Router(config).train()
+    assert not returns_its_product(router) and router.training
+    assert returns_its_product(FalconLinear(4, 3)) and returns_its_product(nn.Linear(4, 3))
 
 
 def test_models_name_the_layers_that_stay_whole() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from lit_peft import LitPeftError, LoRASettings
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.cross_entropy import head_cross_entropy
 from lit_peft.nn.lora import LoRALinear
+from lit_peft.nn.prefix import Prefix
+from lit_peft.nn.prompt import PromptEncoder
+from lit_peft.nn.quantized import QuantizedLinear
 from lit_peft.nn.rows import LoRARows, ModuleRows
 
 WHOLE: dict[str, Any] = {"ln_before": True, "ln_after": True, "use_gating": True}
@@ -215,3 +219,118 @@ def test_rows_of_forms_of_other_types_share_the_first_ones() -> None:
 class Cast(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.double()
+
+
+# ------------------------------------------------------------------------- what is computed once, and second gradients
+
+
+def computed(kind: str) -> tuple[Any, Callable[[], torch.Tensor]]:
+    """A network that computes virtual tokens or a prefix, and what it gives."""
+    torch.manual_seed(0)
+    if kind == "prefix":
+        prefix = Prefix(3, [(2, 4)], projection_size=5, hidden_size=6).eval()
+
+        def keys() -> torch.Tensor:
+            prefix.start()
+            return prefix.layer(0, torch.zeros(1))[0]
+
+        return prefix, keys
+    encoder = PromptEncoder(4, 8, 3, kind=kind).eval()  # type: ignore[arg-type]
+    return encoder, encoder
+
+
+@pytest.mark.parametrize("kind", ["prefix", "LSTM", "MLP"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_kept_result_is_never_stale(kind: str, mode: Any) -> None:
+    network, run = computed(kind)
+    with mode():
+        if mode is torch.inference_mode:
+            network = network.to(torch.float64)
+            assert all(p.is_inference() for p in network.parameters())
+        for change in (lambda p: p.add_(0.5), lambda p: p.mul_(2), lambda p: p.zero_()):
+            before = run().clone()
+            for parameter in network.parameters():
+                change(parameter)
+            assert not torch.equal(run(), before)
+    fresh, run_fresh = computed(kind)
+    fresh.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(run(), run_fresh().to(run().dtype))
+
+
+@pytest.mark.parametrize("kind", ["prefix", "LSTM", "MLP"])
+def test_a_kept_result_follows_a_new_dtype_and_new_memory(kind: str) -> None:
+    network, run = computed(kind)
+    with torch.no_grad():
+        first = run()
+        assert torch.equal(run(), first)
+        for parameter in network.parameters():
+            parameter.data = parameter.data + 1
+        assert not torch.equal(run(), first)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "MLP"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_virtual_tokens_get_gradients_under_autocast_and_in_evaluation(
+    kind: str, training: bool, dtype: torch.dtype
+) -> None:
+    network, run = computed(kind)
+    network.train(training)
+    exact = run()
+    with torch.autocast("cpu", dtype):
+        out = run()
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out, exact)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def second_gradients(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    (first,) = torch.autograd.grad(run(x).pow(2).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.pow(3).sum(), x)
+    return second
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_second_gradients_through_a_quantized_layer(bits: int) -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(-8, 8, (5, 6), dtype=torch.int8)
+    layer = QuantizedLinear(codes, torch.rand(5, 2, dtype=torch.float64), None, None, bits)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    weight = layer.dense_weight()
+    close(second_gradients(layer, x), second_gradients(lambda x: x @ weight.T, x))
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+    assert torch.autograd.gradcheck(layer, x) and torch.autograd.gradgradcheck(layer, x)
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, 3.0)])
+def test_second_gradients_through_the_heads_loss(scale: float, softcap: float | None) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    weight, bias, targets = torch.randn(7, 6).double(), torch.randn(7).double(), torch.randint(0, 7, (5,))
+
+    def plain(hidden: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(hidden, weight, bias) * scale
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    def ours(hidden: torch.Tensor) -> torch.Tensor:
+        return head_cross_entropy(hidden, weight, targets, bias, scale, softcap)
+
+    close(second_gradients(ours, hidden), second_gradients(plain, hidden))
+    assert torch.autograd.gradgradcheck(ours, hidden)
+    found, expected = (torch.func.jvp(loss, (hidden,), (weight[:5],)) for loss in (ours, plain))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_lstm_avoids_cudnn_where_that_has_no_backward_pass(training: bool) -> None:
+    encoder = PromptEncoder(4, 8, 3).train(training)
+    assert encoder.lstm_head is not None
+    enabled = []
+    encoder.lstm_head.register_forward_pre_hook(lambda *_: enabled.append(torch.backends.cudnn.enabled))
+    encoder()
+    with torch.no_grad():
+        encoder()
+    assert enabled == [training, True] and torch.backends.cudnn.enabled

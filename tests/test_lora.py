@@ -261,19 +261,19 @@ def test_adapters_are_fp32_beside_half_and_fp64_beside_fp64() -> None:
         ({"rank_pattern": {"v_proj": 2, "k_proj": 3}}, "rank_pattern has 'k_proj'"),
         ({"alpha_pattern": {"v_prj": 2}}, "alpha_pattern has 'v_prj', .*'v_proj'"),
         ({"rank_pattern": {"[qv]_proj": 4, "v_proj": 2}}, "rank_pattern has 'v_proj' after"),
-        ({"exclude_modules": ["lm_head", "v_prj"]}, "exclude_modules names 'v_prj', .*'v_proj'"),
-        ({"exclude_modules": ["layers.0"]}, "exclude_modules names 'layers.0'"),
+        ({"exclude_modules": ["lm_head", "v_prj"]}, "exclude_modules has 'v_prj', .*'v_proj'"),
+        ({"exclude_modules": ["layers.0"]}, "exclude_modules has 'layers.0'"),
         ({"exclude_modules": "v_proj"}, r"exclude_modules='v_proj'.*\['v_proj'\]"),
         ({"target_modules": "q_proj"}, r"target_modules='q_proj'.*\['q_proj'\]"),
         ({"target_modules": r".*q_prj"}, r"target_modules='\.\*q_prj' .*matches no .* closest are 'q_proj'"),
-        ({"target_modules": ["q_prj"]}, "target_modules names 'q_prj', .*'q_proj'"),
-        ({"layers_to_transform": [0, 3, -1]}, r"layers_to_transform names 3, -1, .*0 to 2"),
-        ({"layers_to_transform": 3}, r"layers_to_transform names 3, .*0 to 2"),
+        ({"target_modules": ["q_prj"]}, "target_modules has 'q_prj', .*'q_proj'"),
+        ({"layers_to_transform": [0, 3, -1]}, r"layers_to_transform has 3, -1, .*0 to 2"),
+        ({"layers_to_transform": 3}, r"layers_to_transform has 3, .*0 to 2"),
         (
             {"layers_to_transform": [0], "layers_pattern": ["layers", "layer"]},
-            "layers_pattern names 'layer', .*'layers'",
+            "layers_pattern has 'layer', .*'layers'",
         ),
-        ({"layers_pattern": "layers"}, "layers_pattern='layers'.*layers_to_transform"),
+        ({"layers_pattern": "layers"}, r"layers_pattern=\['layers'\].*layers_to_transform"),
         *(
             ({field: value}, rf"{field} has the regular expression '\('")
             for field in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
@@ -345,7 +345,7 @@ def test_starts_out_of_a_weight_need_a_dense_one(how: str) -> None:
         LoRALinear(base, r=2, init_lora_weights=how)
     with pytest.raises(LitPeftError, match=f"{how}.*linear layers only"):
         LoRAEmbedding(nn.Embedding(6, 8), r=2, init_lora_weights=how)
-    with pytest.raises(LitPeftError, match="quantized and cannot take an update"):
+    with pytest.raises(LitPeftError, match="quantized, so an update cannot be added"):
         LoRALinear(base, r=2).merge()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import scramble
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -222,3 +223,56 @@ def test_completions_alone_are_supervised(decoder: Path, tmp_path: Path) -> None
     assert len(examples) == 1
     assert [label == -100 for label in examples[0]["labels"]] == [True, True, False, False, False]
     assert examples[0]["input_ids"][-1] == data.tokenizer.eos_token_id
+
+
+class Smoothed(lit_peft.LoRA):  # type: ignore[name-defined, misc]
+    """A user's subclass with arguments of its own."""
+
+    def __init__(
+        self, *args: Any, smoothing: float = 0.0, words: tuple[str, ...] = (), thing: Any = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.smoothing, self.words = smoothing, words
+
+
+class Named(Smoothed):
+    def __init__(self, base: str, name: str = "none", r: int = 2) -> None:
+        super().__init__(base, smoothing=0.5, r=r)
+        self.name = name
+
+
+def saved_checkpoint(module: Any, file: Path) -> Path:
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_steps=0, enable_checkpointing=False, **options)
+    trainer.fit(module, DataLoader([batch()], batch_size=None))
+    trainer.save_checkpoint(file)
+    return file
+
+
+def test_arguments_of_a_subclass_survive_a_checkpoint(decoder: Path, tmp_path: Path) -> None:
+    module = Smoothed(str(decoder), smoothing=0.25, words=("a", "b"), thing=object(), r=2)
+    file = saved_checkpoint(module, tmp_path / "a.ckpt")
+    for again in (Smoothed.load_from_checkpoint(file), lit_peft.BaseLM.load_from_checkpoint(file)):
+        assert type(again) is Smoothed and again.smoothing == 0.25 and tuple(again.words) == ("a", "b")
+        assert again.hparams.r == again.settings.r == 2
+    assert Smoothed.load_from_checkpoint(file, smoothing=0.75).smoothing == 0.75
+    again = Named.load_from_checkpoint(saved_checkpoint(Named(str(decoder), "x", r=4), tmp_path / "b.ckpt"))
+    assert (again.name, again.smoothing, again.settings.r) == ("x", 0.5, 4)
+
+
+def test_the_base_class_loads_any_run(decoder: Path, tmp_path: Path) -> None:
+    module = lit_peft.PrefixTuning(base=str(decoder), num_virtual_tokens=3)
+    file = saved_checkpoint(module, tmp_path / "a.ckpt")
+    again = lit_peft.BaseLM.load_from_checkpoint(file)
+    assert type(again) is lit_peft.PrefixTuning
+    inputs = {"input_ids": batch()["input_ids"]}
+    assert torch.equal(again.eval()(**inputs).logits, module.eval()(**inputs).logits)
+    stored = torch.load(file, weights_only=True)
+    torch.save({**stored, "module_class": "os.system"}, tmp_path / "b.ckpt")
+    with pytest.raises(LitPeftError, match=r"os\.system, which is not imported"):
+        lit_peft.BaseLM.load_from_checkpoint(tmp_path / "b.ckpt")
+    del stored["module_class"]
+    torch.save(stored, tmp_path / "c.ckpt")
+    with pytest.raises(LitPeftError, match="does not name its class"):
+        lit_peft.BaseLM.load_from_checkpoint(tmp_path / "c.ckpt")
+    assert lit_peft.PrefixTuning.load_from_checkpoint(tmp_path / "c.ckpt").settings.num_virtual_tokens == 3

@@ -199,7 +199,7 @@ def test_sampling_changes_nothing_of_the_run(decoder: Path, reviews: Path, tmp_p
 
 
 def test_no_tokenizer_or_nothing_that_generates_is_said(tmp_path: Path) -> None:
-    with pytest.raises(LitPeftError, match="list of texts"):
+    with pytest.raises(LitPeftError, match="list of at least one text"):
         SampleGenerations("the film")
     with pytest.raises(LitPeftError, match="generate"):
         run(SampleGenerations(["the film"]), where=tmp_path)

@@ -149,7 +149,9 @@ def test_rows_longer_than_the_positions_are_refused_before_the_first_step(
     config.max_position_embeddings = 16
     base = save(transformers.AutoModelForCausalLM.from_config(config), tmp_path / "base", tokenizer_folder)
     data = lit_peft.CausalLMData(base=str(base), train=long_texts(tmp_path), validation_fraction=0.0, max_length=32)
-    with pytest.raises(LitPeftError, match=r"data\.train has rows of 32 tokens.*16 positions.*data\.max_length to 16"):
+    with pytest.raises(
+        LitPeftError, match=r"data\.train has rows of 32 tokens.*16 positions.*data\.max_length to at most 16"
+    ):
         trainer(tmp_path).fit(lit_peft.LoRA(base=str(base)), data)
     data = lit_peft.CausalLMData(base=str(base), train=long_texts(tmp_path), validation_fraction=0.0, max_length=16)
     trainer(tmp_path).fit(lit_peft.LoRA(base=str(base)), data)
@@ -181,7 +183,7 @@ def test_a_token_outside_of_the_vocabulary_is_refused_before_the_first_step(
     config = transformers.LlamaConfig(vocab_size=12, **{**SHAPE, "num_key_value_heads": 2})
     base = save(transformers.LlamaForCausalLM(config), tmp_path / "base", tokenizer_folder)
     data = lit_peft.CausalLMData(base=str(base), train=str(reviews))
-    with pytest.raises(LitPeftError, match=r"holds the token \d+.*has embeddings for 12.*resize"):
+    with pytest.raises(LitPeftError, match=r"data\.train has the token \d+.*only 12 embeddings.*resize"):
         trainer(tmp_path).fit(lit_peft.LoRA(base=str(base)), data)
 
 

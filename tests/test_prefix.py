@@ -300,7 +300,7 @@ def test_adapterhub_folders_of_grouped_keys(tmp_path: Path, monkeypatch: pytest.
     scramble(early)
     with pytest.raises(LitPeftError, match="per_query_head=True"):
         lit_peft.save_adapter(early, tmp_path / "early", format="adapterhub")
-    monkeypatch.setattr("lit_peft.formats.adapterhub_prefix.beyond", lambda *_: [])
+    monkeypatch.setattr("lit_peft.formats.adapterhub_prefix.unsupported_settings", lambda *_: [])
     lit_peft.save_adapter(early, tmp_path / "early", format="adapterhub")
     again = lit_peft.load_adapter(make("llama"), tmp_path / "early").eval()
     inputs = inputs_of("llama")
@@ -338,7 +338,7 @@ def test_positions_beyond_the_table_are_refused(name: str) -> None:
     inputs = inputs_of(name)
     ids = torch.arange(7).expand(2, -1)
     model(**inputs, position_ids=ids + 53)
-    with pytest.raises(LitPeftError, match=r"61 tokens and the prefix 4, but the model has 64 positions"):
+    with pytest.raises(LitPeftError, match=r"61 tokens and 4 virtual tokens, which is more than the 64 positions"):
         model(**inputs, position_ids=ids + 54)
 
 
@@ -537,7 +537,7 @@ def test_the_last_position_may_be_used(name: str) -> None:
     model = lit_peft.attach(make(name), PTuningV2Settings(num_virtual_tokens=57)).eval()
     model(**inputs_of(name))
     lit_peft.attach(lit_peft.detach(model), PTuningV2Settings(num_virtual_tokens=58))
-    with pytest.raises(LitPeftError, match=r"7 tokens and the prefix 58, but the model has 64 positions"):
+    with pytest.raises(LitPeftError, match=r"7 tokens and 58 virtual tokens, which is more than the 64 positions"):
         model(**inputs_of(name))
 
 
@@ -646,9 +646,9 @@ def test_what_pefts_format_has_no_place_for(name: str, settings: dict[str, Any],
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_virtual_tokens": "3"}, "num_virtual_tokens='3', .* the folder is not whole"),
-        ({"num_virtual_tokens": 4}, r"num_virtual_tokens=4, .* \(3, 128\): the folder is not whole"),
-        ({"modules_to_save": 5}, "adapter_config.json: modules_to_save=5 is not of its kind"),
+        ({"num_virtual_tokens": "3"}, "num_virtual_tokens='3', .* the folder is incomplete"),
+        ({"num_virtual_tokens": 4}, r"num_virtual_tokens=4, .* \(3, 128\): the folder is incomplete"),
+        ({"modules_to_save": 5}, "adapter_config.json: modules_to_save=5 has the wrong type"),
     ],
     ids=str,
 )

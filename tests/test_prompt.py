@@ -476,7 +476,7 @@ def test_embeddings_stand_for_their_tokens(name: str, positions: Any) -> None:
 def test_masks_that_virtual_tokens_cannot_join() -> None:
     model, ids = lit_peft.attach(make("llama"), PromptTuningSettings()), batch("llama")["input_ids"]
     for mask in (torch.ones(2, 1, 7, 7, dtype=torch.bool), {"full_attention": torch.ones(2, 7)}):
-        with pytest.raises(LitPeftError, match=r"attention_mask is not of shape \[batch, length\]"):
+        with pytest.raises(LitPeftError, match=r"attention_mask does not have the shape \[batch, length\]"):
             model(input_ids=ids, attention_mask=mask)
 
 
@@ -485,7 +485,7 @@ def test_the_last_position_may_be_used(name: str) -> None:
     model = lit_peft.attach(make(name), PromptTuningSettings(num_virtual_tokens=57)).eval()
     model(**batch(name))
     lit_peft.attach(lit_peft.detach(model), PromptTuningSettings(num_virtual_tokens=58))
-    with pytest.raises(LitPeftError, match=r"7 tokens and 58 virtual tokens are more than the 64 positions"):
+    with pytest.raises(LitPeftError, match=r"7 tokens and 58 virtual tokens, which is more than the 64 positions"):
         model(**batch(name))
 
 

@@ -22,7 +22,7 @@ from torch import nn
 import lit_peft
 from lit_peft import LitPeftError
 from lit_peft.methods.adapters import merge_adapter, unmerge_adapter
-from lit_peft.methods.bottleneck import _AT_SUBLAYERS
+from lit_peft.methods.bottleneck import SUBLAYER_SETTINGS
 
 settings.register_profile(
     "quick",
@@ -151,7 +151,7 @@ def test_whatever_the_settings(method: str, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(list(ALL)), label="architecture")
     chosen = data.draw(st.fixed_dictionaries({}, optional=fields), label="settings")
     if chosen.get("placement") == "llm_adapters":
-        chosen = {field: value for field, value in chosen.items() if field not in _AT_SUBLAYERS}
+        chosen = {field: value for field, value in chosen.items() if field not in SUBLAYER_SETTINGS}
     if name in ENCODERS and data.draw(FLAG, label="head"):
         chosen["modules_to_save"] = ["classifier"]
     model = make(name)

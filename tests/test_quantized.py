@@ -1,4 +1,4 @@
-"""Quantized frozen bases: what is multiplied is what torchao and bitsandbytes say; every method trains on them."""
+"""Quantized frozen bases: they compute what torchao and bitsandbytes compute, and every method trains on them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 import lit_peft
 from lit_peft import CausalLMData, LitPeftError
@@ -29,7 +30,7 @@ from lit_peft.nn.quantized import (
     pack_nibbles,
     unpack_nibbles,
 )
-from lit_peft.util.memory import process_memory
+from lit_peft.util.memory import page_out, process_memory
 
 METHODS = ("LoRA", "AdapterH", "AdapterP", "Parallel", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning")
 needs = {
@@ -387,6 +388,53 @@ print(peak_memory() / 2**20)
 
 
 @pytest.mark.heavy
+@needs["torchao"]
+def test_a_weight_that_two_layers_share_is_quantized_in_both(base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    one, other = (layer.mlp for layer in model.model.layers)
+    other.up_proj.weight = kept = one.up_proj.weight
+    expected = kept.detach().clone()
+    quantize(model, "int8")
+    assert torch.equal(kept, expected), "the weight is as it was for everybody who still uses it"
+    assert torch.equal(dense_weight(one.up_proj), dense_weight(other.up_proj))
+    assert apart(dense_weight(one.up_proj), expected) < 0.01
+
+
+def test_memory_of_a_mapped_tensor_is_freed_and_read_again(tmp_path: Path) -> None:
+    values = torch.arange(2**20, dtype=torch.float32)
+    save_file({"a": values}, tmp_path / "a.safetensors")
+    tensor = load_file(tmp_path / "a.safetensors")["a"]
+    page_out(tensor)
+    assert torch.equal(tensor, values)
+    before = process_memory("RssFile")
+    page_out(tensor)
+    after = process_memory("RssFile")
+    assert before is None or after is None or after < before - 3 * 2**20
+    changed = tensor.add_(1)
+    page_out(changed)
+    assert torch.equal(changed, values + 1), "what was changed in memory alone is not lost"
+
+
+@needs["torchao"]
+def test_a_mixtures_experts_are_named_that_stay_unquantized() -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_experts=4,
+        head_dim=16,
+        moe_intermediate_size=32,
+        num_experts_per_tok=2,
+        num_key_value_heads=2,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
+    share = f"{experts / sum(p.numel() for p in model.parameters()):.0%}"
+    with pytest.warns(UserWarning, match=f"int8.*{share} of the weights.*experts.*not quantized"):
+        quantize(model, "int8")
+
+
 @needs["torchao"]
 @pytest.mark.skipif(not process_memory("VmHWM"), reason="peak memory is read from /proc")
 def test_peak_memory_is_below_the_fp32_runs(tmp_path: Path) -> None:

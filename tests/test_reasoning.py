@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,11 @@ def test_alpaca_supervises_answers_and_counts_what_is_cut(decoder: Path, tmp_pat
         for e in examples
     ]
     assert texts == ["the film was well", "the film was</s>"] or texts == ["the film was well", "the film was </s>"]
-    assert any("1 of 2 rows cut" in line and "1 tokens lost" in line for line in data.report())
-    assert any("1 row(s) dropped" in line for line in data.report())
+    assert any(
+        "1 of 2 rows (50.0 %) cut" in line and re.search(r"; 1 of \d+ tokens \(.* %\) lost", line)
+        for line in data.report()
+    )
+    assert any("1 of 3 rows (33.3 %) dropped" in line for line in data.report())
 
 
 def test_chats_supervise_the_assistant_alone(decoder: Path, tmp_path: Path) -> None:

@@ -212,10 +212,10 @@ def two_loras(**second: Any) -> Any:
         ({}, {"weights": {"a": float("nan"), "b": 1.0}}, "'a': nan"),
         ({}, {"weights": {"a": 1.0, "b": "1"}}, "'b': '1'"),
         ({}, {"weights": {"a": 1.0, "c": 1.0}}, "'c'"),
-        ({"r": 3}, {"combination": "linear"}, "one rank"),
+        ({"r": 3}, {"combination": "linear"}, "equal rank"),
         ({"use_dora": True}, {}, "'b' cannot be combined"),
         ({"modules_to_save": ["lm_head"]}, {}, "'b' cannot be combined"),
-        ({"target_modules": ["k_proj"]}, {}, "'b' adapts other modules"),
+        ({"target_modules": ["k_proj"]}, {}, "'b' does not adapt the same modules"),
     ],
     ids=str,
 )
@@ -231,7 +231,7 @@ def test_of_a_combination(second: dict[str, Any], arguments: dict[str, Any], wor
 def test_of_a_folder_for_what_is_no_adapter(kind: str, format: Any, decoder: Path, tmp_path: Path) -> None:
     module = getattr(lit_peft, kind)(base=str(decoder))
     module.configure_model()
-    with pytest.raises(LitPeftError, match=r"no adapter to write.*save_pretrained"):
+    with pytest.raises(LitPeftError, match=r"no adapter to save.*save_pretrained"):
         module.save_adapter(tmp_path / "adapter", format)
     assert not any(tmp_path.iterdir())
 
@@ -331,7 +331,7 @@ def test_of_a_head_alone_where_none_is_named() -> None:
     model = make("bert")
     with pytest.raises(LitPeftError, match=r"BertForSequenceClassification .*modules_to_save=\['classifier'\]"):
         lit_peft.attach(model, HeadOnlySettings())
-    with pytest.raises(LitPeftError, match="Linear is no language model"):
+    with pytest.raises(LitPeftError, match="Linear is not a language model"):
         lit_peft.attach(torch.nn.Linear(2, 2), HeadOnlySettings())
     assert all(p.requires_grad for p in model.parameters())
     lit_peft.attach(model, HeadOnlySettings(modules_to_save=["classifier"]))

@@ -37,7 +37,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Seen(pl.Callback):
-    """What was trained on, batch by batch, and the losses; stops at a batch by an error where told."""
+    """Records the batches that were trained on and their losses; raises an error at a given batch."""
 
     def __init__(self, dies_at: int | None = None) -> None:
         self.batches: list[list[tuple[int, ...]]] = []
@@ -109,7 +109,9 @@ def same(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_resumed_run_sees_what_is_left_and_ends_alike(way: str, decoder: Path, file: str, tmp_path: Path) -> None:
+def test_a_resumed_run_sees_the_remaining_batches_and_ends_with_equal_weights(
+    way: str, decoder: Path, file: str, tmp_path: Path
+) -> None:
     whole = run(decoder, file, tmp_path / "whole", way)
     batches = len(whole[0].batches) // 3
     assert batches > STOP and len(whole[0].batches) == 3 * batches

@@ -182,8 +182,10 @@ def test_the_commit_of_a_model_in_the_hub_cache(tmp_path: Path, monkeypatch: pyt
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(commit)
     model_folder(folder / "snapshots" / commit)
-    assert cached_commit("org/tiny") == cached_commit("org/tiny", commit) == commit
-    assert cached_commit("org/other") is None and cached_commit(str(tmp_path)) is None
+    assert cached_commit("org/tiny") == commit
+    assert cached_commit("org/other") is None and cached_commit(str(tmp_path)) is None and cached_commit("") is None
+    model_folder(folder / "snapshots" / commit[::-1])
+    assert cached_commit("org/tiny") is None
 
 
 # ----------------------------------------------------------------------------------------------------------- GGUF

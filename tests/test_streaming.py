@@ -1,4 +1,4 @@
-"""Training rows read while training goes on: each once, in an order of the seed, whoever reads them."""
+"""Training rows that are read during training: each once, in an order that depends on the seed only."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_processes_share_the_rows(decoder: Path, file: Path) -> None:
     assert {*map(tuple, shares[0] + shares[1])} == {*map(tuple, rows(made.train_dataloader()))}
 
 
-def test_training_goes_on_in_the_middle_of_the_stream(decoder: Path, file: Path, tmp_path: Path) -> None:
+def test_training_resumes_in_the_middle_of_the_stream(decoder: Path, file: Path, tmp_path: Path) -> None:
     # 125 rows in blocks of 12 are 32 batches: the run ends in the second epoch.
     whole = run(decoder, file, tmp_path / "whole", 44)
     first = [ids for batch in whole[0].batches[:32] for ids in batch]
@@ -122,7 +122,7 @@ def test_other_files_and_datasets_stream(kind: str, decoder: Path, file: Path, t
     assert len(rows(hub.val_dataloader())) == 9
 
 
-def test_what_does_not_go_with_it_is_told(decoder: Path, file: Path, encoder: Path, tmp_path: Path) -> None:
+def test_settings_that_exclude_streaming_are_reported(decoder: Path, file: Path, encoder: Path, tmp_path: Path) -> None:
     for name, value in {
         "packing": True,
         "group_by_length": True,
@@ -160,7 +160,7 @@ def test_what_does_not_go_with_it_is_told(decoder: Path, file: Path, encoder: Pa
         ("a.jsonl", '{"text": "good"}\n' * 40 + '["b"]', "line 41 is not a JSON object"),
         ("a.jsonl", '{"text": "good"}\n{"text": "\\ud800"}', "line 2 has half of a surrogate pair"),
         ("a.jsonl", b'{"text": "good"}\n{"text": "caf\xe9"}', "is not UTF-8: byte 0xe9 in line 2"),
-        ("a.jsonl", '{"text": "good"}\n{"text": ["x"]}', "row 2: column 'text' holds .'x'., not a text"),
+        ("a.jsonl", '{"text": "good"}\n{"text": ["x"]}', "row 2: column 'text' has .'x'., which is not text"),
         ("a.jsonl", '{"text": "good"}\n' * 50 + '{"text": " "}', "row 51 has no text"),
         ("a.jsonl", "\n\n", "has no rows"),
         ("a.json", "[]", "has no rows"),
@@ -175,7 +175,7 @@ def test_what_does_not_go_with_it_is_told(decoder: Path, file: Path, encoder: Pa
         ("a.parquet", b"PAR1", "is not a readable parquet file"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_told(
+def test_what_is_wrong_with_a_row_is_reported(
     name: str, content: str | bytes, said: str, workers: int, decoder: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / name
@@ -187,7 +187,7 @@ def test_what_is_wrong_with_a_row_is_told(
     assert len(str(problem.value).splitlines()) == 1 and "data.train" in str(problem.value)
 
 
-def test_a_block_of_prompts_that_are_too_long_is_passed_over(decoder: Path, tmp_path: Path) -> None:
+def test_a_block_of_prompts_that_are_too_long_is_skipped(decoder: Path, tmp_path: Path) -> None:
     short, long = {"prompt": "a film", "completion": "good"}, {"prompt": "bad " * 9, "completion": "good"}
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*[short] * 12, *[long] * 24, *[short] * 12]))
@@ -195,7 +195,14 @@ def test_a_block_of_prompts_that_are_too_long_is_passed_over(decoder: Path, tmp_
     made = data(decoder, path, **settings)
     made.setup("fit")
     assert len(rows(made.train_dataloader())) == 24
-    assert made.report() == ["data.train: 12 row(s) dropped, because data.max_length leaves nothing of their answers."]
+    assert made.report() == [
+        f"data.train: {line} (in one block of the stream)"
+        for line in (
+            "12 of 12 rows (100.0 %) dropped, because data.max_length 8 leaves nothing of their answers.",
+            "24 of 24 tokens to learn (100.0 %) lost, because data.max_length is 8: set data.max_length to 11 to lose "
+            "none.",
+        )
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in [long] * 12))
     with pytest.raises(LitPeftError, match=r"none of the first rows .* data\.max_length 8"):
         data(decoder, path, **settings).setup("fit")
@@ -226,7 +233,7 @@ print(*map(count, sys.argv[3:]), (peak_memory() - small) // 2**20)
 
 @pytest.mark.heavy
 def test_memory_is_bounded(decoder: Path, tmp_path: Path) -> None:
-    """Of a file with an object to a line, and of one that is a list; both are larger than what may be held."""
+    """For a file with one object per line, and for a list; both files are larger than the memory that is allowed."""
     files = [tmp_path / "small.jsonl", tmp_path / "large.jsonl", tmp_path / "large.json"]
     for path, count in zip(files, (2_000, 9_000, 9_000), strict=True):
         made = (json.dumps({"text": f"a good film {at}", "other": "x" * 8_000}) for at in range(count))

@@ -71,6 +71,8 @@ LISTS = {
     "encoder": ("AutoModelForSequenceClassification", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
     "encoder-decoder": ("AutoModelForSeq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
 }
+# Decoders of speech and images, whose cross-attention rests without them; and attention that a CPU does not compute.
+LEFT_OUT = {"trocr", "whisper", "mra"}
 LARGEST = 3_000_000
 
 
@@ -119,4 +121,4 @@ def model_types(kind: str) -> list[str]:
         names = [name for name in names if name not in both and (name not in decoders or "bert" in name)]
     if kind == "decoder":
         names = [name for name in names if "bert" not in name and name not in LISTS["encoder-decoder"][1]]
-    return names
+    return [name for name in names if name not in LEFT_OUT]

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ import lit_peft.data
 import lit_peft.modules
 from lit_peft.callbacks import ExactResume, GracefulStop, PredictionWriter, RunBanner, TokenProgressBar
 from lit_peft.callbacks.graceful_stop import save_last
+from lit_peft.commands.setting_names import check_names
 from lit_peft.data.base import LitDataModule
 from lit_peft.formats.folder import write_adapter
 from lit_peft.training.checkpoint_io import AtomicCheckpointIO
@@ -36,6 +38,8 @@ from lit_peft.util.disk import replace_folder, temporary_folder, write_failure, 
 from lit_peft.util.errors import LitPeftError, closest
 
 RUNS = "lit_peft_runs"
+# Epochs of a run whose length is not set; Lightning would train 1,000.
+DEFAULT_EPOCHS = 3
 
 
 class Parser(LightningArgumentParser):
@@ -60,6 +64,9 @@ class SaveConfig(SaveConfigCallback):
 class CLI(LightningCLI):
     """A LightningCLI that checks its input before it writes anything, and reports where the results are."""
 
+    length_note = ""
+    arguments: Sequence[str] = ()
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("test", "predict"):
@@ -69,6 +76,7 @@ class CLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.arguments = sys.argv[1:] if args is None else list(map(str, args))
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as problem:
@@ -85,8 +93,14 @@ class CLI(LightningCLI):
         return None
 
     def before_instantiate_classes(self) -> None:
-        """Use the base model's tokenizer for the data unless another one is set."""
+        """Refuse unknown settings, and fill in those that depend on others: the tokenizer and the number of epochs."""
         config = self.config[self.subcommand]
+        for part in ("model", "data"):
+            if config.get(part) is not None:
+                check_names(part, config[part].class_path, list(vars(config[part].init_args)), self.arguments)
+        if self.subcommand == "fit" and _never_ends(config.trainer):
+            config.trainer.max_epochs = DEFAULT_EPOCHS
+            self.length_note = "the default: set --trainer.max_epochs or --trainer.max_steps"
         data = config.get("data")
         if data is not None and "base" in data.get("init_args", {}) and data.init_args.base is None:
             data.init_args.base = config.model.init_args.get("base")
@@ -103,7 +117,7 @@ class CLI(LightningCLI):
         self.model.check()
         config = self.config_init[self.subcommand]
         given = config.trainer.callbacks or []
-        extra: list[Any] = [RunBanner()]
+        extra: list[Any] = [RunBanner(self.length_note)]
         if config.trainer.enable_progress_bar is not False:
             # In a log file, a bar that is updated at every step is mostly noise.
             extra.append(TokenProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
@@ -257,6 +271,12 @@ def run(arguments: list[str]) -> None:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )
+
+
+def _never_ends(trainer: Any) -> bool:
+    """Return whether the trainer's settings do not say how long to train."""
+    unset = trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None
+    return bool(unset and not trainer.fast_dev_run)
 
 
 def _check_writable(root: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ from lit_peft.data.loaders import (
     streaming_loader,
     training_loader,
 )
-from lit_peft.data.notes import Notes
+from lit_peft.data.notes import Notes, note_unused_columns
 from lit_peft.data.packing import PackCollator
 from lit_peft.data.rows import Rows, Split
 from lit_peft.data.settings import check_settings
@@ -91,6 +91,8 @@ class LitDataModule(pl.LightningDataModule):
     drops_overlap: bool = True
     # Join several training examples to one row; a setting of `SupervisedData`.
     packing: bool = False
+    # Columns that are read if a table has them.
+    optional_columns: Sequence[str] = ()
     # One row of a txt file: "line", "paragraph" or "document".
     text_unit: str = "line"
     # For tsv files in which quotes are part of the text, see `read_file`.
@@ -236,19 +238,22 @@ class LitDataModule(pl.LightningDataModule):
 
     def _rows_of(self, split: Split) -> Rows | None:
         """Read the rows that a split's setting names, once; None if it names nothing."""
-        if split not in self._read:
-            value = self.hub.find(split, self.sources[split])
-            self._read[split] = None
-            if value is not None:
-                field, source = f"data.{split}", value
-                if self.hub.has(value):
-                    table, source = self.hub.table(value, split, self.limits.get(split)), f"{self.dataset}:{value}"
-                else:
-                    table = self.read(value, field, split)
-                table = self.prepare_table(table, split, field, source)
-                where = {} if split == "predict" else self.where
-                self._read[split] = select_rows(table, field, source, self.columns(split), where)
-        return self._read[split]
+        if split in self._read:
+            return self._read[split]
+        value, rows = self.hub.find(split, self.sources[split]), None
+        if value is not None:
+            field, source = f"data.{split}", value
+            if self.hub.has(value):
+                table, source = self.hub.table(value, split, self.limits.get(split)), f"{self.dataset}:{value}"
+            else:
+                table = self.read(value, field, split)
+            table = self.prepare_table(table, split, field, source)
+            where = {} if split == "predict" else self.where
+            rows = select_rows(table, field, source, self.columns(split), where)
+            used = (*self.columns(split).values(), *self.optional_columns, *where)
+            note_unused_columns(self.notes, field, table.column_names, used)
+        self._read[split] = rows
+        return rows
 
     @cached_property
     def rows(self) -> Mapping[Split, Rows]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.encoding import tokenize
-from lit_peft.data.notes import drop_cut_column
+from lit_peft.data.notes import drop_cut_column, note_missing_end
 from lit_peft.data.rows import Rows, Split, require_text, text_key
 from lit_peft.data.settings import refuse_unused
 from lit_peft.data.supervised import SupervisedData, encode_answers, end_of_text, strip_end_tokens
@@ -118,6 +118,7 @@ class CausalLMData(SupervisedData):
         )
         if self.generates(split):
             return drop_cut_column(table, self.notes, split, "prompts", self.max_length)
+        note_missing_end(self.notes, self.tokenizer)
         if not len(table) and not self.streaming:
             raise LitPeftError(
                 f"{rows.field} {rows.source!r}: no row has two tokens, so there is nothing to predict; give longer "

@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 def get_fingerprint(table: Dataset) -> str:
-    """Return the name under which `datasets` caches what is made from a table.
+    """Return the name under which `datasets` caches what is made from a table; "" for another map-style dataset.
 
     Why private: `Dataset._fingerprint` has no public reader, and our own cache names must contain it.
     """
-    return str(table._fingerprint)
+    return str(getattr(table, "_fingerprint", ""))
 
 
 def set_fingerprint(table: Dataset, fingerprint: str) -> None:

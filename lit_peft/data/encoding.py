@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.files import fingerprint
-from lit_peft.data.rows import Rows
+from lit_peft.data.rows import RowError, Rows
 from lit_peft.models.tokenization import tokenizer_digest
 from lit_peft.util.errors import LitPeftError
 
@@ -38,7 +38,7 @@ def tokenize(
         A table with the result's columns only.
 
     Raises:
-        LitPeftError: a row has no tokens, or no labels.
+        LitPeftError: `function` refuses a row, or a row has no tokens, or no labels.
     """
     table = rows.to_table()
     key = (
@@ -47,18 +47,31 @@ def tokenize(
         sorted(settings.items()),
         tokenizer_digest(tokenizer),
     )
-    encoded = table.map(
-        function,
-        batched=True,
-        fn_kwargs={"tokenizer": tokenizer, **settings},
-        remove_columns=table.column_names,
-        new_fingerprint=fingerprint(*key),
-        num_proc=num_proc,
-        desc=description,
-    )
+    try:
+        encoded = table.map(
+            _call_with_indices,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"function": function, "tokenizer": tokenizer, **settings},
+            remove_columns=table.column_names,
+            new_fingerprint=fingerprint(*key),
+            num_proc=num_proc,
+            desc=description,
+        )
+    except RowError as exc:
+        raise LitPeftError(f"{rows.locate(rows.indices[exc.index])}: {exc.problem}") from exc
     if len(encoded) == len(rows):
         _refuse_empty_examples(encoded, rows)
     return encoded
+
+
+def _call_with_indices(
+    batch: dict[str, list[Any]], indices: list[int], *, function: Callable[..., Any], **settings: Any
+) -> Any:
+    try:
+        return function(batch, **settings)
+    except RowError as exc:
+        raise RowError(indices[exc.index], exc.problem) from exc
 
 
 def _refuse_empty_examples(encoded: Dataset, rows: Rows) -> None:

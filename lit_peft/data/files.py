@@ -30,7 +30,7 @@ LOADERS = {
 # The column of a streamed row's number.
 ROW_NUMBER = "number of the row"
 # Part of the name of every cached table: raise it when a function that makes such a table changes its result.
-_TABLES_VERSION = 4
+_TABLES_VERSION = 5
 _COMPRESSED_SUFFIXES = (".gz", ".zip", ".bz2", ".xz", ".zst")
 # How files that are not data files begin -> what they are, and what to do.
 _FOREIGN_FILES = {

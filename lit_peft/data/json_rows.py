@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Part of the name of a cached table: raise it when files are read differently.
-JSON_VERSION = 1
+JSON_VERSION = 2
 _BOM = b"\xef\xbb\xbf"
 # Maximum rows and bytes of a block.
 _BLOCK_ROWS, _BLOCK_BYTES = 2_000, 2**23
@@ -31,6 +31,9 @@ _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # The type of a column whose values have no common type.
 _MIXED = "mixed"
+# Objects whose members differ from row to row and must stay as they are, because chat templates print them: columns of
+# these names, and columns with this member.
+_PRINTED_COLUMNS, _PRINTED_MEMBER = ("tools", "documents", "chat_template_kwargs"), "tool_calls:"
 # Arrow cannot write types nested more deeply.
 _MAX_DEPTH = 40
 
@@ -83,7 +86,7 @@ def table_of(columns: dict[str, list[Any]]) -> Dataset:
     import datasets
     import pyarrow as pa
 
-    types = {name: _common_type(None, values) for name, values in columns.items()}
+    types = {name: _common_type(name, None, values) for name, values in columns.items()}
     schema = _schema(types)
     arrays = [_array(columns[field.name], types[field.name], field.type) for field in schema]
     return datasets.Dataset(datasets.table.InMemoryTable(pa.Table.from_arrays(arrays, schema=schema)))
@@ -240,7 +243,7 @@ def _write_table(target: Path, rows: Iterable[tuple[dict[str, Any], int]], types
         for block in _blocks(rows):
             columns = {name: [row.get(name) for row in block] for name in dict.fromkeys(chain(types, *block))}
             for name, values in columns.items():
-                common = _common_type(types.get(name), values)
+                common = _common_type(name, types.get(name), values)
                 fits = fits and (writer is None or common == types.get(name))
                 types[name] = common
             if writer is None:
@@ -255,8 +258,8 @@ def _write_table(target: Path, rows: Iterable[tuple[dict[str, Any], int]], types
     return fits
 
 
-def _common_type(known: Any, values: list[Any]) -> Any:
-    """Return the common type of values and of a type that is known already, or `_MIXED`."""
+def _common_type(name: str, known: Any, values: list[Any]) -> Any:
+    """Return the common type of a column's values and of a type that is known already, or `_MIXED`."""
     import pyarrow as pa
 
     if known == _MIXED:
@@ -269,7 +272,9 @@ def _common_type(known: Any, values: list[Any]) -> Any:
             pa.array(values, found)
     except pa.ArrowException:
         return _MIXED
-    return _MIXED if str(found).count("<") > _MAX_DEPTH else found
+    text = str(found)
+    printed = ("<" in text and name in _PRINTED_COLUMNS) or _PRINTED_MEMBER in text
+    return _MIXED if printed or text.count("<") > _MAX_DEPTH else found
 
 
 def _schema(types: dict[str, Any]) -> Any:

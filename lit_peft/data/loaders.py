@@ -47,7 +47,7 @@ def training_loader(
         generator=torch.Generator().manual_seed(seed),
         **_worker_settings(num_workers),
     )
-    loader.pending = lambda: _unprocessed_batches(trainer)
+    loader.pending = lambda: _pending_batches(trainer)
     return loader
 
 
@@ -115,20 +115,24 @@ def _shard(trainer: pl.Trainer | None) -> dict[str, int]:
     return getattr(trainer, "distributed_sampler_kwargs", None) or {}
 
 
-def _unprocessed_batches(trainer: pl.Trainer | None) -> int:
-    """Return how many batches the trainer has taken and not trained on yet: it may save after an exception."""
-    if trainer is None or trainer.state.fn != "fit":
-        return 0
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return int(progress.ready - progress.processed)
-
-
-def _processed_batches(trainer: pl.Trainer | None) -> int | None:
-    """Return how many batches of the epoch the trainer has trained on (it fetches one ahead); None: not training."""
+def _batch_counts(trainer: pl.Trainer | None) -> tuple[int, int] | None:
+    """Return how many batches of the epoch the trainer has taken and how many it has trained on; None: not training."""
     if trainer is None or trainer.state.fn != "fit":
         return None
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return int(progress.processed)
+    return int(progress.ready), int(progress.processed)
+
+
+def _pending_batches(trainer: pl.Trainer | None) -> int:
+    """Return how many batches the trainer has taken but not trained on; it may save after an exception."""
+    taken, processed = _batch_counts(trainer) or (0, 0)
+    return taken - processed
+
+
+def _processed_batches(trainer: pl.Trainer | None) -> int | None:
+    """Return how many batches of the epoch were trained on (the trainer fetches one ahead); None: not training."""
+    counts = _batch_counts(trainer)
+    return None if counts is None else counts[1]
 
 
 def check_plan(state: Mapping[str, int], plan: Mapping[str, int]) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from typing import Any
+
 _OPENING = "Below is an instruction that describes a task"
 _INPUT = ", paired with an input that provides further context"
 _REQUEST = ". Write a response that appropriately completes the request."
@@ -12,7 +16,13 @@ _COMMENT = "  # noqa: E501"
 TEMPLATES = ("alpaca", "llm_adapters")
 
 
-def fill_template(instruction: str, input_text: str = "", template: str = "alpaca") -> str:
+def fill_template(
+    instruction: str,
+    input_text: str = "",
+    template: str = "alpaca",
+    system: str = "",
+    history: Sequence[tuple[str, str]] = (),
+) -> str:
     """Return the prompt for an instruction, up to where the answer starts.
 
     Args:
@@ -20,11 +30,31 @@ def fill_template(instruction: str, input_text: str = "", template: str = "alpac
         input_text: what to do it with; "" for none.
         template: `alpaca`, or `llm_adapters`: the prompt of LLM-Adapters' `evaluate.py`, with the 16 spaces and the
             comment of its source code in it, for adapters that were trained there.
+        system: replaces the first sentences of Alpaca's prompt; "": keep them.
+        history: earlier instructions with their answers; only for `alpaca`.
     """
-    parts = [f"{_OPENING}{_INPUT if input_text else ''}{_REQUEST}", f"### Instruction:\n{instruction}"]
+    opening = system or f"{_OPENING}{_INPUT if input_text else ''}{_REQUEST}"
+    turns = [f"### Instruction:\n{asked}\n\n### Response:\n{answer}" for asked, answer in history]
+    parts = [opening, *turns, f"### Instruction:\n{instruction}"]
     parts += [f"### Input:\n{input_text}"] if input_text else []
     parts += ["### Response:\n"]
     if template == "alpaca":
         return "\n\n".join(parts)
     parts = [part.replace(":\n", f":\n{_INDENT}", 1) for part in parts]
     return f"{parts[0]}{_COMMENT}\n\n{_INDENT}" + f"\n{_INDENT}\n{_INDENT}".join(parts[1:])
+
+
+def parse_history(cell: Any) -> list[tuple[str, str]]:
+    """Return a row's earlier instructions with their answers; the cell may be JSON text.
+
+    Raises:
+        ValueError: the cell is not a list of pairs of texts.
+    """
+    if isinstance(cell, str) and cell.strip():
+        cell = json.loads(cell)
+    if not cell:
+        return []
+    is_list = isinstance(cell, list)
+    if not is_list or not all(isinstance(pair, list) and len(pair) == 2 and None not in pair for pair in cell):
+        raise ValueError("it is not a list of [instruction, answer] pairs")
+    return [(str(asked), str(answer)) for asked, answer in cell]

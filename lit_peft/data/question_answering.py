@@ -12,6 +12,7 @@ from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values, fingerprint
 from lit_peft.data.loaders import Collate
+from lit_peft.data.notes import share_of
 from lit_peft.data.rows import Rows, Split, require_text, text_key
 from lit_peft.data.squad_rows import parse_answers, unfold_articles
 from lit_peft.models.tokenization import require_fast
@@ -136,7 +137,7 @@ class QuestionAnsweringData(LitDataModule):
         for index in rows.indices:
             if isinstance(given[index], dict) and "text" not in given[index]:
                 raise LitPeftError(
-                    f"{rows.locate(index)}: column {self.answers_column!r} holds {brief(given[index])}; give "
+                    f"{rows.locate(index)}: column {self.answers_column!r} has {brief(given[index])}; give "
                     '{"text": [...], "answer_start": [...]}, or a text.'
                 )
         for index, answers in zip(rows.indices, self._answers(rows), strict=True):
@@ -190,7 +191,7 @@ class QuestionAnsweringData(LitDataModule):
         cut = sum(column_values(table, "cut"))
         if cut:
             self.notes.add(
-                f"data.{split}: {cut:,} of {len(rows):,} questions cut to {self.max_question_length} tokens "
+                f"data.{split}: {share_of(cut, len(rows), 'questions')} cut to {self.max_question_length} tokens "
                 "(data.max_question_length)."
             )
         if split == "train" and len(table) > len(rows):

@@ -10,6 +10,7 @@ from lit_peft.data.collate import PadCollator
 from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.files import column_values, fingerprint
 from lit_peft.data.instruction import InstructionData
+from lit_peft.data.notes import share_of
 from lit_peft.data.rows import Rows, Split, require_text
 from lit_peft.tasks.answers import MATH, find_benchmark, gold_text, kind_of, kind_of_benchmark
 from lit_peft.util.errors import LitPeftError
@@ -123,7 +124,7 @@ class ReasoningData(InstructionData):
             )
         if len(kept) < len(rows):
             self.notes.add(
-                f"{rows.field}: {len(rows) - len(kept):,} of {len(rows):,} rows skipped, because column "
+                f"{rows.field}: {share_of(len(rows) - len(kept), len(rows), 'rows')} skipped, because column "
                 f"{self.output_column!r} is empty."
             )
         return replace(rows, indices=kept)

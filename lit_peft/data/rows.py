@@ -16,6 +16,19 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation", "test", "predict"]
 
 
+class RowError(Exception):
+    """A row of a batch is wrong; `tokenize` turns it into a `LitPeftError` that names the file and the row.
+
+    Args:
+        index: the row's position in the batch.
+        problem: what is wrong with it, and what to do.
+    """
+
+    def __init__(self, index: int, problem: str) -> None:
+        super().__init__(index, problem)
+        self.index, self.problem = index, problem
+
+
 @dataclass(frozen=True)
 class Rows:
     """A selection of a table's rows.
@@ -73,5 +86,5 @@ def require_text(rows: Rows, columns: Iterable[str | None], may_be_empty: bool =
                 raise LitPeftError(f"{rows.locate(index)} has no text in column {column!r}; remove the row.")
             if isinstance(texts[index], (dict, list, bytes)):
                 raise LitPeftError(
-                    f"{rows.locate(index)}: column {column!r} holds {brief(texts[index])}, not a text; correct it."
+                    f"{rows.locate(index)}: column {column!r} has {brief(texts[index])}, which is not text; correct it."
                 )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from lit_peft.data.base import LitDataModule, pad_collator
 from lit_peft.data.collate import IGNORE, PadCollator
 from lit_peft.data.encoding import tokenize
+from lit_peft.data.files import column_values
 from lit_peft.data.loaders import Collate
-from lit_peft.data.notes import drop_cut_column
+from lit_peft.data.notes import drop_cut_column, note_lost_labels, note_missing_end
 from lit_peft.data.rows import Rows, Split, require_text, text_key
 from lit_peft.util.errors import LitPeftError
 
@@ -81,7 +82,10 @@ class Seq2SeqData(LitDataModule):
         table = drop_cut_column(table, self.notes, split, "sources", self.max_length, column="source_cut")
         if split == "predict":
             return table
-        return drop_cut_column(
+        note_missing_end(self.notes, self.tokenizer)
+        lost = column_values(table, "target_cut")
+        lengths = [len(labels) + cut for labels, cut in zip(column_values(table, "labels"), lost, strict=True)]
+        table = drop_cut_column(
             table,
             self.notes,
             split,
@@ -90,6 +94,8 @@ class Seq2SeqData(LitDataModule):
             column="target_cut",
             setting="max_target_length",
         )
+        note_lost_labels(self.notes, split, lengths, lengths, lost, self.max_target_length, setting="max_target_length")
+        return table
 
     def collator(self, split: Split) -> Collate:
         """As `LitDataModule.collator`, with the targets padded separately."""

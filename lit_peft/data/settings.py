@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lit_peft.util.errors import LitPeftError
 
-if TYPE_CHECKING:
-    from lit_peft.data.base import LitDataModule
 
-
-def check_settings(data: LitDataModule) -> None:
+def check_settings(data: Any) -> None:
     """Check a data module's common settings.
 
     Raises:

@@ -14,7 +14,6 @@ from lit_peft.util.errors import LitPeftError, closest
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from lit_peft.data.base import LitDataModule
 
 # Names under which hub datasets keep their validation split.
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev", "validation_matched")
@@ -111,7 +110,7 @@ def select_rows(
     return Rows(table, indices, field, source)
 
 
-def text_options(data: LitDataModule, split: Split) -> dict[str, Any]:
+def text_options(data: Any, split: Split) -> dict[str, Any]:
     """Return the arguments of `read_file` and `stream_file` that depend on the task."""
     text_column = next((column for column in data.columns(split).values() if column), "text")
     # Prompts to continue are one per line, whatever the training text looks like.
@@ -119,7 +118,7 @@ def text_options(data: LitDataModule, split: Split) -> dict[str, Any]:
     return {"text_column": text_column, "text_unit": unit, "tsv": data.tsv}
 
 
-def missing_split(data: LitDataModule, split: Split) -> str:
+def missing_split(data: Any, split: Split) -> str:
     """Return the error message for a split that no setting names."""
     or_fraction = f" or data.{split}_fraction" if split in data.fractions else ""
     return f"data.{split} is not given; set data.{split} to a file{or_fraction}."

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.notes import Notes
+from lit_peft.data.notes import Notes, share_of
 from lit_peft.data.rows import Rows, Split
 from lit_peft.util.errors import LitPeftError
 
@@ -144,8 +144,8 @@ def without_overlap(found: Mapping[Split, Rows], group_key: Callable[[Dataset], 
     kept = drop_overlap(train.indices, group_key(train.table), held_out, f"{train.field} {train.source!r}")
     if len(kept) < len(train):
         notes.add(
-            f"{train.field}: {len(train) - len(kept):,} of {len(train):,} rows removed, because they also occur in "
-            "validation or test."
+            f"{train.field}: {share_of(len(train) - len(kept), len(train), 'rows')} removed, because they also occur "
+            "in validation or test."
         )
     return replace(train, indices=kept)
 
@@ -169,7 +169,8 @@ def hold_out(
     kept = drop_duplicates(train.indices, duplicate)
     if len(kept) < len(train):
         notes.add(
-            f"{train.field}: {len(train) - len(kept):,} of {len(train):,} rows removed, because they are duplicates."
+            f"{train.field}: {share_of(len(train) - len(kept), len(train), 'rows')} removed, because they are "
+            "duplicates."
         )
     parts = split_rows(kept, {str(split): fraction for split, fraction in fractions.items()}, group, seed)
     splits: tuple[Split, ...] = ("train", *fractions)

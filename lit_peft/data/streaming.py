@@ -6,18 +6,16 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lit_peft.data.files import ROW_NUMBER, require_columns, stream_file
 from lit_peft.data.json_rows import table_of
+from lit_peft.data.notes import note_unused_columns
 from lit_peft.data.rows import Rows
 from lit_peft.data.sources import missing_split, text_options
 from lit_peft.util.errors import LitPeftError, causes
-
-if TYPE_CHECKING:
-    from lit_peft.data.base import LitDataModule
 
 # Batches that are tokenized and shuffled together; the last batch of each block may be incomplete.
 BATCHES_PER_BLOCK = 32
@@ -105,7 +103,7 @@ def read_blocks(rows: Any, size: int) -> Iterator[dict[str, list[Any]]]:
         yield block
 
 
-def make_stream(data: LitDataModule) -> Stream:
+def make_stream(data: Any) -> Stream:
     """Return a data module's training rows as a stream of batches.
 
     Raises:
@@ -116,7 +114,7 @@ def make_stream(data: LitDataModule) -> Stream:
     return Stream(rows, encode, data.collator("train"), data.batch_size, data.seed, data.shuffle_buffer)
 
 
-def check_first_rows(data: LitDataModule) -> None:
+def check_first_rows(data: Any) -> None:
     """Encode the first rows, so that wrong settings show before training starts.
 
     Raises:
@@ -130,7 +128,7 @@ def check_first_rows(data: LitDataModule) -> None:
         )
 
 
-def open_rows(data: LitDataModule) -> Any:
+def open_rows(data: Any) -> Any:
     """Return a data module's training rows as a `datasets.IterableDataset`."""
     value = data.hub.find("train", data.sources["train"])
     if value is None:
@@ -140,7 +138,7 @@ def open_rows(data: LitDataModule) -> Any:
     return stream_file(value, "data.train", **text_options(data, "train"))
 
 
-def encode_block(data: LitDataModule, features: Any, block: dict[str, list[Any]]) -> list[dict[str, Any]]:
+def encode_block(data: Any, features: Any, block: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """Check and tokenize a block of training rows, like a file that has only these rows.
 
     Args:
@@ -163,6 +161,8 @@ def encode_block(data: LitDataModule, features: Any, block: dict[str, list[Any]]
             # Rows of a hub dataset, and rows that `prepare_table` made out of one, have no number in the file.
             field, numbers = "a streamed block of data.train", None
         require_columns(table, data.columns("train"), field, source)
+        used = (*data.columns("train").values(), *data.optional_columns)
+        note_unused_columns(data.notes, "data.train", table.column_names, used)
         rows = Rows(table, list(range(len(table))), field, source, numbers)
         return list(data.encode(data.check_rows(rows, "train"), "train"))
     finally:

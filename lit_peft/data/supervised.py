@@ -10,7 +10,8 @@ from lit_peft.data.base import LitDataModule, pad_collator
 from lit_peft.data.collate import IGNORE, PadCollator
 from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values
-from lit_peft.data.rows import Rows, Split
+from lit_peft.data.notes import note_lost_labels, note_missing_end, share_of
+from lit_peft.data.rows import RowError, Rows, Split
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
 
@@ -61,9 +62,8 @@ class SupervisedData(LitDataModule):
         Args:
             rows: the rows to tokenize.
             split: the split they belong to.
-            function: see `tokenize`; it returns `input_ids`, `length` (before cutting) and, except for prompts,
-                `labels`, and drops rows without a supervised token within `max_length`. It is called with
-                `max_length`, `train_on_inputs`, `prompts_only` and `settings`.
+            function: see `tokenize`; it returns the columns of `encode_answers`. It is called with `max_length`,
+                `train_on_inputs`, `prompts_only` and `settings`.
             **settings: see `tokenize`.
 
         Raises:
@@ -80,29 +80,36 @@ class SupervisedData(LitDataModule):
             prompts_only=self.generates(split),
             **settings,
         )
-        dropped = len(rows) - len(table)
+        lengths = column_values(table, "length")
+        if self.generates(split):
+            self._note_cut_rows(split, lengths, "start")
+            return table.remove_columns("length")
+        note_missing_end(self.notes, self.tokenizer)
+        kept = [index for index, is_kept in enumerate(column_values(table, "kept")) if is_kept]
         # Other blocks of a stream may have rows that fit.
-        if not len(table) and not self.streaming:
+        if not kept and not self.streaming:
             raise LitPeftError(
                 f"data.max_length is {self.max_length}, and no prompt of data.{split} leaves room for its answer; "
                 "raise it."
             )
-        if dropped:
+        if len(kept) < len(rows):
             self.notes.add(
-                f"data.{split}: {dropped:,} row(s) dropped, because data.max_length leaves nothing of their answers."
+                f"data.{split}: {share_of(len(rows) - len(kept), len(rows), 'rows')} dropped, because data.max_length "
+                f"{self.max_length} leaves nothing of their answers."
             )
-        if not len(table):
-            return table
-        lengths = column_values(table, "length")
-        lost = [length - self.max_length for length in lengths if length > self.max_length]
-        if lost:
-            share = 100 * sum(lost) / sum(lengths)
-            end = "start" if self.generates(split) else "end"
+        self._note_cut_rows(split, [lengths[index] for index in kept], "end")
+        supervised, lost = column_values(table, "supervised"), column_values(table, "lost")
+        note_lost_labels(self.notes, split, lengths, supervised, lost, self.max_length)
+        table = table.select(kept) if len(kept) < len(rows) else table
+        return table.remove_columns(["length", "supervised", "lost", "kept"])
+
+    def _note_cut_rows(self, split: Split, lengths: list[int], end: str) -> None:
+        cuts = [length - self.max_length for length in lengths if length > self.max_length]
+        if cuts:
             self.notes.add(
-                f"data.{split}: {len(lost):,} of {len(table):,} rows cut to {self.max_length} tokens at the {end} "
-                f"(data.max_length); {sum(lost):,} tokens lost, {share:.1f} %."
+                f"data.{split}: {share_of(len(cuts), len(lengths), 'rows')} cut to {self.max_length} tokens at the "
+                f"{end} (data.max_length); {share_of(sum(cuts), sum(lengths), 'tokens')} lost."
             )
-        return table.remove_columns("length")
 
 
 def encode_answers(
@@ -117,32 +124,49 @@ def encode_answers(
     """Tokenize prompts and, separately, their answers, each of which ends with the end-of-text token.
 
     Returns:
-        `input_ids`, `labels` (-100 on the prompt, unless `train_on_inputs`), `length` before cutting. Rows whose
-        answer would be cut completely are dropped. Prompts without answers are cut at their start.
+        `input_ids`, `labels` (-100 on the prompt, unless `train_on_inputs`), `length` before cutting, `supervised`
+        (number of tokens to learn), `lost` (number of those that were cut) and `kept` (whether any is left). For
+        prompts, which are cut at their start, `input_ids` and `length` only.
 
     Raises:
-        LitPeftError: an answer has no token to predict.
+        RowError: an answer has no token to predict.
     """
     heads = [strip_end_tokens(ids, tokenizer) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
     if prompts_only or answers is None:
         return {"input_ids": [ids[-max_length:] for ids in heads], "length": [len(ids) for ids in heads]}
     tails = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
-    out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-    for head, tail, answer in zip(heads, tails, answers, strict=True):
-        if len(head) >= max_length:
-            continue
+    out: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "length", "supervised", "lost", "kept")}
+    for index, (head, tail, answer) in enumerate(zip(heads, tails, answers, strict=True)):
         tail = list(tail) + end_of_text(tokenizer)
         # The first token of a row is not predicted.
         if not (head + tail)[max(len(head), 1) :]:
-            raise LitPeftError(
-                f"The answer {brief(answer)} has no tokens to learn: the tokenizer knows none of its characters; "
-                "remove the row."
+            raise RowError(
+                index,
+                f"the answer {brief(answer)} has no tokens to learn: the tokenizer knows none of its characters; "
+                "remove the row.",
             )
         labels = (head if train_on_inputs else [IGNORE] * len(head)) + tail
-        out["input_ids"].append((head + tail)[:max_length])
-        out["labels"].append(labels[:max_length])
-        out["length"].append(len(head) + len(tail))
+        add_supervised(out, head + tail, labels, max_length)
+        if len(head) >= max_length:
+            # Nothing of the answer is left, even if the prompt is learned too.
+            out["lost"][-1], out["kept"][-1] = out["supervised"][-1], False
     return out
+
+
+def add_supervised(out: dict[str, list[Any]], ids: list[int], labels: list[int], max_length: int) -> None:
+    """Append an example cut to `max_length`, and count its supervised tokens; the first token is not predicted.
+
+    `supervised` is the number of supervised tokens before cutting, `lost` the number of those cut, and `kept` whether
+    any is left.
+    """
+    supervised = sum(label != IGNORE for label in labels[1:])
+    left = sum(label != IGNORE for label in labels[1:max_length])
+    out["input_ids"].append(ids[:max_length])
+    out["labels"].append(labels[:max_length])
+    out["length"].append(len(ids))
+    out["supervised"].append(supervised)
+    out["lost"].append(supervised - left)
+    out["kept"].append(left > 0)
 
 
 def end_of_text(tokenizer: Any) -> list[int]:

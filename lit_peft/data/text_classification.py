@@ -16,7 +16,7 @@ from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values, fingerprint, require_columns
 from lit_peft.data.labels import Label, canonical_label, parse_number
-from lit_peft.data.notes import drop_cut_column
+from lit_peft.data.notes import drop_cut_column, share_of
 from lit_peft.data.rows import Rows, Split, require_text, text_key
 from lit_peft.data.settings import refuse_unused
 from lit_peft.util.errors import LitPeftError, closest
@@ -184,7 +184,8 @@ class TextClassificationData(LitDataModule):
         kept = [index for index, cells in enumerate(zip(*columns, strict=True)) if all(cells)]
         if not 0 < len(kept) < len(table):
             return table
-        self.notes.add(f"{field}: {len(table) - len(kept):,} of {len(table):,} lines skipped, because they lack cells.")
+        lines = share_of(len(table) - len(kept), len(table), "lines")
+        self.notes.add(f"{field}: {lines} skipped, because they lack cells.")
         return table.select(kept)
 
     def columns(self, split: Split) -> dict[str, str | None]:

@@ -16,7 +16,7 @@ from lit_peft.data.conll import SUFFIXES, read_conll
 from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values
 from lit_peft.data.loaders import Collate
-from lit_peft.data.notes import drop_cut_column
+from lit_peft.data.notes import drop_cut_column, note_lost_labels
 from lit_peft.data.rows import Rows, Split
 from lit_peft.models.tokenization import require_fast
 from lit_peft.util.errors import LitPeftError, closest
@@ -166,7 +166,14 @@ class TokenClassificationData(LitDataModule):
             with_words=split != "train",
             max_length=self.max_length,
         )
-        return drop_cut_column(table, self.notes, split, "sentences", self.max_length, column="lost", unit="words")
+        lost = column_values(table, "lost")
+        table = drop_cut_column(table, self.notes, split, "sentences", self.max_length, column="lost", unit="words")
+        if tags_column:
+            labels = [sum(label != IGNORE for label in row) for row in column_values(table, "labels")]
+            words = [left + cut for left, cut in zip(labels, lost, strict=True)]
+            lengths = column_values(table, "length")
+            note_lost_labels(self.notes, split, lengths, words, lost, self.max_length, unit="words")
+        return table.remove_columns("length")
 
     def collator(self, split: Split) -> Collate:
         """As `LitDataModule.collator`, with the words and tags that evaluation and prediction need."""
@@ -209,11 +216,13 @@ def encode_words(
     ids = {name: index for index, name in enumerate(label_names)}
     sentences = batch[tokens_column]
     texts = [" ".join(words) for words in sentences]
+    lengths = [len(tokens) for tokens in tokenizer(texts, verbose=False)["input_ids"]]
     encoded = tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)
     out: dict[str, list[Any]] = {key: list(encoded[key]) for key in ("input_ids", "token_type_ids") if key in encoded}
     out["words"] = [
         first_tokens(offsets, words) for offsets, words in zip(encoded["offset_mapping"], sentences, strict=True)
     ]
+    out["length"] = lengths
     out["lost"] = [len(words) - 1 - max(indices) for indices, words in zip(out["words"], sentences, strict=True)]
     if tags_column is not None:
         tags = [[declared[tag] if declared else str(tag) for tag in row] for row in batch[tags_column]]

@@ -1,1 +1,1 @@
-"""Adapter folders of other libraries."""
+"""Adapter folders in the formats of peft and AdapterHub."""

@@ -1,7 +1,8 @@
 """LoRA in AdapterHub's format.
 
-Its configuration names kinds of matrices (`q`, `k`, `v`, the FFN's first and last), one rank and one scale for all; the
-tensors stand at `….loras.NAME.lora_A` and `.lora_B`. A fused q, k, v projection has an update of its own for each.
+Its configuration names the matrices to adapt (q, k, v, and the first and last of the FFN), and one rank and scale for
+all of them. The tensors are named `….loras.NAME.lora_A` and `.lora_B`. A fused q, k, v projection has one update for
+each of its matrices.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.targets import is_linear
 from lit_peft.models.architectures import has_module, layer_stacks
 from lit_peft.nn.linear import linear_features
-from lit_peft.nn.lora import LoRALinear
+from lit_peft.nn.lora import LoRALayer, LoRALinear
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief, check_types
 
-# What a configuration may say; the stored tensors tell which modules it adapts.
+# The keys that are read, or that follow from the stored tensors.
 _READ = {
     "alpha",
     "architecture",
@@ -40,8 +41,8 @@ _READ = {
 }
 
 
-class _Values:
-    """The kinds of the values that are read."""
+class _ConfigTypes:
+    """The types of the values that are read."""
 
     alpha: float
     attn_matrices: list[str]
@@ -49,8 +50,8 @@ class _Values:
     r: int
 
 
-# The kind of a matrix by the end of its name.
-_KINDS = {
+# Which matrix a linear layer is, by the end of its name.
+_MATRICES = {
     **dict.fromkeys(("q_proj", "query", "query_proj", "q_lin", "q"), "q"),
     **dict.fromkeys(("k_proj", "key", "key_proj", "k_lin", "k"), "k"),
     **dict.fromkeys(("v_proj", "value", "value_proj", "v_lin", "v"), "v"),
@@ -58,54 +59,64 @@ _KINDS = {
     **dict.fromkeys(("up_proj", "wi", "wi_1", "c_fc", "fc_in", "fc1", "lin1", "intermediate.dense", "Wi"), "first"),
     **dict.fromkeys(("down_proj", "wo", "c_proj", "fc_out", "fc2", "lin2", "output.dense", "Wo"), "last"),
 }
-# AdapterHub takes the FFN's last matrix for its first here, and the other way round.
+# Models in which AdapterHub takes the FFN's last matrix for its first, and the other way round.
 _SWAPPED = {"llama", "mistral"}
 
 
 def settings(
     config: dict[str, Any], stored: dict[str, Tensor], model: nn.Module, folder: Path
 ) -> tuple[LoRASettings, dict[str, Tensor]]:
-    """The settings in an AdapterHub folder, and its tensors as our layers have them.
+    """Return the settings of an AdapterHub folder, and its tensors in the shapes that our layers have.
 
-    An update of rank r for each of n fused matrices becomes one of rank n · r, its B zero outside the blocks.
+    The updates of rank r of n fused matrices become one update of rank n · r, whose B is zero outside their blocks.
+
+    Args:
+        config: the content of `adapter_config.json`.
+        stored: the folder's tensors.
+        model: the bare model.
+        folder: the folder, for error messages.
 
     Raises:
-        LitPeftError: it sets something that cannot be read, or a tensor has no place in the model.
+        LitPeftError: a value is not supported, or a tensor does not fit the model.
     """
-    values, where = config["config"], f"{folder}/adapter_config.json"
-    check_types(_Values, values, f"{where}: ")
-    active = sorted(key for key, value in values.items() if key not in _READ and value)
-    if active or values.get("composition_mode", "add") != "add":
-        named = ", ".join(active) or f"composition_mode={brief(values['composition_mode'])}"
-        raise LitPeftError(f"{where} sets {named}, which would change the result and cannot be read.")
+    values, file = config["config"], f"{folder}/adapter_config.json"
+    check_types(_ConfigTypes, values, f"{file}: ")
+    unsupported = sorted(key for key, value in values.items() if key not in _READ and value)
+    if values.get("composition_mode", "add") != "add":
+        unsupported = unsupported or [f"composition_mode={brief(values['composition_mode'])}"]
+    if unsupported:
+        raise LitPeftError(
+            f"{file} sets {', '.join(unsupported)}, which changes the model's output and is not supported."
+        )
     r, alpha = values.get("r", 8), float(values.get("alpha", 8))
     version = re.match(r"adapters\.(\d{1,9})\.(\d{1,9})", str(config.get("version", "")))
     if version and (int(version[1]), int(version[2])) < (1, 1):
         # AdapterHub before 1.1 did not scale its updates.
         alpha = r
     matrices = values.get("attn_matrices", ["q", "v"])
-    fused = [place for place, name in enumerate("qkv") if name in matrices]
+    fused = [index for index, letter in enumerate("qkv") if letter in matrices]
     prefix, end = getattr(model, "base_model_prefix", "") + ".", f".loras.{config.get('name') or ''}.lora_A"
     ranks: dict[str, int] = {}
     tensors = dict(stored)
     for key in [key for key in stored if key.endswith(end)]:
-        found = key.removesuffix(end)
-        path = next((p for p in (found, prefix + found, found.removeprefix(prefix)) if has_module(model, p)), None)
-        a, b = stored[key], stored.get(key.removesuffix("A") + "B")
-        whole = a.dim() == 2 and a.numel() and b is not None and b.dim() == 2
-        if path is None or not is_linear(model.get_submodule(path)) or b is None or not whole:
+        name = key.removesuffix(end)
+        path = next((p for p in (name, prefix + name, name.removeprefix(prefix)) if has_module(model, p)), None)
+        key_b = key.removesuffix("A") + "B"
+        a, b = stored[key], stored.get(key_b)
+        has_matrices = a.dim() == 2 and a.numel() and b is not None and b.dim() == 2
+        if path is None or not is_linear(model.get_submodule(path)) or b is None or not has_matrices:
             raise LitPeftError(
-                f"{folder} does not fit this model: {brief(key)} has no place in it, or no lora_B beside it."
+                f"{folder} does not fit this model: there is no linear layer for {brief(key)}, or no lora_B beside it."
             )
         ranks[path], d_out = len(a), linear_features(model.get_submodule(path))[1]
         if b.shape[0] != d_out or ranks[path] != r:
-            spread = _spread(b, ranks[path], r, fused)
-            if spread is None:
+            fused_b = _fuse_blocks(b, ranks[path], r, fused)
+            if fused_b is None:
                 raise LitPeftError(
-                    f"{folder} does not fit this model: {brief(key)} has rank {ranks[path]}, and r={r} for "
-                    f"attn_matrices={brief(matrices)}."
+                    f"{folder} does not fit this model: {brief(key)} has rank {ranks[path]}, which does not follow "
+                    f"from r={r} and attn_matrices={brief(matrices)}."
                 )
-            tensors[key.removesuffix("A") + "B"] = spread
+            tensors[key_b] = fused_b
     patterns = {re.escape(path): rank for path, rank in ranks.items() if rank != r}
     return LoRASettings(
         r=r,
@@ -117,61 +128,71 @@ def settings(
     ), tensors
 
 
-def _spread(b: Tensor, rank: int, r: int, fused: list[int]) -> Tensor | None:
-    """B of a whole fused projection, [3 · d, rank], out of the blocks [d, r] of those of its matrices it adapts.
+def _fuse_blocks(b: Tensor, rank: int, r: int, fused: list[int]) -> Tensor | None:
+    """Build B of a whole fused projection, [3 · d, rank], from the blocks [d, r] of its adapted matrices.
 
     Args:
         b: the blocks, one below the other.
-        rank: of A, which is that of all blocks together.
-        r: rank of one block.
+        rank: the rank of A, which has the rows of all blocks.
+        r: the rank of one block.
         fused: which of q, k and v (0, 1, 2) are adapted.
 
     Returns:
-        None if the sizes do not go together.
+        B, or None if the sizes do not match.
     """
     if not fused or rank != len(fused) * r or len(b) % len(fused) or b.shape[1] != r:
         return None
     blocks = b.unflatten(0, (len(fused), -1))
     whole = b.new_zeros(3, blocks.shape[1], rank)
-    for number, (matrix, block) in enumerate(zip(fused, blocks, strict=True)):
-        whole[matrix, :, number * r : (number + 1) * r] = block
+    for index, (matrix, block) in enumerate(zip(fused, blocks, strict=True)):
+        whole[matrix, :, index * r : (index + 1) * r] = block
     return whole.flatten(0, 1)
 
 
-def written(attachment: Attachment, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """AdapterHub's configuration of an attached LoRA, and its tensors by AdapterHub's names.
+def attached_tensors(attachment: Attachment, name: str) -> dict[str, Tensor]:
+    """Return the tensors of the attached layers by AdapterHub's names, in the shapes that our layers have."""
+    found: dict[str, Tensor] = {}
+    for path, layer in attachment.adapted.items():
+        if isinstance(layer, LoRALayer):
+            found[f"{path}.loras.{name}.lora_A"] = layer.lora_A
+            found[f"{path}.loras.{name}.lora_B"] = layer.lora_B
+    return found
 
-    Smaller ranks are filled up with zeros, and scales that differ go into B: the updates are the same.
+
+def config_and_tensors(attachment: Attachment, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return AdapterHub's configuration of an attached LoRA, and its tensors by AdapterHub's names.
+
+    Smaller ranks are padded with zeros, and different scales are multiplied into B; the updates do not change.
 
     Raises:
-        LitPeftError: AdapterHub has no place for it.
+        LitPeftError: AdapterHub's format does not support the LoRA.
     """
     model, settings = attachment.model, attachment.settings
     assert isinstance(settings, LoRASettings)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     layers = {path: layer for path, layer in attachment.adapted.items() if isinstance(layer, LoRALinear)}
-    places = _places(model)
-    beyond = [
-        *(path for path in attachment.adapted if path not in places or path not in layers),
+    matrices = _matrices(model)
+    unsupported = [
+        *(path for path in attachment.adapted if path not in matrices or path not in layers),
         *(path for path in attachment.trained if path.startswith(prefix)),
         *("use_dora=True" for _ in range(settings.use_dora)),
     ]
-    used = {places[path][1] for path in layers if path in places}
-    kinds = {places[path][0] for path in layers if path in places}
-    beyond += [
+    used_layers = {matrices[path][1] for path in layers if path in matrices}
+    used = {matrices[path][0] for path in layers if path in matrices}
+    unsupported += [
         f"a layer with no LoRA at {path}"
-        for path, (kind, number) in places.items()
-        if kind in kinds and number in used and path not in layers
+        for path, (matrix, layer_index) in matrices.items()
+        if matrix in used and layer_index in used_layers and path not in layers
     ]
-    if beyond:
+    if unsupported:
         raise LitPeftError(
-            f"AdapterHub's format has no place for {beyond[0]}: it adapts q, k, v and the FFN's first and last matrix, "
-            "the same ones in every layer. Use format='peft'."
+            f"AdapterHub's format has no place for {unsupported[0]}: it adapts q, k, v and the FFN's first and last "
+            "matrix, the same ones in every layer. Use format='peft'."
         )
     if any(layer.original_weight is not None for layer in layers.values()):
         raise LitPeftError(
             f"init_lora_weights={settings.init_lora_weights!r} changed the base weights: use format='peft', which "
-            "writes the update of the original ones."
+            "saves the update of the original weights."
         )
     rank, scales = max(layer.r for layer in layers.values()), {layer.scaling for layer in layers.values()}
     alpha = rank * ((scales.pop() if len(scales) == 1 else 0.0) or 1.0)
@@ -180,37 +201,37 @@ def written(attachment: Attachment, name: str) -> tuple[dict[str, Any], dict[str
         a, b = layer.lora_A.detach(), layer.lora_B.detach() * (layer.scaling * rank / alpha)
         a = torch.cat([a, a.new_zeros(rank - layer.r, a.shape[1])])
         b = torch.cat([b, b.new_zeros(b.shape[0], rank - layer.r)], 1)
-        # One A serves all three matrices of a fused projection.
-        tensors[f"{path}.loras.{name}.lora_A"] = a.repeat(3, 1) if places[path][0] == "qkv" else a
+        # The three matrices of a fused projection share one A here; AdapterHub has one for each.
+        tensors[f"{path}.loras.{name}.lora_A"] = a.repeat(3, 1) if matrices[path][0] == "qkv" else a
         tensors[f"{path}.loras.{name}.lora_B"] = b
     return {
         "alpha": int(alpha) if alpha == int(alpha) else alpha,
         "architecture": "lora",
-        "attn_matrices": [letter for letter in "qkv" if any(letter in kind for kind in kinds)],
+        "attn_matrices": [letter for letter in "qkv" if any(letter in matrix for matrix in used)],
         "composition_mode": "add",
         "dropout": settings.lora_dropout,
         "init_weights": "lora",
-        "intermediate_lora": "first" in kinds,
-        "leave_out": sorted({number for _, number in places.values()} - used),
-        "output_lora": "last" in kinds,
+        "intermediate_lora": "first" in used,
+        "leave_out": sorted({layer_index for _, layer_index in matrices.values()} - used_layers),
+        "output_lora": "last" in used,
         "r": rank,
-        "selfattn_lora": bool(kinds - {"first", "last"}),
+        "selfattn_lora": bool(used - {"first", "last"}),
         "use_gating": False,
     }, tensors
 
 
-def _places(model: nn.Module) -> dict[str, tuple[str, int]]:
-    """Kind and layer number of each module that AdapterHub can adapt."""
-    swapped = getattr(getattr(model, "config", None), "model_type", None) in _SWAPPED
-    other = {"first": "last", "last": "first"} if swapped else {}
-    places: dict[str, tuple[str, int]] = {}
-    for number, layer in enumerate(layer for stack in layer_stacks(model) for layer in stack):
-        kind = layer.architecture
-        names = [*kind.qkv_linears, *kind.ffn_linears]
-        if kind.cross_attention is not None:
-            names += [f"{kind.cross_attention}.{name.rpartition('.')[2]}" for name in kind.qkv_linears]
+def _matrices(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """Return the linear layers that AdapterHub can adapt, by path: which matrix each is, and its layer's number."""
+    is_swapped = getattr(getattr(model, "config", None), "model_type", None) in _SWAPPED
+    swapped = {"first": "last", "last": "first"} if is_swapped else {}
+    found: dict[str, tuple[str, int]] = {}
+    for layer_index, layer in enumerate(layer for stack in layer_stacks(model) for layer in stack):
+        architecture = layer.architecture
+        names = [*architecture.qkv_linears, *architecture.ffn_linears]
+        if architecture.cross_attention is not None:
+            names += [f"{architecture.cross_attention}.{name.rpartition('.')[2]}" for name in architecture.qkv_linears]
         for name in names:
-            found = next((k for end, k in _KINDS.items() if f".{name}".endswith(f".{end}")), None)
-            if found is not None and has_module(layer.module, name):
-                places[f"{layer.path}.{name}"] = (other.get(found, found), number)
-    return places
+            matrix = next((m for end, m in _MATRICES.items() if f".{name}".endswith(f".{end}")), None)
+            if matrix is not None and has_module(layer.module, name):
+                found[f"{layer.path}.{name}"] = (swapped.get(matrix, matrix), layer_index)
+    return found

@@ -1,4 +1,4 @@
-"""The short model card beside an adapter."""
+"""The model card that is saved with an adapter."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from lit_peft.methods.attachment import attachment_of, trainable_parameters
 
 
 def write_card(model: nn.Module, folder: Path, base: str) -> None:
-    """Write `README.md`, with the front matter that the hub reads: base, method, settings, sizes, how to load it."""
-    attachment = attachment_of(model)
-    settings: Any = attachment.settings
-    # The hub takes only its own ids for a base model.
-    is_id = base.count("/") <= 1 and not Path(base).exists() and not base.startswith((".", "/", "~", "pkg:"))
-    lines = ["---", *([f"base_model: {base}"] if is_id else []), "library_name: peft", "tags:"]
+    """Write `README.md`: the metadata that the Hugging Face Hub reads, the settings, and how to load the adapter.
+
+    Args:
+        model: a model with a method attached.
+        folder: an existing folder.
+        base: the name or path of the base model.
+    """
+    settings: Any = attachment_of(model).settings
+    # The hub rejects a base model that is not a repository id.
+    is_hub_id = base.count("/") <= 1 and not Path(base).exists() and not base.startswith((".", "/", "~", "pkg:"))
+    lines = ["---", *([f"base_model: {base}"] if is_hub_id else []), "library_name: peft", "tags:"]
     lines += ["- lit-peft", f"- {settings.method.replace('_', '-')}", "---", "", f"# {settings.method} adapter", ""]
     lines += [f"Trained on `{base}` with `{type(settings).__name__}`:", "", "| setting | value |", "|---|---|"]
     for field in fields(settings):

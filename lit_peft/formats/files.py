@@ -1,4 +1,4 @@
-"""What the formats share: copying stored tensors into a model, and writing settings."""
+"""What all formats share: copying tensors from a folder into a model, and writing settings."""
 
 from __future__ import annotations
 
@@ -14,53 +14,54 @@ from lit_peft.formats.untrusted import check_weights, read_json
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
 
-EXTRA = "lit_peft.json"
+EXTRA_FILE = "lit_peft.json"
 
 
 @torch.no_grad()
 def copy_tensors(
-    places: Mapping[str, Tensor], stored: Mapping[str, Tensor], folder: Path, ignored: Collection[str] = ()
+    targets: Mapping[str, Tensor], stored: Mapping[str, Tensor], folder: Path, ignored: Collection[str] = ()
 ) -> None:
-    """Copy each stored tensor into its place.
+    """Copy each stored tensor into the tensor of the same name in the model.
 
     Args:
-        places: the model's tensors by name.
+        targets: the model's tensors by name.
         stored: the folder's tensors by name.
-        folder: where they come from, for messages.
-        ignored: names that may be stored without having a place.
+        folder: the folder, for error messages.
+        ignored: names that the folder may have and the model does not need.
 
     Raises:
-        LitPeftError: a tensor is missing, has no place, has another shape than its place, or holds no finite weights.
+        LitPeftError: a tensor is missing, is not expected, has the wrong shape, or has NaN or infinite values.
     """
-    missing, extra = sorted(set(places) - set(stored)), sorted(set(stored) - set(places) - set(ignored))
-    if missing or extra:
+    missing, unexpected = sorted(set(targets) - set(stored)), sorted(set(stored) - set(targets) - set(ignored))
+    if missing or unexpected:
         raise LitPeftError(
-            f"{folder} does not fit this model: missing {brief(missing[:3], 300)}, unexpected {brief(extra[:3], 300)}."
+            f"{folder} does not fit this model: missing {brief(missing[:3], 300)}, "
+            f"unexpected {brief(unexpected[:3], 300)}."
         )
-    for name, place in places.items():
-        if stored[name].shape != place.shape:
+    for name, target in targets.items():
+        if stored[name].shape != target.shape:
             raise LitPeftError(
-                f"{folder}: {name} has shape {tuple(stored[name].shape)}, and this model needs {tuple(place.shape)}."
+                f"{folder}: {name} has shape {tuple(stored[name].shape)}, and this model needs {tuple(target.shape)}."
             )
         check_weights(name, stored[name], folder)
-        place.copy_(stored[name])
+        target.copy_(stored[name])
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write settings in a fixed order, readable."""
+    """Write values as indented JSON with sorted keys."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_extra(folder: Path, values: Mapping[str, Any]) -> None:
-    """Keep settings that the format's own library does not know in `lit_peft.json`, beside what is there already."""
+    """Add settings that the format has no field for to the folder's `lit_peft.json`."""
     if values:
-        write_json(folder / EXTRA, {**read_extra(folder), **values})
+        write_json(folder / EXTRA_FILE, {**read_extra(folder), **values})
 
 
 def read_extra(folder: Path) -> dict[str, Any]:
-    """The settings in a folder's `lit_peft.json`; none where another library wrote the folder.
+    """Return the settings in a folder's `lit_peft.json`, or an empty dict if another library wrote the folder.
 
     Raises:
         LitPeftError: the file is not valid JSON.
     """
-    return read_json(folder, EXTRA) or {}
+    return read_json(folder, EXTRA_FILE) or {}

@@ -1,4 +1,4 @@
-"""`load_adapter` and `save_adapter`: which format a folder has, and writing a folder whole or not at all."""
+"""`load_adapter` and `save_adapter`: recognizing a folder's format, and writing a folder completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from lit_peft.formats.card import write_card
 from lit_peft.formats.files import write_extra
 from lit_peft.formats.untrusted import read_json
 from lit_peft.methods.adapters import new_adapter
-from lit_peft.methods.attachment import Model, attachment_of
+from lit_peft.methods.attachment import Attachment, Model, attachment_of
 from lit_peft.util.disk import whole_folder
 from lit_peft.util.errors import LitPeftError
 
 
 def load_adapter(model: Model, folder: str | Path, check_base: bool = True, name: str | None = None) -> Model:
-    """Read an adapter's folder and attach it to a bare model, ready for `model.eval()`.
+    """Attach the adapter in a folder to a model, ready for `model.eval()`.
 
     Args:
         model: the base model, as transformers loaded it.
-        folder: the adapter's folder, in peft's format or AdapterHub's.
-        name: load it beside the adapters that are there, under this name, as the active one.
-        check_base: refuse a model that is not the base the adapter was trained on, where the folder says which.
+        folder: the adapter's folder, in the format of peft or AdapterHub.
+        check_base: refuse a model that is not the base the adapter was trained on, if the folder says which it was.
+        name: the adapter's name. It is loaded beside the adapters that the model already has, and becomes the active
+            one. When None, the model must be bare.
 
     Returns:
-        The same model, the adapter attached.
+        The same model, with the adapter attached.
 
     Raises:
-        LitPeftError: the model is another base, a file is missing, the method or a setting is not one that can be
-            read, or the tensors do not fit the model. The model is as it was.
+        LitPeftError: the model is not the adapter's base, a file is missing, the method or a setting is not supported,
+            or the tensors do not fit the model. The model is left as it was.
     """
     folder = Path(folder)
     if name is not None:
@@ -50,28 +51,30 @@ def load_adapter(model: Model, folder: str | Path, check_base: bool = True, name
         return adapterhub.read(model, folder, config)
     raise LitPeftError(
         f"{folder}/adapter_config.json has neither 'peft_type' (peft) nor 'config' (AdapterHub), so its format is not "
-        "known: give a folder that one of them saved."
+        "known: give a folder that one of these libraries saved."
     )
 
 
 def save_adapter(
     model: nn.Module, folder: str | Path, format: Literal["peft", "adapterhub"] | None = None, name: str = "default"
 ) -> Path:
-    """Write what is attached as a folder that `load_adapter`, and the format's own library, load.
+    """Save everything that was trained in a folder that `load_adapter`, and the library of the format, can load.
 
-    The folder appears whole or not at all: it is written beside its place, synced, and renamed.
+    The folder appears complete or not at all: it is written under a temporary name, synced to disk, and renamed.
 
     Args:
         model: a model with a method attached.
-        folder: where to write; it must not exist yet, or be empty.
-        format: `peft` or `adapterhub`; when None, the library's that has the method, else a format of our own.
+        folder: where to write. It must be empty, or not exist yet.
+        format: `peft` or `adapterhub`. When None, peft's format if it supports what is attached, else AdapterHub's with
+            the settings that AdapterHub does not know added, else a format of our own.
         name: the adapter's name in AdapterHub's format.
 
     Returns:
         The folder.
 
     Raises:
-        LitPeftError: nothing is attached, the format cannot hold it, or the folder holds files already.
+        LitPeftError: nothing is attached, the format does not support what is attached, a parameter is trained that
+            does not belong to the adapter, or the folder is not empty.
     """
     with new_folder(folder) as temporary:
         write_adapter(model, temporary, format, name)
@@ -81,24 +84,28 @@ def save_adapter(
 def write_adapter(
     model: nn.Module, folder: Path, format: Literal["peft", "adapterhub"] | None = None, name: str = "default"
 ) -> None:
-    """Write the files of `save_adapter` into a folder that exists; a reader may see it half written. Raises as it."""
+    """Write the files of `save_adapter` into an existing folder, one after the other.
+
+    Args and errors are those of `save_adapter`.
+    """
     attachment = attachment_of(model)
     chosen: str | None = format
     if format not in (None, "peft", "adapterhub"):
         raise LitPeftError(f"format={format!r} is not known: use 'peft' or 'adapterhub'.")
     if not attachment.adapted:
         raise LitPeftError(
-            f"{attachment.settings.method!r} has no adapter to write, but trains the model itself: save that, "
-            "model.save_pretrained(folder)."
+            f"{attachment.settings.method!r} has no adapter to save because it trains the model itself: save the model "
+            "with model.save_pretrained(folder)."
         )
-    if format is None and not adapterhub.holds(attachment):
+    _check_trained_parameters(attachment)
+    if format is None and not adapterhub.supports(attachment):
         chosen = "peft" if peft.holds(attachment) else "lit_peft"
     if chosen == "peft":
         peft.write(model, folder)
     elif chosen == "lit_peft":
         own.write(model, folder)
     else:
-        adapterhub.write(model, folder, name, own=format is None)
+        adapterhub.write(model, folder, name, extended=format is None)
     base = base_record.base_record(model)
     write_extra(folder, {base_record.KEY: base})
     write_card(model, folder, str(base["name"]))
@@ -106,7 +113,7 @@ def write_adapter(
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends, and is gone if the block fails.
+    """Yield a temporary folder that is renamed to `folder` when the block ends, or deleted if the block fails.
 
     Raises:
         LitPeftError: `folder` exists and is not an empty folder.
@@ -117,6 +124,23 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as temporary:
         yield temporary
+
+
+def _check_trained_parameters(attachment: Attachment) -> None:
+    """Check that every parameter that requires gradients belongs to the adapter, and so will be saved.
+
+    Raises:
+        LitPeftError: names the first one that does not.
+    """
+    saved = {id(parameter) for parameter in attachment.saved.values()}
+    for module in attachment.adapted.values():
+        saved.update(id(p) for name, p in module.named_parameters() if not name.startswith("base_layer."))
+    for name, parameter in attachment.model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in saved:
+            raise LitPeftError(
+                f"{name} requires gradients, but it does not belong to the adapter and would not be saved: name it in "
+                "modules_to_save when you attach the method, or call requires_grad_(False) on it before you save."
+            )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import copy_tensors, write_json
 from lit_peft.formats.untrusted import read_tensors
-from lit_peft.methods.attachment import MethodSettings, Model, attach, attachment_of, detach
+from lit_peft.methods.attach import attach, detach
+from lit_peft.methods.attachment import MethodSettings, Model, attachment_of
 from lit_peft.methods.registry import all_settings
 from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.type_checks import brief, check_types

@@ -1,7 +1,7 @@
-"""Reading and writing peft's adapter folders (`adapter_config.json` and `adapter_model.safetensors`).
+"""Reading and writing peft's adapter folders: `adapter_config.json` and `adapter_model.safetensors`.
 
-Each `peft_type` has a module of its own that says what its settings and tensors are called; a new one is one file, and
-one line in `PEFT_FORMATS`.
+Each `peft_type` has a module that maps its settings and tensors to ours. A new type is one file and one line in
+`PEFT_FORMATS`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from lit_peft.formats import peft_lora, peft_prefix, peft_prompt
 from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import read_extra, write_extra, write_json
 from lit_peft.formats.untrusted import read_tensors
-from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attach, attachment_of, detach
+from lit_peft.methods.attach import attach, detach
+from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
 from lit_peft.util.errors import LitPeftError
 
-# These change nothing in how the stored weights act, whatever the method.
+# Settings that have no effect on the model's output, whatever the method.
 _NEUTRAL = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -32,33 +33,33 @@ _NEUTRAL = {
 
 
 class PeftFormat(Protocol):
-    """What a module for one `peft_type` offers.
+    """What the module for one `peft_type` offers.
 
     Attributes:
         READ: the settings it reads.
-        NEUTRAL: further settings that change nothing in how the stored weights act.
+        NEUTRAL: further settings that have no effect on the output of a trained adapter.
     """
 
     READ: set[str]
     NEUTRAL: set[str]
 
     def writes(self, settings: MethodSettings) -> bool:
-        """Whether it is the one to write a method with these settings."""
+        """Return whether this format is the one for a method with these settings."""
 
     def settings(self, model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]) -> MethodSettings:
-        """The settings to attach with, from a folder's configuration and tensors.
+        """Return the settings to attach, from a folder's configuration and tensors.
 
-        `config["lit_peft"]` holds what `lit_peft.json` says beside peft's own settings; nothing in peft's own folders.
+        `config["lit_peft"]` is what the folder's `lit_peft.json` adds; it is empty if peft wrote the folder.
         """
 
     def load_tensors(self, model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
-        """Copy the folder's tensors into what was attached."""
+        """Copy the folder's tensors into the attached method."""
 
     def config(self, model: nn.Module, attachment: Attachment) -> dict[str, Any]:
-        """The configuration to write, `peft_type` included; what peft does not know under `lit_peft`."""
+        """Return the configuration to write, with `peft_type`, and under `lit_peft` what peft has no field for."""
 
     def tensors(self, attachment: Attachment) -> dict[str, Tensor]:
-        """The tensors to write, by peft's names."""
+        """Return the tensors to write, by the names that peft gives them."""
 
 
 PEFT_FORMATS: dict[str, PeftFormat] = {
@@ -70,29 +71,38 @@ PEFT_FORMATS: dict[str, PeftFormat] = {
 
 
 def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
-    """Attach the adapter in a peft folder, whose `adapter_config.json` is `config`, to a bare model.
+    """Attach the adapter in a peft folder to a bare model.
+
+    Args:
+        model: the base model.
+        folder: the adapter's folder.
+        config: the content of its `adapter_config.json`.
+
+    Returns:
+        The same model, with the adapter attached.
 
     Raises:
-        LitPeftError: a file is missing, the method or a setting is not one that can be read, or the tensors do not
-            fit the model. The model is as it was.
+        LitPeftError: a file is missing, the method or a setting is not supported, or the tensors do not fit the model.
+            The model is left as it was.
     """
-    kind = PEFT_FORMATS.get(str(config["peft_type"]))
-    if kind is None:
+    peft_format = PEFT_FORMATS.get(str(config["peft_type"]))
+    if peft_format is None:
         raise LitPeftError(
-            f"{folder}: adapters of type {config['peft_type']!r} cannot be read, only {', '.join(PEFT_FORMATS)}."
+            f"{folder}: adapters of type {config['peft_type']!r} are not supported, only {', '.join(PEFT_FORMATS)}."
         )
-    known = kind.READ | kind.NEUTRAL | _NEUTRAL
-    active = sorted(name for name, value in config.items() if name not in known and value)
-    if active:
+    known = peft_format.READ | peft_format.NEUTRAL | _NEUTRAL
+    unsupported = sorted(name for name, value in config.items() if name not in known and value)
+    if unsupported:
         raise LitPeftError(
-            f"{folder}/adapter_config.json sets {', '.join(active)}, which would change the result and cannot be read."
+            f"{folder}/adapter_config.json sets {', '.join(unsupported)}, which changes the model's output and is not "
+            "supported."
         )
     stored = read_tensors(folder, "adapter_model.safetensors", "adapter_model.bin")
     if stored is None:
-        raise LitPeftError(f"{folder} has no adapter_model.safetensors: give the folder that peft's save wrote.")
-    attach(model, kind.settings(model, {**config, "lit_peft": read_extra(folder)}, stored))
+        raise LitPeftError(f"{folder} has no adapter_model.safetensors: give a folder that peft saved.")
+    attach(model, peft_format.settings(model, {**config, "lit_peft": read_extra(folder)}, stored))
     try:
-        kind.load_tensors(model, stored, folder)
+        peft_format.load_tensors(model, stored, folder)
     except BaseException:
         detach(model)
         raise
@@ -105,22 +115,21 @@ def holds(attachment: Attachment) -> bool:
 
 
 def write(model: nn.Module, folder: Path) -> None:
-    """Write the attached method's files, as peft reads them, into an existing folder.
+    """Write the attached method's files into an existing folder, as peft reads them.
 
     Raises:
-        LitPeftError: nothing is attached, peft does not have the method, or the adapter does not stand for the whole
-            model.
+        LitPeftError: nothing is attached, or peft's format does not support the method or one of its settings.
     """
     attachment = attachment_of(model)
-    kind = next((kind for kind in PEFT_FORMATS.values() if kind.writes(attachment.settings)), None)
-    if kind is None:
+    peft_format = next((known for known in PEFT_FORMATS.values() if known.writes(attachment.settings)), None)
+    if peft_format is None:
         raise LitPeftError(f"{attachment.settings.method!r} cannot be written in peft's format: leave format out.")
     config = {
         "base_model_name_or_path": base_name_or_path(model) or None,
         "inference_mode": True,
-        **kind.config(model, attachment),
+        **peft_format.config(model, attachment),
     }
     write_extra(folder, config.pop("lit_peft", {}))
-    tensors = {name: tensor.detach().contiguous() for name, tensor in kind.tensors(attachment).items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in peft_format.tensors(attachment).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", config)

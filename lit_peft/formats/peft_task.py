@@ -1,4 +1,4 @@
-"""What peft calls the task of a model, which it writes into every folder."""
+"""The `task_type` that peft writes into every folder, and the heads that it saves for each task."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from typing import Any
 
 from torch import nn
 
-# The tasks with a head of their own -> the modules that peft takes for it, and stores.
+from lit_peft.models.transformers_internals import is_model_of
+
+# The ends of the names of the modules that peft takes for the task's head and saves.
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-_ENDS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
+_AUTO_CLASSES = {
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForTokenClassification": "TOKEN_CLS",
+    "AutoModelForQuestionAnswering": "QUESTION_ANS",
 }
 
 
 def task_type(model: nn.Module) -> str:
-    """peft's `task_type` of a transformers model, by its class."""
+    """Return peft's `task_type` for a transformers model."""
     top: Any = model
-    found = next((task for end, task in _ENDS.items() if type(model).__name__.endswith(end)), None)
+    found = next((task for auto_class, task in _AUTO_CLASSES.items() if is_model_of(auto_class, model)), None)
     if found is None and hasattr(top, "can_generate") and top.can_generate():
         found = "SEQ_2_SEQ_LM" if getattr(top.config, "is_encoder_decoder", False) else "CAUSAL_LM"
     return found or "FEATURE_EXTRACTION"

@@ -1,1 +1,1 @@
-"""The methods: settings, and how each attaches to a model."""
+"""The methods: the settings of each one, and the code that attaches it to a model."""

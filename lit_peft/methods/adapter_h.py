@@ -10,21 +10,21 @@ from torch import nn
 from lit_peft.methods.attachment import Attachment
 from lit_peft.methods.bottleneck import BottleneckSettings
 from lit_peft.methods.mixin import MethodMixin
-from lit_peft.models.transformers_internals import is_norm
+from lit_peft.nn.linear import is_norm
 
 
 @dataclass(frozen=True)
 class AdapterHSettings(BottleneckSettings):
-    """Settings of AdapterH: `y + up(act(down(y)))` on the output y of each attention and each FFN (section 2.1).
+    """Settings of AdapterH: `y + up(act(down(y)))` for the output y of each attention and each FFN (section 2.1).
 
-    The adapters stand before the layer's residual and LayerNorm. By default the bottleneck is a sixteenth of the
-    hidden size and the activation swish. A decoder's cross-attention gets an adapter with `cross_adapter` only. With
-    `placement="llm_adapters"` they stand at every linear layer of the FFN: before the layers that widen, on their
-    input, and after the one that narrows.
+    An adapter runs before the residual connection and the LayerNorm of its layer. By default the bottleneck is one
+    sixteenth of the hidden size, and the activation is swish. Cross-attention only gets an adapter if `cross_adapter`
+    is set. With `placement="llm_adapters"` every linear layer of the FFN gets one: on the input of a layer that
+    widens, and on the output of any other.
 
     Args:
-        mh_adapter: an adapter at each self-attention.
-        train_layer_norms: train the model's LayerNorms as well, as the paper does.
+        mh_adapter: adapt each self-attention.
+        train_layer_norms: also train the model's LayerNorms, as in the paper.
     """
 
     method: ClassVar[str] = "adapter_h"
@@ -38,17 +38,17 @@ class AdapterHSettings(BottleneckSettings):
     train_layer_norms: bool = False
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
-        """Put the adapters on, and train the norms where the settings say so."""
+        """Add the adapters. If `train_layer_norms` is set, train the norms of the base as well."""
         super().attach_to(model, attachment)
         if self.train_layer_norms:
-            added = tuple(f"{path}." for path in attachment.adapted)
+            inside_adapters = tuple(f"{path}." for path in attachment.adapted)
             for path, module in list(model.named_modules()):
-                if is_norm(module) and not path.startswith(added):
+                if is_norm(module) and not path.startswith(inside_adapters):
                     for name, _ in list(module.named_parameters(recurse=False)):
                         attachment.train(f"{path}.{name}")
 
 
 class AdapterHMixin(MethodMixin):
-    """AdapterH as a LightningModule's method."""
+    """Makes AdapterH the method of a LightningModule."""
 
     settings_class = AdapterHSettings

@@ -12,14 +12,14 @@ from lit_peft.models.architectures import Layer, has_module
 
 @dataclass(frozen=True)
 class AdapterPSettings(BottleneckSettings):
-    """Settings of AdapterP: `LN(z + A(LN(z)))`, z = y + x the FFN's output plus residual (section 2.3).
+    """Settings of AdapterP: `LN(z + A(LN(z)))` with z = y + x, the FFN's output plus the residual (section 2.3).
 
-    It reuses the layer's own LayerNorm; in a pre-LN layer, which has none after the FFN, it is `z + A(z)`. By default
-    the bottleneck is a sixteenth of the hidden size and the activation ReLU. With `placement="llm_adapters"` the
-    adapter stands after the last linear layer of the FFN.
+    LN is the layer's existing LayerNorm. A pre-LN layer has none after the FFN and computes `z + A(z)`. By default the
+    bottleneck is one sixteenth of the hidden size, and the activation is ReLU. With `placement="llm_adapters"` the
+    adapter follows the last linear layer of the FFN.
 
     Args:
-        original_ln_before: give the adapter the FFN's output after the layer's residual and LayerNorm.
+        original_ln_before: apply the layer's residual and LayerNorm to the FFN's output before the adapter.
     """
 
     method: ClassVar[str] = "adapter_p"
@@ -32,10 +32,11 @@ class AdapterPSettings(BottleneckSettings):
     original_ln_before: bool = True
 
     def target_names(self, layer: Layer) -> tuple[str, ...]:
+        """Return the name of the FFN's last linear layer."""
         return tuple(name for name in layer.architecture.ffn_linears if has_module(layer.module, name))[-1:]
 
 
 class AdapterPMixin(MethodMixin):
-    """AdapterP as a LightningModule's method."""
+    """Makes AdapterP the method of a LightningModule."""
 
     settings_class = AdapterPSettings

@@ -1,26 +1,22 @@
-"""Several named adapters on one base: add, switch, disable, merge.
+"""Several named adapters on one base model: add, switch, disable, merge.
 
-Each adapter is an attachment of its own, whatever its method. The active one is on the model; the others are taken off
-and kept, and come back as they were. So the active adapter costs what a single one costs, and switching builds nothing.
+Each adapter is an attachment of any method. Only the active one is on the model; the others are detached and stored,
+so the active adapter costs no more than a single one, and switching builds nothing.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
-from lit_peft.methods.attachment import (
-    Attachment,
-    MethodSettings,
-    Model,
-    attach,
-    attachment_or_none,
-    set_attachment,
-)
+from lit_peft.methods.attach import attach
+from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_or_none, set_attachment
 from lit_peft.methods.lora import merge
 from lit_peft.nn.lora import LoRALayer
 from lit_peft.util.errors import LitPeftError, closest
@@ -34,51 +30,69 @@ class Adapters:
     """The named adapters of a model.
 
     Attributes:
-        kept: every adapter by name, the active one too.
-        active: the name of the one on the model; None while none is.
+        attachments: every adapter by name, including the active one.
+        active: the name of the adapter that is on the model; None if there is none.
     """
 
-    kept: dict[str, Attachment] = field(default_factory=dict)
+    attachments: dict[str, Attachment] = field(default_factory=dict)
     active: str | None = None
 
     def find(self, name: str) -> Attachment:
-        """The adapter of a name.
+        """Return an adapter by name.
+
+        Args:
+            name: the adapter's name.
+
+        Returns:
+            Its attachment.
 
         Raises:
-            LitPeftError: there is none.
+            LitPeftError: there is no adapter of that name.
         """
-        if name not in self.kept:
-            known = closest(name, self.kept) if self.kept else "none"
-            raise LitPeftError(f"There is no adapter {name!r} on this model: there are {known}.")
-        return self.kept[name]
+        if name not in self.attachments:
+            fix = "it has none, so call lit_peft.add_adapter first"
+            if self.attachments:
+                fix = f"use one of {closest(name, self.attachments)}"
+            raise LitPeftError(f"There is no adapter {name!r} on this model: {fix}.")
+        return self.attachments[name]
 
 
 def adapters_of(model: nn.Module) -> Adapters:
-    """The named adapters of a model; one that `attach` put on is called `default`."""
+    """Return the named adapters of a model. An adapter that `attach` added is called `default`.
+
+    Args:
+        model: a model with or without adapters.
+
+    Returns:
+        The record of its adapters, which later calls update.
+    """
     adapters = getattr(model, _KEY, None)
     attachment = attachment_or_none(model)
     if not isinstance(adapters, Adapters):
         adapters = Adapters()
         object.__setattr__(model, _KEY, adapters)
-    if adapters.active is not None and adapters.kept[adapters.active] is not attachment:
-        # It was detached or merged since.
-        del adapters.kept[adapters.active]
+    if adapters.active is not None and adapters.attachments[adapters.active] is not attachment:
+        # The active adapter has been detached or merged since the last call.
+        del adapters.attachments[adapters.active]
         adapters.active = None
     if attachment is not None and adapters.active is None:
-        adapters.kept[DEFAULT], adapters.active = attachment, DEFAULT
+        adapters.attachments[DEFAULT], adapters.active = attachment, DEFAULT
     return adapters
 
 
 def add_adapter(model: Model, name: str, settings: MethodSettings) -> Model:
-    """Attach a new adapter beside those that are there, and make it the active one.
+    """Attach a new adapter and make it the active one. Existing adapters are kept.
 
     Args:
-        model: a model, bare or with adapters.
+        model: a model with or without adapters.
         name: the new adapter's name.
         settings: the method's settings.
 
+    Returns:
+        The same model.
+
     Raises:
-        LitPeftError: there is an adapter of that name, or the settings do not fit. The model is as it was.
+        LitPeftError: the name is taken, or the settings do not fit the model. The model is left unchanged.
     """
     with new_adapter(model, name):
         attach(model, settings)
@@ -87,33 +101,46 @@ def add_adapter(model: Model, name: str, settings: MethodSettings) -> Model:
 
 @contextmanager
 def new_adapter(model: nn.Module, name: str) -> Iterator[None]:
-    """Within the block the model is bare; what it attaches becomes the adapter `name`, the active one.
+    """Provide the bare model in the block; what the block attaches becomes the active adapter, called `name`.
+
+    If the block fails, the adapter that was active before is restored.
+
+    Args:
+        model: a model with or without adapters.
+        name: the new adapter's name.
 
     Raises:
-        LitPeftError: there is an adapter of that name. If the block fails, the model is as it was.
+        LitPeftError: the name is taken.
     """
     adapters = adapters_of(model)
-    if name in adapters.kept:
+    if name in adapters.attachments:
         raise LitPeftError(
-            f"There is an adapter {name!r} on this model already: give another name, or call "
-            f"lit_peft.delete_adapter(model, {name!r}) first, so that trained weights are never silently replaced."
+            f"There is already an adapter {name!r} on this model: choose another name, or call "
+            f"lit_peft.delete_adapter(model, {name!r}) first. Trained weights are never replaced silently."
         )
-    before = adapters.active
+    previous = adapters.active
     _switch(model, adapters, None)
     try:
         yield
     except BaseException:
-        _switch(model, adapters, before)
+        _switch(model, adapters, previous)
         raise
     attachment = attachment_or_none(model)
     assert attachment is not None
-    # The base was frozen already if there are other adapters; they know what it was before.
-    attachment.unfrozen = next((kept.unfrozen for kept in adapters.kept.values()), attachment.unfrozen)
-    adapters.kept[name], adapters.active = attachment, name
+    # Existing adapters froze the base before this one, so they know what required gradients originally.
+    attachment.unfrozen = next((other.unfrozen for other in adapters.attachments.values()), attachment.unfrozen)
+    adapters.attachments[name], adapters.active = attachment, name
 
 
 def set_adapter(model: Model, name: str | None) -> Model:
-    """Make an adapter the active one; with None, the model answers as its base. Nothing is built or copied.
+    """Make an adapter the active one. Nothing is built or copied.
+
+    Args:
+        model: a model with adapters.
+        name: the adapter to activate; with None the model computes what its base computes.
+
+    Returns:
+        The same model.
 
     Raises:
         LitPeftError: there is no adapter of that name.
@@ -127,41 +154,42 @@ def set_adapter(model: Model, name: str | None) -> Model:
 
 @torch.no_grad()
 def hotswap_adapter(model: Model, name: str) -> Model:
-    """Copy the LoRA `name` into the active one, in place: no module changes, so that a compiled model runs on as it is.
+    """Copy the LoRA `name` into the active LoRA in place, so that a compiled model need not be recompiled.
 
-    Switching by `set_adapter` makes `torch.compile` compile once for each adapter; make a LoRA to swap into instead, of
-    the largest rank: `add_adapter(model, "slot", LoRASettings(r=...))`. What the active one held is lost.
+    `set_adapter` replaces modules, and `torch.compile` recompiles for each adapter. To avoid that, add a LoRA of the
+    largest rank to copy into: `add_adapter(model, "slot", LoRASettings(r=...))`. Its previous weights are lost.
 
     Args:
         model: a model whose active adapter is a LoRA.
-        name: the adapter to copy, of no larger rank, on some or all of the active one's modules.
+        name: the adapter to copy. Its ranks may not exceed the active one's, and it must adapt the same modules or
+            some of them.
+
+    Returns:
+        The same model.
 
     Raises:
-        LitPeftError: there is no such adapter, or it does not fit into the active one. Nothing has changed.
+        LitPeftError: there is no such adapter, or it does not fit into the active one. Nothing is changed.
     """
-    adapters, slots = adapters_of(model), {}
+    adapters = adapters_of(model)
     source, active = adapters.find(name), attachment_or_none(model)
     if source is active:
         return model
-    for path, layer in active.adapted.items() if active is not None else ():
-        if (
-            isinstance(layer, LoRALayer)
-            and layer.lora_magnitude is None
-            and not (layer.merged or layer.moved)
-            and layer.scaling
-        ):
-            slots[path] = layer
+    slots = {
+        path: layer
+        for path, layer in (active.adapted.items() if active is not None else ())
+        if _is_plain_lora(layer) and not layer.merged and layer.scaling
+    }
     fitting = {
         path: layer
         for path, layer in source.adapted.items()
-        if isinstance(layer, LoRALayer) and layer.lora_magnitude is None and not layer.moved
-        if path in slots and layer.r <= slots[path].r
+        if _is_plain_lora(layer) and path in slots and layer.r <= slots[path].r
     }
     if set(fitting) != set(source.adapted) or source.trained or active is None or active.trained:
-        wrong = next(iter(set(source.adapted) - set(fitting)), "trained modules or biases")
+        problem = next(iter(set(source.adapted) - set(fitting)), "its trained modules or biases")
         raise LitPeftError(
-            f"The adapter {name!r} does not fit into the active one ({adapters.active!r}) at {wrong}: plain LoRAs can "
-            "be swapped in place, into one of at least their rank that adapts at least their modules."
+            f"The adapter {name!r} does not fit into the active adapter ({adapters.active!r}) because of {problem}: "
+            "only plain LoRAs can be swapped in place, and the active one needs at least the same rank and modules. "
+            "Use set_adapter instead."
         )
     for path, slot in slots.items():
         slot.lora_B.zero_()
@@ -173,7 +201,14 @@ def hotswap_adapter(model: Model, name: str) -> Model:
 
 
 def delete_adapter(model: Model, name: str) -> Model:
-    """Let an adapter go; if it is the active one, the model answers as its base afterwards.
+    """Remove an adapter. If it is the active one, no adapter is active afterwards.
+
+    Args:
+        model: a model with adapters.
+        name: the adapter to remove.
+
+    Returns:
+        The same model.
 
     Raises:
         LitPeftError: there is no adapter of that name.
@@ -181,62 +216,90 @@ def delete_adapter(model: Model, name: str) -> Model:
     adapters = adapters_of(model)
     attachment = adapters.find(name)
     _switch(model, adapters, None if adapters.active == name else adapters.active)
-    del adapters.kept[name]
-    if not adapters.kept:
+    del adapters.attachments[name]
+    if not adapters.attachments:
         attachment.unfreeze()
     return model
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of a model's adapters, in the order they were added."""
-    return list(adapters_of(model).kept)
+    """Return the names of a model's adapters, in the order they were added.
+
+    Args:
+        model: a model with or without adapters.
+
+    Returns:
+        The names.
+    """
+    return list(adapters_of(model).attachments)
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """The name of the active adapter, None while the model answers as its base."""
+    """Return the name of the active adapter.
+
+    Args:
+        model: a model with or without adapters.
+
+    Returns:
+        The name; None if no adapter is active.
+    """
     return adapters_of(model).active
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is its base, bit for bit."""
-    before = adapters_of(model).active
+    """Provide the base model, bit for bit, in the block, and restore the active adapter afterwards.
+
+    Args:
+        model: a model with or without adapters.
+    """
+    previous = adapters_of(model).active
     set_adapter(model, None)
     try:
         yield
     finally:
-        set_adapter(model, before)
+        set_adapter(model, previous)
 
 
 def merge_adapter(model: Model) -> Model:
-    """Fold the active LoRA into the base weights for speed; `unmerge_adapter` takes it out again, bit for bit.
+    """Fold the active LoRA into the base weights to speed up inference. `unmerge_adapter` undoes it, bit for bit.
+
+    Args:
+        model: a model whose active adapter is a LoRA.
+
+    Returns:
+        The same model.
 
     Raises:
         LitPeftError: no LoRA is active, a layer is quantized, or an adapted weight is tied to another.
     """
     layers = _lora_layers(model)
-    shared: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        shared[id(parameter)] = shared.get(id(parameter), 0) + 1
-    if any(shared[id(layer.weight)] > 1 for layer in layers):
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    if any(uses[id(layer.weight)] > 1 for layer in layers):
         raise LitPeftError(
-            "An adapted weight is tied to another layer's, which would change with it: use "
+            "An adapted weight is tied to the weight of another layer, which would change with it: use "
             "lit_peft.merge(model), which unties them."
         )
-    done: list[LoRALayer] = []
+    merged: list[LoRALayer] = []
     try:
         for layer in layers:
             layer.merge()
-            done.append(layer)
+            merged.append(layer)
     except BaseException:
-        for layer in done:
+        for layer in merged:
             layer.unmerge()
         raise
     return model
 
 
 def unmerge_adapter(model: Model) -> Model:
-    """Undo `merge_adapter`: the base weights are what they were, bit for bit.
+    """Undo `merge_adapter` and restore the base weights, bit for bit.
+
+    Args:
+        model: a model whose active adapter is a LoRA, merged or not.
+
+    Returns:
+        The same model.
 
     Raises:
         LitPeftError: no LoRA is active.
@@ -247,16 +310,27 @@ def unmerge_adapter(model: Model) -> Model:
 
 
 def merge_and_unload(model: Model) -> Model:
-    """Fold the active LoRA into the base weights for good and return the plain model; other adapters are let go.
+    """Fold the active LoRA into the base weights permanently and remove all adapters.
+
+    Args:
+        model: a model whose active adapter is a LoRA.
+
+    Returns:
+        The same model, without adapters.
 
     Raises:
         LitPeftError: nothing is attached, or the attached method is not a weight update.
     """
     adapters = adapters_of(model)
     merge(model)
-    adapters.kept.clear()
+    adapters.attachments.clear()
     adapters.active = None
     return model
+
+
+def _is_plain_lora(layer: nn.Module) -> TypeGuard[LoRALayer]:
+    """Whether a layer is a LoRA without DoRA's magnitude that left the base weight as it was."""
+    return isinstance(layer, LoRALayer) and layer.lora_magnitude is None and not layer.moved
 
 
 def _lora_layers(model: nn.Module) -> list[LoRALayer]:
@@ -271,10 +345,10 @@ def _switch(model: nn.Module, adapters: Adapters, name: str | None) -> None:
     if adapters.active == name:
         return
     if adapters.active is not None:
-        adapters.kept[adapters.active].suspend()
+        adapters.attachments[adapters.active].suspend()
         set_attachment(model, None)
         adapters.active = None
     if name is not None:
-        adapters.kept[name].resume()
-        set_attachment(model, adapters.kept[name])
+        adapters.attachments[name].resume()
+        set_attachment(model, adapters.attachments[name])
         adapters.active = name

@@ -1,4 +1,4 @@
-"""How a method goes onto a model and off again, bit for bit."""
+"""The record of what a method changed in a model, which makes each change reversible."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from lit_peft.methods.changes import (
     ReplaceModule,
     SetAttribute,
     TrainParameter,
+    device_and_dtype,
     follow,
     owner_of,
+    tied_names,
 )
-from lit_peft.methods.saving import SaveAdapter
 from lit_peft.nn.quantized import is_quantized
 from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.type_checks import check_types
@@ -31,17 +32,20 @@ _KEY = "_lit_peft_attachment"
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """What every method's settings share.
+    """The settings that all methods share.
 
     Args:
-        modules_to_save: names of modules trained in full and stored with the adapter, e.g. a classification head; a
-            single parameter by its full name.
+        modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+            A full parameter name selects a single parameter.
+
+    Raises:
+        LitPeftError: a value does not have the type of its field.
     """
 
     method: ClassVar[str] = ""
-    # What the method is commonly trained with, where the user gives none.
+    # The usual learning rate of the method, for runs that set none.
     learning_rate: ClassVar[float] = 1e-3
-    # Whether each token is treated as its own, so that a row may hold several examples.
+    # Whether a row may hold several examples: the method treats each token alike.
     packs: ClassVar[bool] = True
     modules_to_save: tuple[str, ...] | list[str] | None = field(default=None, kw_only=True)
 
@@ -49,27 +53,42 @@ class MethodSettings:
         check_types(type(self), vars(self))
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
-        """Put the method onto the frozen model, every change through `attachment`."""
+        """Add the method to a model. Every change must go through `attachment`, which can undo it.
+
+        Args:
+            model: the frozen model.
+            attachment: makes and records the changes.
+
+        Raises:
+            LitPeftError: the settings do not fit the model.
+        """
         raise NotImplementedError
 
     def learning_rate_factor(self, name: str) -> float:
-        """How many times the learning rate the parameter of this name gets."""
+        """Return the factor on the learning rate for one parameter.
+
+        Args:
+            name: the parameter's name in the model.
+
+        Returns:
+            The factor; 1 unless the method has different learning rates.
+        """
         return 1.0
 
 
 @dataclass
 class Attachment:
-    """What was done to a model: the record of every change, and so of how to undo it.
+    """A method on a model: a record of every change, which makes each one reversible.
 
     Attributes:
         model: the model.
         settings: the method's settings.
         changes: the changes, in the order they were made.
         adapted: the method's modules by path.
-        trained: paths of the base's own parameters that are trained, as copies in their places.
-        unfrozen: names of the base's parameters that required gradients before the method was attached.
-        irreversible: why the method cannot be taken off again; None if it can.
-        last_seen: device and type of the base when the method was last taken off it.
+        trained: paths of base parameters that are trained. A copy of each takes its place.
+        unfrozen: names of the base parameters that required gradients before the method was attached.
+        irreversible: why the method cannot be detached; None if it can.
+        last_seen: device and dtype of the base when `suspend` was last called.
     """
 
     model: nn.Module
@@ -83,15 +102,15 @@ class Attachment:
 
     @property
     def saved(self) -> dict[str, nn.Parameter]:
-        """The copies trained in place of the base's own parameters, by path, while they are on the model."""
-        # Looked up, not kept: sharding a model puts other parameters in their places.
+        """The trained copies of base parameters by path, while the method is on the model."""
+        # They are looked up each time, because sharding a model replaces its parameters.
         return {path: self.model.get_parameter(path) for path in self.trained}
 
     @property
     def trained_copies(self) -> dict[str, nn.Parameter]:
-        """The same copies while they are off the model."""
-        records = (change for change in self.changes if isinstance(change, TrainParameter))
-        return {record.path: record.copy for record in records if record.copy is not None}
+        """The trained copies of base parameters by path, while the method is suspended."""
+        changes = (change for change in self.changes if isinstance(change, TrainParameter))
+        return {change.path: change.copy for change in changes if change.copy is not None}
 
     @property
     def hooks(self) -> list[AddHook]:
@@ -99,41 +118,78 @@ class Attachment:
         return [change for change in self.changes if isinstance(change, AddHook)]
 
     def make(self, change: Change) -> None:
-        """Make a change and record it."""
+        """Make a change and record it.
+
+        Args:
+            change: the change, not applied yet.
+        """
         change.apply(self.model)
         self.changes.append(change)
 
     def replace(self, path: str, module: nn.Module) -> None:
-        """Put `module` at `path`, in place of the base's own."""
-        self._adopt(path, module)
+        """Replace the base's module at `path` by `module`.
+
+        Args:
+            path: the name of the replaced module in the model.
+            module: the new module.
+        """
+        self._add_to_adapted(path, module)
         self.make(ReplaceModule(path, module))
 
     def add(self, path: str, module: nn.Module) -> None:
-        """Register a new `module` at `path`, where the model has none."""
-        self._adopt(path, module)
+        """Register a new module.
+
+        Args:
+            path: the name of the new module in the model, not taken yet.
+            module: the new module.
+        """
+        self._add_to_adapted(path, module)
         self.make(AddModule(path, module))
 
-    def _adopt(self, path: str, module: nn.Module) -> None:
+    def _add_to_adapted(self, path: str, module: nn.Module) -> None:
         module.train(owner_of(self.model, path)[0].training)
         self.adapted[path] = module
 
     def set(self, path: str, name: str, value: Any) -> None:
-        """Set an attribute of the module at `path` that is neither a module nor a parameter."""
+        """Set an attribute that is neither a module nor a parameter.
+
+        Args:
+            path: the module that gets the attribute; empty for the model itself.
+            name: the attribute.
+            value: its new value.
+        """
         self.make(SetAttribute(path, name, value))
 
     def forward_pre_hook(self, path: str, hook: Callable[..., Any], with_kwargs: bool = False) -> None:
-        """Register a forward pre-hook on the module at `path`; arguments as torch's `register_forward_pre_hook`."""
+        """Register a forward pre-hook.
+
+        Args:
+            path: the module that gets the hook; empty for the model itself.
+            hook: as in torch's `register_forward_pre_hook`. It must be an object that can be copied and pickled, so
+                not a closure.
+            with_kwargs: whether the hook takes keyword arguments as well.
+        """
         self.make(AddHook(path, hook, "forward_pre", with_kwargs))
 
     def forward_hook(self, path: str, hook: Callable[..., Any], always_call: bool = False) -> None:
-        """Register a forward hook on the module at `path`; arguments as torch's `register_forward_hook`."""
+        """Register a forward hook.
+
+        Args:
+            path: the module that gets the hook; empty for the model itself.
+            hook: as in torch's `register_forward_hook`. It must be an object that can be copied and pickled, so not a
+                closure.
+            always_call: whether the hook also runs after a forward that failed.
+        """
         self.make(AddHook(path, hook, "forward", always_call=always_call))
 
     def train(self, path: str) -> None:
-        """Train a copy of the parameter at `path` in its place; the original returns at detach.
+        """Replace a base parameter by a trained copy. Detaching restores the original.
+
+        Args:
+            path: the parameter's name in the model.
 
         Raises:
-            LitPeftError: it is the weight of a quantized layer.
+            LitPeftError: the parameter is the weight of a quantized layer.
         """
         owner, name = owner_of(self.model, path)
         if name == "weight" and is_quantized(owner):
@@ -145,24 +201,30 @@ class Attachment:
         self.trained.append(path)
 
     def train_modules(self, names: tuple[str, ...] | list[str]) -> None:
-        """Train every parameter of each module whose name is, or ends in, one of `names`; else the parameter so named.
+        """Train every parameter of the named modules, or the named parameters.
+
+        Args:
+            names: a module matches by its full name or by the last parts of it. Where no module matches, the name may
+                be the full name of a parameter.
 
         Raises:
-            LitPeftError: no module with parameters, and no parameter, has one of the names.
+            LitPeftError: a name matches neither a module with parameters nor a parameter.
         """
-        paths = [path for path, module in self.model.named_modules() if path and any(True for _ in module.parameters())]
-        single = {base_name(path): path for path, _ in self.model.named_parameters(remove_duplicate=False)}
+        modules = [path for path, module in self.model.named_modules() if path and list(module.parameters())]
+        parameters = {base_name(path): path for path, _ in self.model.named_parameters(remove_duplicate=False)}
         for name in names:
-            named = [path for path in paths if path == name or path.endswith("." + name)]
             found = [
-                f"{path}.{inner}" for path in named for inner, _ in self.model.get_submodule(path).named_parameters()
+                f"{path}.{parameter}"
+                for path in modules
+                if path == name or path.endswith("." + name)
+                for parameter, _ in self.model.get_submodule(path).named_parameters()
             ]
-            if not found and name in single:
-                found = [single[name]]
+            if not found and name in parameters:
+                found = [parameters[name]]
             if not found:
                 raise LitPeftError(
                     f"modules_to_save names {name!r}, but {type(self.model).__name__} has no module with parameters of "
-                    f"that name: the closest are {closest(name, [path.rpartition('.')[2] for path in paths])}."
+                    f"that name: the closest are {closest(name, [path.rpartition('.')[2] for path in modules])}."
                 )
             for path in found:
                 if path not in self.trained:
@@ -170,57 +232,52 @@ class Attachment:
                     self.train(path)
 
     def _warn_if_tied(self, path: str, name: str) -> None:
-        """Say that a parameter shared with other modules is trained in one of them alone."""
-        parameter = self.model.get_parameter(path)
-        others = [
-            other
-            for other, shared in self.model.named_parameters(remove_duplicate=False)
-            if shared is parameter and other != path
-        ]
-        if others:
+        tied = tied_names(self.model, path)
+        if tied:
             warnings.warn(
-                f"modules_to_save={name!r}: {path} shares its weight with {', '.join(others[:3])} in the base. Only "
-                f"the copy at {path} is trained; the weight there is no longer shared.",
+                f"modules_to_save={name!r}: {path} shares its weight with {', '.join(tied[:3])} in the base. Only the "
+                f"copy at {path} is trained, and it is no longer shared.",
                 stacklevel=5,
             )
 
     def freeze(self) -> None:
-        """Freeze the whole model, and note which parameters required gradients."""
-        # Every name of a tied parameter: merging may untie it.
+        """Freeze the whole model and record which parameters required gradients."""
+        # All names of a tied parameter are recorded, because merging may untie it.
         named = self.model.named_parameters(remove_duplicate=False)
         self.unfrozen = [name for name, parameter in named if parameter.requires_grad]
         self.model.requires_grad_(False)
 
     def unfreeze(self) -> None:
-        """Let the base's parameters require gradients again that did before. The method must be off the model."""
-        for name in self.unfrozen:
-            self.model.get_parameter(name).requires_grad_(True)
+        """Restore which base parameters require gradients. The method must be off the model."""
+        names = set(self.unfrozen)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name in names)
 
     def revert(self) -> None:
-        """Undo everything, the last change first: the base is what it was, bit for bit.
+        """Undo all changes in reverse order and unfreeze the base, which is then as it was, bit for bit.
 
         Raises:
-            LitPeftError: the method trained the base itself.
+            LitPeftError: the method trains the base itself.
         """
         self._check_reversible()
         self._undo_changes()
         self.unfreeze()
 
     def suspend(self) -> None:
-        """Take the method off, to `resume` later. The model is the bare base meanwhile, and stays frozen.
+        """Take the method off the model until `resume` is called. The base stays frozen.
 
         Raises:
-            LitPeftError: the method trained the base itself.
+            LitPeftError: the method trains the base itself.
         """
         self._check_reversible()
         for module in self._modules_with("suspend"):
             module.suspend()
         self._undo_changes()
-        self.last_seen = _place_of(self.model)
+        self.last_seen = device_and_dtype(self.model)
 
     def resume(self) -> None:
-        """Put the method back on, on the device and in the type that the base has by now."""
-        self._follow_the_base()
+        """Put a suspended method back on the model, on the base's present device and in its present dtype."""
+        self._follow_base()
         if self.unfrozen and self.model.get_parameter(self.unfrozen[0]).requires_grad:
             self.freeze()
         for change in self.changes:
@@ -229,8 +286,8 @@ class Attachment:
             training = owner_of(self.model, path)[0].training
             if module.training != training:
                 module.train(training)
-        for kept in self._modules_with("resume"):
-            kept.resume()
+        for module in self._modules_with("resume"):
+            module.resume()
 
     def _check_reversible(self) -> None:
         if self.irreversible is not None:
@@ -240,108 +297,80 @@ class Attachment:
         for change in reversed(self.changes):
             change.undo(self.model)
 
-    def _follow_the_base(self) -> None:
-        old, new = self.last_seen, _place_of(self.model)
+    def _follow_base(self) -> None:
+        """Move the method's tensors as the base was moved while they were off the model."""
+        old, new = self.last_seen, device_and_dtype(self.model)
         if old is None or new is None or old == new:
             return
-        base = {id(parameter) for parameter in self.model.parameters()}
-        own = [tensor for module in self.adapted.values() for tensor in (*module.parameters(), *module.buffers())]
-        for tensor in (*own, *self.trained_copies.values()):
-            if id(tensor) not in base:
-                # A type other than the base's was chosen for it (fp32 beside bf16), and stays.
-                kept_dtype = tensor.dtype != old[1]
-                follow(tensor, old, (new[0], old[1] if kept_dtype else new[1]))
+        in_base = {id(parameter) for parameter in self.model.parameters()}
+        added = [tensor for module in self.adapted.values() for tensor in (*module.parameters(), *module.buffers())]
+        for tensor in (*added, *self.trained_copies.values()):
+            if id(tensor) not in in_base:
+                # A dtype that differed from the base's was chosen deliberately (fp32 for a bf16 base) and is kept.
+                dtype = new[1] if tensor.dtype == old[1] else old[1]
+                follow(tensor, old, (new[0], dtype))
 
     def _modules_with(self, method: str) -> list[Any]:
-        """The method's modules that have something to do themselves when they are taken off, or put back on."""
+        """The method's modules that define `suspend` or `resume`."""
         return [module for module in self.adapted.values() if hasattr(type(module), method)]
 
 
-def _place_of(model: nn.Module) -> tuple[torch.device, torch.dtype] | None:
-    """Device and type of a model's first parameter of floating point; None if it has none."""
-    first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    return None if first is None else (first.device, first.dtype)
-
-
 def base_name(path: str) -> str:
-    """The name that a parameter inside an adapted layer has in the bare model."""
+    """Return a parameter's name in the bare model, without the `base_layer` that a wrapped layer adds to it."""
     return path.replace(".base_layer.", ".")
 
 
 def attachment_of(model: nn.Module) -> Attachment:
-    """The record of what is attached to `model`.
+    """Return what is attached to a model.
+
+    Args:
+        model: a model with a method attached.
+
+    Returns:
+        The attachment.
 
     Raises:
-        LitPeftError: nothing is.
+        LitPeftError: no method is attached.
     """
-    found = attachment_or_none(model)
-    if found is None:
+    attachment = attachment_or_none(model)
+    if attachment is None:
         raise LitPeftError(
             f"This {type(model).__name__} has no method attached: call lit_peft.attach(model, settings) first."
         )
-    return found
+    return attachment
 
 
 def attachment_or_none(model: nn.Module) -> Attachment | None:
-    """The record of what is attached to `model`, if anything is."""
-    found: Attachment | None = getattr(model, _KEY, None)
-    return found
+    """Return what is attached to a model.
+
+    Args:
+        model: a model with or without a method attached.
+
+    Returns:
+        The attachment; None if no method is attached.
+    """
+    attachment: Attachment | None = getattr(model, _KEY, None)
+    return attachment
 
 
 def set_attachment(model: nn.Module, attachment: Attachment | None) -> None:
-    """Say what is attached to `model`; putting it there is the caller's."""
-    object.__setattr__(model, _KEY, attachment)
+    """Record what is attached to a model. The caller makes the changes themselves.
+
+    Args:
+        model: the model.
+        attachment: what is now attached; None for nothing.
+    """
+    if attachment is not None:
+        object.__setattr__(model, _KEY, attachment)
+    elif attachment_or_none(model) is not None:
+        object.__delattr__(model, _KEY)
 
 
 def attached_model(module: nn.Module) -> nn.Module | None:
-    """The first module inside `module`, itself included, that has a method attached; None if there is none."""
-    return next((inner for inner in module.modules() if getattr(inner, _KEY, None) is not None), None)
-
-
-def attach(model: Model, settings: MethodSettings) -> Model:
-    """Freeze `model` and attach the method that `settings` describe, in place.
-
-    Args:
-        model: any transformers model, or any `nn.Module` the settings' targets exist in.
-        settings: the method's settings, e.g. `LoRASettings(r=8)`.
-
-    Returns:
-        The same model; only the method's parameters require gradients.
-
-    Raises:
-        LitPeftError: a method is attached already, or the settings do not fit the model. The model is as it was.
-    """
-    if getattr(model, _KEY, None) is not None:
-        raise LitPeftError(
-            f"This {type(model).__name__} has {attachment_of(model).settings.method!r} attached already: call "
-            "lit_peft.detach(model) before attaching again, so that trained weights are never silently replaced."
-        )
-    attachment = Attachment(model, settings)
-    attachment.freeze()
-    try:
-        settings.attach_to(model, attachment)
-        if settings.modules_to_save:
-            attachment.train_modules(settings.modules_to_save)
-        if attachment.adapted and hasattr(model, "save_pretrained"):
-            attachment.set("", "save_pretrained", SaveAdapter(model))
-    except BaseException:
-        attachment.revert()
-        raise
-    object.__setattr__(model, _KEY, attachment)
-    return model
-
-
-def detach(model: Model) -> Model:
-    """Take the method off again: the base model, bit for bit.
-
-    Raises:
-        LitPeftError: nothing is attached, or it trained the base itself.
-    """
-    attachment_of(model).revert()
-    object.__delattr__(model, _KEY)
-    return model
+    """Return the first module with a method attached, the given one included; None if there is none."""
+    return next((inner for inner in module.modules() if attachment_or_none(inner) is not None), None)
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """The number of parameters that are trained."""
+    """Return the number of scalars that are trained in a model."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

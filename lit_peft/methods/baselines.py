@@ -1,4 +1,4 @@
-"""The two baselines every method is compared with: training everything, and training the head alone."""
+"""The two baselines that every method is compared with: training all parameters, and training only the head."""
 
 from __future__ import annotations
 
@@ -15,15 +15,23 @@ from lit_peft.util.errors import LitPeftError
 
 @dataclass(frozen=True)
 class FullFineTuningSettings(MethodSettings):
-    """Settings of full fine-tuning: there are none of its own."""
+    """Settings of full fine-tuning, which has none but those of `MethodSettings`."""
 
     method: ClassVar[str] = "full_fine_tuning"
     learning_rate: ClassVar[float] = 3e-5
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
-        """Train every parameter, where it is: no copy of the base is kept."""
+        """Train every parameter in place. No copy of the base is kept, so the method cannot be detached.
+
+        Args:
+            model: the frozen model.
+            attachment: records that the method cannot be detached.
+
+        Raises:
+            LitPeftError: the base is quantized.
+        """
         if any(is_quantized(module) for module in model.modules()):
-            raise LitPeftError("A quantized base cannot be trained in full: leave out quantization, or use LoRA.")
+            raise LitPeftError("A quantized base cannot be trained in full: load it without quantization, or use LoRA.")
         attachment.irreversible = "Full fine-tuning changes the base itself: load the base again instead of detaching."
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -31,20 +39,24 @@ class FullFineTuningSettings(MethodSettings):
 
 @dataclass(frozen=True)
 class HeadOnlySettings(MethodSettings):
-    """Settings of training the task's head on the frozen model: there are none of its own."""
+    """Settings of training only the task's head, which has none but those of `MethodSettings`."""
 
     method: ClassVar[str] = "head_only"
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
-        """Add nothing; a language model, which has no task head, trains its output projection.
+        """Train the output projection of a language model. Other models train what `modules_to_save` names.
+
+        Args:
+            model: the frozen model.
+            attachment: makes and records the changes.
 
         Raises:
-            LitPeftError: it is no language model, and `modules_to_save` names no head.
+            LitPeftError: the model is not a language model, and `modules_to_save` names no head.
         """
         output = getattr(model, "get_output_embeddings", lambda: None)()
         if output is None and not self.modules_to_save:
             raise LitPeftError(
-                f"{type(model).__name__} is no language model, and modules_to_save is not set, so nothing would be "
+                f"{type(model).__name__} is not a language model and modules_to_save is not set, so nothing would be "
                 "trained: name the head, e.g. modules_to_save=['classifier']."
             )
         for path, module in list(model.named_modules()):
@@ -53,15 +65,16 @@ class HeadOnlySettings(MethodSettings):
 
 
 class FullFineTuningMixin(MethodMixin):
-    """Full fine-tuning as a LightningModule's method."""
+    """Makes full fine-tuning the method of a LightningModule."""
 
     settings_class = FullFineTuningSettings
 
     def attach_method(self, model: nn.Module, head: list[str]) -> None:
+        """Attach the method. The head needs no mention, because every parameter is trained."""
         super().attach_method(model, [])
 
 
 class HeadOnlyMixin(MethodMixin):
-    """Training the head alone, as a LightningModule's method."""
+    """Makes training only the head the method of a LightningModule."""
 
     settings_class = HeadOnlySettings

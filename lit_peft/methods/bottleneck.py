@@ -1,4 +1,4 @@
-"""What the bottleneck methods share: their settings, where their adapters go, dropping adapters at inference."""
+"""What AdapterH, AdapterP and Parallel share: settings, the places of their adapters, and AdapterDrop."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
 from lit_peft.methods.targets import check_expression, check_leave_out, find_targets, is_linear
 from lit_peft.models.architectures import Layer, Sublayer, has_module, layer_stacks
+from lit_peft.models.call_arguments import arguments
 from lit_peft.nn.bottleneck import Bottleneck, InitBottleneck, SublayerAdapter, check
 from lit_peft.nn.linear import adapter_dtype, linear_features
 from lit_peft.util.errors import LitPeftError
@@ -18,37 +19,41 @@ from lit_peft.util.errors import LitPeftError
 
 @dataclass(frozen=True)
 class BottleneckSettings(MethodSettings):
-    """What the settings of AdapterH, AdapterP and Parallel share.
+    """The settings that AdapterH, AdapterP and Parallel share.
 
-    A value of None stands for the placement's own: the method's paper, or LLM-Adapters (arXiv:2304.01933): bottleneck
-    256, tanh, no biases, scaling 1.
+    None selects the default of the placement: that of the method's paper, or that of LLM-Adapters (arXiv:2304.01933),
+    which is bottleneck size 256, tanh, no biases and scaling 1.
 
     Args:
-        reduction_factor: the hidden size divided by the bottleneck's; a number, or numbers by layer, counted from 0
-            through all stacks, e.g. `{"0": 8, "default": 16}`.
-        bottleneck_size: width of the bottleneck itself, in place of `reduction_factor`.
-        non_linearity: the activation by name, e.g. `relu`, `swish`, `gelu`, `tanh`.
+        reduction_factor: hidden size divided by bottleneck size. Either a number, or numbers by layer index, e.g.
+            `{"0": 8, "default": 16}`. Indices count from 0, and a decoder's layers follow those of the encoder.
+        bottleneck_size: width of the bottleneck, as an alternative to `reduction_factor`.
+        non_linearity: name of the activation, e.g. `relu`, `swish`, `gelu`, `tanh`.
         bias: whether the two projections have biases.
         scaling: factor on the adapter's output: a number, `learned` (one number) or `channel` (one per feature).
         dropout: dropout probability on the adapter's output.
-        init_weights: `mam_adapter` (starts as zero: the model's output is unchanged), `bert` or `houlsby` (both
-            random and small, near zero).
-        use_gating: a trained gate on the adapter's output, averaged over the sequence; padding and the KV cache
-            change that average.
-        ln_before: a new LayerNorm before the bottleneck.
-        ln_after: a new LayerNorm after it.
-        adapter_residual_before_ln: add the residual before that LayerNorm.
-        original_ln_before: give the adapter the sublayer's output after the layer's residual and LayerNorm.
-        original_ln_after: let the layer's residual and LayerNorm follow the adapter.
-        residual_before_ln: take the residual around the adapter before the layer's LayerNorm; `post_add`: between
-            the layer's residual and its LayerNorm.
-        mh_adapter: an adapter at each self-attention.
-        output_adapter: an adapter at each feed-forward block.
-        cross_adapter: an adapter at each cross-attention.
-        leave_out: numbers of the layers without adapters (AdapterDrop, arXiv:2010.11918), counted from 0 through all
-            stacks: a decoder's go on from the encoder's.
-        placement: `paper`: at the sublayers, as the method's paper; `llm_adapters`: at named linear layers.
-        target_modules: the linear layers' names with `placement="llm_adapters"`; the method's own when None.
+        init_weights: `mam_adapter` (the adapter's output starts at zero, so the model's output is unchanged), `bert`
+            or `houlsby` (small random weights, so the adapter's output starts near zero).
+        use_gating: multiply the adapter's output by a trained gate, averaged over the sequence. Padding and the KV
+            cache affect that average.
+        ln_before: add a LayerNorm before the bottleneck.
+        ln_after: add a LayerNorm after the bottleneck.
+        adapter_residual_before_ln: add the residual before the LayerNorm of `ln_after`.
+        original_ln_before: apply the layer's residual and LayerNorm to the sublayer's output before the adapter.
+        original_ln_after: apply the layer's residual and LayerNorm after the adapter.
+        residual_before_ln: take the adapter's own residual from before the layer's residual and LayerNorm; `post_add`
+            takes it from between the two.
+        mh_adapter: adapt each self-attention.
+        output_adapter: adapt each feed-forward block.
+        cross_adapter: adapt each cross-attention.
+        leave_out: indices of the layers to leave without adapters (AdapterDrop, arXiv:2010.11918). Indices count from
+            0, and a decoder's layers follow those of the encoder.
+        placement: `paper` adapts the sublayers as in the method's paper; `llm_adapters` adapts linear layers.
+        target_modules: names of the linear layers for `placement="llm_adapters"`. None selects those that LLM-Adapters
+            uses for the method.
+
+    Raises:
+        LitPeftError: a setting is invalid, has no effect, or contradicts another.
     """
 
     defaults: ClassVar[dict[str, Any]] = {"bias": True, "scaling": 1.0}
@@ -93,19 +98,19 @@ class BottleneckSettings(MethodSettings):
         if self.reduction_factor is not None and self.bottleneck_size is not None:
             raise LitPeftError(
                 f"reduction_factor={self.reduction_factor} and bottleneck_size={self.bottleneck_size} both set the "
-                "bottleneck's width: give one of them."
+                "width of the bottleneck: give one of them."
             )
         factors = self.reduction_factor
         for factor in factors.values() if isinstance(factors, dict) else [factors]:
             if factor is not None and not factor > 0:
                 raise LitPeftError(f"reduction_factor={factors}: give positive numbers, e.g. reduction_factor=16.")
         if self.placement == "llm_adapters":
-            own = {field.name: field.default for field in fields(self)}
-            idle = next((name for name in _AT_SUBLAYERS if getattr(self, name) != own[name]), None)
-            if idle is not None:
+            defaults = {field.name: field.default for field in fields(self)}
+            changed = [name for name in SUBLAYER_SETTINGS if getattr(self, name) != defaults[name]]
+            if changed:
                 raise LitPeftError(
-                    f"{idle}={getattr(self, idle)!r} has no effect with placement='llm_adapters', whose adapters stand "
-                    "at linear layers: leave it out."
+                    f"{changed[0]}={getattr(self, changed[0])!r} has no effect with placement='llm_adapters', which "
+                    "adapts linear layers instead of sublayers: leave it out."
                 )
         if isinstance(self.target_modules, str):
             check_expression("target_modules", self.target_modules)
@@ -113,22 +118,36 @@ class BottleneckSettings(MethodSettings):
             raise LitPeftError("mh_adapter, output_adapter and cross_adapter are all false: set at least one to true.")
         if self.target_modules is not None and self.placement == "paper":
             raise LitPeftError(
-                f"target_modules={self.target_modules!r} has no effect with placement='paper': add "
-                "placement='llm_adapters' to adapt named linear layers, or leave target_modules out."
+                f"target_modules={self.target_modules!r} has no effect with placement='paper': set "
+                "placement='llm_adapters' to adapt linear layers, or leave target_modules out."
             )
 
     def value(self, name: str) -> Any:
-        """The setting of that name, or where it is None, the placement's own value."""
-        given = getattr(self, name)
-        if given is not None:
-            return given
+        """Return the value of a setting, or the default of the placement if it is None.
+
+        Args:
+            name: the setting.
+
+        Returns:
+            Its value; None if the placement has no default either.
+        """
+        value = getattr(self, name)
+        if value is not None:
+            return value
         return (_LLM_ADAPTERS if self.placement == "llm_adapters" else self.defaults).get(name)
 
-    def size(self, width: int, number: int | None) -> int:
-        """The bottleneck's width in layer `number` at a place of the given width.
+    def size(self, width: int, index: int | None) -> int:
+        """Return the width of one bottleneck.
+
+        Args:
+            width: number of features of what the bottleneck adapts.
+            index: the layer that it is in; None outside all layers.
+
+        Returns:
+            The number of features between the two projections.
 
         Raises:
-            LitPeftError: `reduction_factor` names neither the layer nor a default.
+            LitPeftError: `reduction_factor` has neither this layer nor a default.
         """
         factor = self.reduction_factor
         if factor is None:
@@ -137,25 +156,34 @@ class BottleneckSettings(MethodSettings):
                 return int(size)
             factor = self.value("reduction_factor")
         if isinstance(factor, dict):
-            if str(number) not in factor and "default" not in factor:
+            if str(index) not in factor and "default" not in factor:
+                place = "modules outside the layers" if index is None else f"layer {index}"
                 raise LitPeftError(
-                    f"reduction_factor={factor} names neither layer {number} nor a default: add 'default', e.g. "
+                    f"reduction_factor={factor} has neither a value for {place} nor a default: add one, e.g. "
                     "'default': 16."
                 )
-            factor = factor.get(str(number), factor.get("default"))
+            factor = factor.get(str(index), factor.get("default"))
         assert factor is not None
         return max(1, int(width // factor))
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
-        """Put an adapter at each place, through forward hooks."""
+        """Add an adapter at each selected place. The adapters run in forward hooks.
+
+        Args:
+            model: the frozen model.
+            attachment: makes and records the changes.
+
+        Raises:
+            LitPeftError: the settings do not fit the model, or leave it without adapters.
+        """
         if self.placement == "paper":
             self._attach_to_sublayers(layer_stacks(model), attachment)
         else:
             self._attach_to_linears(model, attachment)
         if not attachment.adapted:
             raise LitPeftError(
-                f"leave_out={list(self.leave_out)} (mh_adapter={self.mh_adapter}, "
-                f"output_adapter={self.output_adapter}, cross_adapter={self.cross_adapter}) leaves "
+                f"leave_out={list(self.leave_out)} with mh_adapter={self.mh_adapter}, "
+                f"output_adapter={self.output_adapter} and cross_adapter={self.cross_adapter} leaves "
                 f"{type(model).__name__} without any adapter: leave out fewer layers."
             )
 
@@ -165,71 +193,75 @@ class BottleneckSettings(MethodSettings):
             for stack in stacks
             for layer in stack
         ):
-            raise LitPeftError("cross_adapter=True, and this model has no cross-attention: leave cross_adapter out.")
-        numbers = self._numbers(stacks)
-        for path, layer in self._layers(stacks).items():
-            for role, wanted, sublayer in roles(layer, self):
-                if wanted and sublayer is not None and has_module(layer.module, sublayer.output):
-                    self._attach_to_sublayer(layer, role, sublayer, numbers[path], attachment)
+            raise LitPeftError("cross_adapter=True, but this model has no cross-attention: leave cross_adapter out.")
+        for index, layer in enumerate(self._all_layers(stacks)):
+            for name, enabled, sublayer in roles(layer, self) if index not in self.leave_out else ():
+                if enabled and sublayer is not None and has_module(layer.module, sublayer.output):
+                    self._attach_to_sublayer(layer, name, sublayer, index, attachment)
 
     def _attach_to_sublayer(
-        self, layer: Layer, role: str, place: Sublayer, number: int, attachment: Attachment
+        self, layer: Layer, name: str, sublayer: Sublayer, index: int, attachment: Attachment
     ) -> None:
         width = int(layer.config.hidden_size)
-        norm = None if place.norm is None else layer.module.get_submodule(place.norm)
+        norm = None if sublayer.norm is None else layer.module.get_submodule(sublayer.norm)
+        if norm is not None and len(arguments(norm)) > 1:
+            raise LitPeftError(
+                f"{layer.path}.{sublayer.norm} ({type(norm).__name__}) takes more than the hidden states, so an "
+                "adapter cannot call it: use another method, e.g. LoRA."
+            )
         adapter = SublayerAdapter(
             width,
-            self.size(width, number),
+            self.size(width, index),
             is_parallel=self.is_parallel,
-            original_ln_before=self.original_ln_before and place.normed_before,
+            original_ln_before=self.original_ln_before and sublayer.normed_before,
             original_ln_after=self.original_ln_after,
             residual_before_ln=self.residual_before_ln,
             norm=norm,
-            **self._bottleneck(layer.module),
+            **self._layer_settings(layer.module),
         )
-        attachment.add(f"{layer.path}.{role}", adapter)
+        attachment.add(f"{layer.path}.{name}", adapter)
         if adapter.needs_residual:
-            attachment.forward_pre_hook(f"{layer.path}.{place.residual}", adapter.capture, with_kwargs=True)
-            if place.more_residual is not None:
-                attachment.forward_hook(f"{layer.path}.{place.more_residual}", adapter.capture_more)
-        attachment.forward_hook(f"{layer.path}.{place.output}", adapter.adapt)
-        if place.norm is not None and not self.original_ln_after:
-            attachment.forward_hook(f"{layer.path}.{place.norm}", adapter.pass_over)
+            attachment.forward_pre_hook(f"{layer.path}.{sublayer.residual}", adapter.capture, with_kwargs=True)
+            if sublayer.more_residual is not None:
+                attachment.forward_hook(f"{layer.path}.{sublayer.more_residual}", adapter.capture_more)
+        attachment.forward_hook(f"{layer.path}.{sublayer.output}", adapter.adapt)
+        if sublayer.norm is not None and not self.original_ln_after:
+            attachment.forward_hook(f"{layer.path}.{sublayer.norm}", adapter.pass_over)
 
     def _attach_to_linears(self, model: nn.Module, attachment: Attachment) -> None:
         try:
             stacks = layer_stacks(model)
         except LitPeftError:
-            # Names are enough where no setting counts layers.
+            # The layers of an unknown architecture are only needed for settings that count layers.
             if self.target_modules is None or self.leave_out or isinstance(self.reduction_factor, dict):
                 raise
             stacks = []
-        layers, numbers = self._layers(stacks), self._numbers(stacks)
+        layers = self._all_layers(stacks)
         if self.target_modules is not None:
             targets = find_targets(model, self.target_modules)
         else:
             targets = [
-                f"{path}.{name}"
-                for path, layer in layers.items()
+                f"{layer.path}.{name}"
+                for layer in layers
                 for name in self.target_names(layer)
                 if has_module(layer.module, name)
             ]
         for path in targets:
-            owner = next((name for name in numbers if path.startswith(name + ".")), None)
-            if owner is not None and owner not in layers:
+            index = next((index for index, layer in enumerate(layers) if path.startswith(layer.path + ".")), None)
+            if index in self.leave_out:
                 continue
             linear = model.get_submodule(path)
             if not is_linear(linear):
                 raise LitPeftError(
-                    f"target_modules={self.target_modules!r} matches {path}, a {type(linear).__name__}, and adapters "
-                    "stand at linear layers: name linear layers only."
+                    f"target_modules={self.target_modules!r} matches {path}, which is a {type(linear).__name__}, but "
+                    "adapters need linear layers: name linear layers only."
                 )
             d_in, d_out = linear_features(linear)
-            # An expanding layer is adapted before it, on the hidden states; any other after it.
+            # A layer that widens is adapted on its input, which has the hidden size, and any other on its output.
             before = d_out > d_in and not self.is_parallel
             width = d_in if before or self.is_parallel else d_out
-            size = self.size(width, None if owner is None else numbers[owner])
-            adapter = Bottleneck(width, size, d_out if self.is_parallel else width, **self._bottleneck(linear))
+            size = self.size(width, index)
+            adapter = Bottleneck(width, size, d_out if self.is_parallel else width, **self._layer_settings(linear))
             attachment.add(f"{path}.adapter", adapter)
             if before:
                 attachment.forward_pre_hook(path, adapter.before)
@@ -237,28 +269,32 @@ class BottleneckSettings(MethodSettings):
                 attachment.forward_hook(path, adapter.beside if self.is_parallel else adapter.after)
 
     def target_names(self, layer: Layer) -> tuple[str, ...]:
-        """The linear layers that `placement="llm_adapters"` adapts in a layer when `target_modules` is None."""
+        """Return the linear layers that `placement="llm_adapters"` adapts if `target_modules` is None.
+
+        Args:
+            layer: a transformer layer.
+
+        Returns:
+            Names relative to the layer, including names that it may not have.
+        """
         return layer.architecture.ffn_linears
 
-    def _numbers(self, stacks: list[list[Layer]]) -> dict[str, int]:
-        return {layer.path: number for number, layer in enumerate(layer for stack in stacks for layer in stack)}
-
-    def _layers(self, stacks: list[list[Layer]]) -> dict[str, Layer]:
-        """The layers to adapt, by name."""
+    def _all_layers(self, stacks: list[list[Layer]]) -> list[Layer]:
+        """All layers in the order of their indices. Raises if a setting names an index that does not exist."""
         layers = [layer for stack in stacks for layer in stack]
         check_leave_out(self.leave_out, len(layers))
-        named = self.reduction_factor if isinstance(self.reduction_factor, dict) else {}
-        unknown = [name for name in named if name != "default" and name not in map(str, range(len(layers)))]
+        factors = self.reduction_factor if isinstance(self.reduction_factor, dict) else {}
+        unknown = [name for name in factors if name != "default" and name not in map(str, range(len(layers)))]
         if unknown:
             raise LitPeftError(
-                f"reduction_factor={named} names {unknown}, and the model's layers are 0 to {len(layers) - 1}: name "
-                "some of those, and 'default' for the rest."
+                f"reduction_factor={factors} names {unknown}, but the model's layers are 0 to {len(layers) - 1}: use "
+                "these indices, and 'default' for all other layers."
             )
-        return {layer.path: layer for number, layer in enumerate(layers) if number not in self.leave_out}
+        return layers
 
-    def _bottleneck(self, near: nn.Module) -> dict[str, Any]:
-        """The settings of the bottleneck itself, its parameters on the device of the module it adapts."""
-        weight = next(near.parameters())
+    def _layer_settings(self, adapted: nn.Module) -> dict[str, Any]:
+        """The arguments of a bottleneck layer, whose parameters go to the device of the module that it adapts."""
+        weight = next(adapted.parameters())
         return {
             "non_linearity": self.value("non_linearity"),
             "bias": self.value("bias"),
@@ -274,8 +310,8 @@ class BottleneckSettings(MethodSettings):
         }
 
 
-# What says where an adapter stands at a sublayer, and how it goes with the layer's own residual and LayerNorm.
-_AT_SUBLAYERS = (
+# The settings that only apply to sublayers: which are adapted, and how with the layer's residual and LayerNorm.
+SUBLAYER_SETTINGS = (
     "original_ln_before",
     "original_ln_after",
     "residual_before_ln",
@@ -287,41 +323,53 @@ _LLM_ADAPTERS: dict[str, Any] = {"bottleneck_size": 256, "non_linearity": "tanh"
 
 
 def roles(layer: Layer, settings: BottleneckSettings) -> list[tuple[str, bool, Sublayer | None]]:
-    """The name of the adapter of each sublayer, whether `settings` want it, and the sublayer."""
-    kind = layer.architecture
+    """Return the possible adapters of a layer.
+
+    Args:
+        layer: a transformer layer.
+        settings: the method's settings.
+
+    Returns:
+        For each sublayer: the name of its adapter, whether `settings` enable it, and the sublayer (None if the layer
+        has none).
+    """
+    architecture = layer.architecture
     return [
-        ("attention_adapter", settings.mh_adapter, kind.attention),
-        ("cross_adapter", settings.cross_adapter, kind.cross),
-        ("ffn_adapter", settings.output_adapter, kind.ffn),
+        ("attention_adapter", settings.mh_adapter, architecture.attention),
+        ("cross_adapter", settings.cross_adapter, architecture.cross),
+        ("ffn_adapter", settings.output_adapter, architecture.ffn),
     ]
 
 
 def drop_adapters(model: Model, lowest: int) -> Model:
-    """Leave the adapters of the lowest layers out of the computation (AdapterDrop, arXiv:2010.11918, section 3).
+    """Disable the adapters of the lowest layers (AdapterDrop, arXiv:2010.11918, section 3).
 
-    Those layers run as the base model's own, and so faster. Nothing is removed: `lowest=0` brings all back.
+    Those layers compute what the base model computes, which is faster. `lowest=0` enables all adapters again.
 
     Args:
         model: a model with AdapterH, AdapterP or Parallel attached.
-        lowest: in how many layers of each stack (encoder, decoder), counted from the input.
+        lowest: the number of layers in each stack (encoder, decoder), counted from the input.
 
     Returns:
         The same model.
 
     Raises:
-        LitPeftError: nothing is attached, the method has no bottleneck adapters, or there are fewer layers.
+        LitPeftError: no method is attached, the method has no bottleneck adapters, or there are fewer layers.
     """
     attachment = attachment_of(model)
-    adapters = {path: a for path, a in attachment.adapted.items() if isinstance(a, Bottleneck)}
+    adapters = {path: module for path, module in attachment.adapted.items() if isinstance(module, Bottleneck)}
     if not adapters:
-        raise LitPeftError(f"{attachment.settings.method!r} has no bottleneck adapters to drop.")
+        raise LitPeftError(
+            f"The attached method {attachment.settings.method!r} has no bottleneck adapters to drop: use AdapterH, "
+            "AdapterP or Parallel."
+        )
     stacks = layer_stacks(model)
-    most = max(len(stack) for stack in stacks)
-    if not 0 <= lowest <= most:
-        raise LitPeftError(f"lowest={lowest}: give a number of layers from 0 to {most}, which is all of them.")
+    num_layers = max(len(stack) for stack in stacks)
+    if not 0 <= lowest <= num_layers:
+        raise LitPeftError(f"lowest={lowest}: give a number of layers from 0 to {num_layers}.")
     for stack in stacks:
-        for number, layer in enumerate(stack):
+        for index, layer in enumerate(stack):
             for path, adapter in adapters.items():
                 if path.startswith(layer.path + "."):
-                    adapter.enabled = number >= lowest
+                    adapter.enabled = index >= lowest
     return model

@@ -1,8 +1,8 @@
 """The changes that a method makes to a model, as plain objects.
 
-Each change names its place by a path and holds the modules and tensors it needs, never a function bound to one model.
-So a model can be copied, pickled or sent to another process with its method attached, and the copy undoes its own
-changes. `apply` makes a change on the model given, `undo` takes it back; both may be called again and again in turn.
+Each change refers to its module by path and holds the modules and tensors that it needs, but no function bound to one
+model. So a model can be copied, pickled or sent to another process with its method attached, and the copy can undo
+its own changes. `apply` and `undo` can alternate any number of times.
 """
 
 from __future__ import annotations
@@ -20,23 +20,46 @@ class Change(Protocol):
     """One change to a model."""
 
     def apply(self, model: nn.Module) -> None:
-        """Make the change."""
+        """Make the change to `model`."""
 
     def undo(self, model: nn.Module) -> None:
-        """Take it back: the model is what it was, bit for bit."""
+        """Undo the change: `model` is then as it was, bit for bit."""
 
 
 def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Split a path into the module that holds its last part, and the name of that part."""
+    """Return the module that owns what `path` names, and its name in that module.
+
+    Args:
+        model: the model that the path starts from.
+        path: the path of a module or parameter, e.g. `layers.0.weight`.
+
+    Returns:
+        The owner and the last part of the path.
+    """
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), name
 
 
+def tied_names(model: nn.Module, path: str) -> list[str]:
+    """Return the other names of a parameter that several modules share.
+
+    Args:
+        model: the model.
+        path: one name of the parameter.
+
+    Returns:
+        Its other names; empty if the parameter is not shared.
+    """
+    parameter = model.get_parameter(path)
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, other in named if other is parameter and name != path]
+
+
 @dataclass
 class ReplaceModule:
-    """`module` stands at `path` in place of the base's own.
+    """Replaces the module at `path` by `module`.
 
-    A module with a method `restore_base` knows best what to put back; for any other the original is kept here.
+    If `module` has a method `restore_base`, its result is put back; otherwise the replaced module is.
     """
 
     path: str
@@ -56,7 +79,7 @@ class ReplaceModule:
 
 @dataclass
 class AddModule:
-    """A new `module` is registered at `path`."""
+    """Registers a new `module` at `path`."""
 
     path: str
     module: nn.Module
@@ -72,7 +95,7 @@ class AddModule:
 
 @dataclass
 class SetAttribute:
-    """The attribute `name` of the module at `path`, neither a module nor a parameter, has another value."""
+    """Sets the attribute `name`, neither a module nor a parameter, of the module at `path`."""
 
     path: str
     name: str
@@ -95,7 +118,7 @@ class SetAttribute:
 
 @dataclass
 class AddHook:
-    """A forward hook, or forward pre-hook, on the module at `path`.
+    """Registers a forward hook or a forward pre-hook on the module at `path`.
 
     `hook` must be an object that can be copied and pickled: a method of a module or of a plain object, not a closure.
     """
@@ -124,9 +147,10 @@ class AddHook:
 
 @dataclass
 class TrainParameter:
-    """A trained copy stands in place of the base's parameter at `path`; the base's own returns on `undo`.
+    """Replaces the base parameter at `path` by a trained copy.
 
-    The base's own is not on the model meanwhile, so it follows the copy to another device or type when it returns.
+    While the original is off the model, it does not follow the model to another device or dtype. `undo` moves it as
+    its copy was moved.
     """
 
     path: str
@@ -140,29 +164,42 @@ class TrainParameter:
         if self.copy is None:
             self.copy = nn.Parameter(self.original.detach().clone(), requires_grad=True)
         setattr(owner, name, self.copy)
-        self.note_place()
+        self.record_device_and_dtype()
 
     def undo(self, model: nn.Module) -> None:
         owner, name = owner_of(model, self.path)
         assert self.original is not None and self.last_seen is not None
-        # Looked up: sharding and `model.to("meta")` put other parameters in the copy's place.
+        # Sharding and `model.to("meta")` replace the copy by another parameter.
         self.copy = owner.get_parameter(name)
         follow(self.original, self.last_seen, (self.copy.device, self.copy.dtype))
         setattr(owner, name, self.original)
 
-    def note_place(self) -> None:
-        """Take the copy's present device and type as those that go with the base's present ones."""
+    def record_device_and_dtype(self) -> None:
+        """Record the copy's device and dtype, from which `undo` sees how the model was moved since."""
         assert self.copy is not None
         self.last_seen = self.copy.device, self.copy.dtype
 
 
-def follow(tensor: Tensor, old: tuple[torch.device, torch.dtype], new: tuple[torch.device, torch.dtype]) -> None:
-    """Move a tensor, in place, as its model moved from one device and type to another.
+def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+    """Return device and dtype of a model's first floating-point parameter.
 
     Args:
-        tensor: a tensor that was off the model at that time.
-        old: device and type that a tensor of the model had before.
-        new: what that tensor of the model has now.
+        model: any model.
+
+    Returns:
+        The device and dtype; None if the model has no such parameter.
+    """
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return None if first is None else (first.device, first.dtype)
+
+
+def follow(tensor: Tensor, old: tuple[torch.device, torch.dtype], new: tuple[torch.device, torch.dtype]) -> None:
+    """Move a tensor in place, as its model was moved from one device and dtype to another.
+
+    Args:
+        tensor: a tensor of any shape that was off the model at that time.
+        old: device and dtype of a tensor of the model before the move.
+        new: device and dtype of the same tensor after it.
     """
     device = new[0] if new[0] != old[0] else tensor.device
     dtype = new[1] if new[1] != old[1] and tensor.is_floating_point() else tensor.dtype

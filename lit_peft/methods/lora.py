@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): settings, and how it attaches."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): settings, attaching and merging."""
 
 from __future__ import annotations
 
@@ -9,34 +9,40 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of, base_name, detach
+from lit_peft.methods.attach import detach
+from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of, base_name
+from lit_peft.methods.changes import owner_of, tied_names
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_values
 from lit_peft.models.quantization import dequantize
-from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear, check
+from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear, check, check_mergeable
 from lit_peft.nn.quantized import dense_linear, is_quantized
 from lit_peft.util.errors import LitPeftError
 
 
 @dataclass(frozen=True)
 class LoRASettings(MethodSettings):
-    """Settings of LoRA.
+    """Settings of LoRA: `h = W x + s · B A x` with s = `lora_alpha / r` (section 4.1).
 
     Args:
         r: rank of each update.
-        lora_alpha: updates are scaled by `lora_alpha / r`.
-        lora_dropout: dropout probability on the update's input.
-        target_modules: names, a regular expression, or `"all-linear"`; the query and value projections when None.
+        lora_alpha: scales the updates by `lora_alpha / r`.
+        lora_dropout: dropout probability on the input of the update.
+        target_modules: the modules to adapt: a list of names, a regular expression, or `"all-linear"`. None selects
+            the query and value projections.
         exclude_modules: names or a regular expression of modules to leave out.
-        rank_pattern: rank by module name (regular expressions), where it differs from `r`.
-        alpha_pattern: the same for `lora_alpha`.
-        layers_to_transform: numbers of the layers to adapt, counted from 0; all when None.
-        layers_pattern: the name of the list of layers.
-        bias: which biases are trained as well: `none`, `all`, or `lora_only` (of the adapted layers).
-        use_rslora: scale by `lora_alpha / sqrt(r)` (arXiv:2312.03732).
+        rank_pattern: ranks that differ from `r`, by regular expression on the module's name.
+        alpha_pattern: values that differ from `lora_alpha`, by regular expression on the module's name.
+        layers_to_transform: indices of the layers to adapt, counted from 0. None adapts all layers.
+        layers_pattern: name of the model's list of layers.
+        bias: which biases to train: `none`, `all`, or `lora_only` (those of the adapted layers).
+        use_rslora: scale by `lora_alpha / sqrt(r)` instead (arXiv:2312.03732).
         use_dora: weight-decomposed updates (arXiv:2402.09353).
         init_lora_weights: `kaiming`, `gaussian`, `pissa` (arXiv:2404.02948) or `olora` (arXiv:2406.01775).
-        loraplus_lr_ratio: B learns this many times faster than A (LoRA+, arXiv:2402.12354).
+        loraplus_lr_ratio: ratio of B's learning rate to A's (LoRA+, arXiv:2402.12354).
+
+    Raises:
+        LitPeftError: a setting is invalid.
     """
 
     method: ClassVar[str] = "lora"
@@ -60,25 +66,32 @@ class LoRASettings(MethodSettings):
         super().__post_init__()
         check(r=self.r, lora_dropout=self.lora_dropout, init_lora_weights=self.init_lora_weights)
         if any(rank < 1 for rank in self.rank_pattern.values()):
-            raise LitPeftError(f"rank_pattern={self.rank_pattern}: the ranks must be positive integers, e.g. 8.")
+            raise LitPeftError(f"rank_pattern={self.rank_pattern}: each rank must be a positive integer, e.g. 8.")
         if self.bias not in ("none", "all", "lora_only"):
             raise LitPeftError(f"bias={self.bias!r} is not known: use 'none', 'all' or 'lora_only'.")
         if self.loraplus_lr_ratio <= 0:
             raise LitPeftError(f"loraplus_lr_ratio={self.loraplus_lr_ratio}: give a positive number, e.g. 16.")
         for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                check_expression(name, value)
-            elif name.endswith("_pattern"):
-                for pattern in value or ():
-                    check_expression(name, pattern)
+            value = getattr(self, name) or ()
+            # A list of modules holds names, not regular expressions.
+            patterns = [value] if isinstance(value, str) else value if name.endswith("_pattern") else ()
+            for pattern in patterns:
+                check_expression(name, pattern)
 
     def learning_rate_factor(self, name: str) -> float:
-        """B's learning rate is `loraplus_lr_ratio` times that of everything else."""
+        """Return `loraplus_lr_ratio` for B, and 1 for any other parameter."""
         return self.loraplus_lr_ratio if name.rpartition(".")[2] == "lora_B" else 1.0
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
-        """Wrap every target in a LoRA layer and train the biases that `bias` names."""
+        """Wrap each target in a LoRA layer and train the biases that `bias` selects.
+
+        Args:
+            model: the frozen model.
+            attachment: makes and records the changes.
+
+        Raises:
+            LitPeftError: a setting matches nothing in the model, or a layer cannot be adapted.
+        """
         paths = find_targets(
             model,
             self.target_modules if self.target_modules is not None else default_targets(model),
@@ -93,8 +106,8 @@ class LoRASettings(MethodSettings):
         alphas = pattern_values(self.alpha_pattern, paths, self.lora_alpha)
         for path in paths:
             base = model.get_submodule(path)
-            kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
-            layer = kind(
+            layer_class = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
+            layer = layer_class(
                 base,  # type: ignore[arg-type]
                 r=int(ranks[path]),
                 lora_alpha=alphas[path],
@@ -113,32 +126,41 @@ class LoRASettings(MethodSettings):
 
 
 class LoRAMixin(MethodMixin):
-    """LoRA as a LightningModule's method."""
+    """Makes LoRA the method of a LightningModule."""
 
     settings_class = LoRASettings
 
 
 def merge(model: Model) -> Model:
-    """Fold the trained updates into the base weights and return the plain model.
+    """Fold the trained updates into the base weights permanently (2106.09685, section 4.1).
 
-    A quantized base is dequantized for it, all of it, in the type of its input embeddings: the merged weights are
-    those of the quantized base plus the update, up to that type's rounding. The original base's own weights differ
-    from them by what quantizing took away.
+    A quantized base is dequantized completely, to the dtype of its first frozen floating-point parameter. The merged
+    weights are those of the quantized base plus the update, rounded to that dtype; what quantization lost stays lost.
+
+    Args:
+        model: a model with LoRA attached.
+
+    Returns:
+        The same model, without LoRA layers.
 
     Raises:
-        LitPeftError: nothing is attached, or the attached method is not a weight update.
+        LitPeftError: no method is attached, or the attached method is not a weight update.
     """
     attachment = attachment_of(model)
     layers = {path: layer for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)}
+    check_mergeable(model)
     if not layers:
-        raise LitPeftError(f"{attachment.settings.method!r} is not a weight update and cannot be merged.")
+        raise LitPeftError(
+            f"The attached method {attachment.settings.method!r} is not a weight update and cannot be merged: save it "
+            "with lit_peft.save_adapter instead."
+        )
     copies = [pair for path in layers for pair in _untie(model, f"{path}.base_layer.weight")]
     quantized = any(is_quantized(module) for module in model.modules())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad), torch.float32)
     for layer in layers.values():
         if is_quantized(layer.base_layer):
             layer.base_layer = dense_linear(layer.base_layer, dtype)
-        # One after the other: the kept copy of W is let go before the next one is made.
+        # `keep_merged` frees the copy of W that `merge` makes, so only one copy exists at a time.
         layer.merge()
         layer.keep_merged()
     saved = attachment.saved
@@ -155,22 +177,21 @@ def merge(model: Model) -> Model:
 
 
 def _untie(model: nn.Module, name: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Give every module that shares a parameter (tied embeddings) one of its own: it is about to change in one alone.
+    """Give each module that shares a parameter (tied embeddings) a copy, because one of them is about to change.
 
-    All of them, since transformers saves a model whose config says that nothing is tied only if nothing is.
+    All of them get one: with `tie_word_embeddings=False`, transformers can only save a model that has no tied weights.
 
     Returns:
-        Each new parameter, with the one that it is a copy of.
+        Pairs of a new parameter and the one that it copies.
     """
     copies: list[tuple[nn.Parameter, nn.Parameter]] = []
     original = model.get_parameter(name)
-    sharing = [other for other, p in model.named_parameters(remove_duplicate=False) if p is original and other != name]
-    for other in sharing:
-        parent, _, last = other.rpartition(".")
+    for tied_name in tied_names(model, name):
         copy = nn.Parameter(original.detach().clone(), original.requires_grad)
-        setattr(model.get_submodule(parent), last, copy)
+        owner, last = owner_of(model, tied_name)
+        setattr(owner, last, copy)
         copies.append((copy, original))
     config: Any = getattr(model, "config", None)
-    if sharing and getattr(config, "tie_word_embeddings", False):
+    if copies and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
     return copies

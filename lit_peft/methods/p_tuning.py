@@ -16,16 +16,19 @@ from lit_peft.util.errors import LitPeftError
 
 @dataclass(frozen=True)
 class PTuningSettings(SoftPromptSettings):
-    """Settings of P-Tuning: virtual tokens computed by a bi-LSTM and an MLP from v trained anchors (section 3.2).
+    """Settings of P-Tuning: a bi-LSTM and an MLP compute virtual tokens from v trained embeddings (section 3.2).
 
-    They stand in front of the input, or in a template, where `prompt_token_id` marks their places. The network is run
-    once for each forward pass, in evaluation once at all, and only its result is saved in peft's format.
+    The virtual tokens precede the input, or take the places of `prompt_token_id` in a template. The network runs once
+    in each training step and only once in evaluation. peft's format saves its output instead of its weights.
 
     Args:
-        encoder_reparameterization_type: `LSTM`, followed by an MLP, or `MLP` alone.
-        encoder_hidden_size: hidden size of the network; half of the embeddings' size when None.
-        encoder_num_layers: layers of the LSTM.
-        encoder_dropout: dropout between the LSTM's layers.
+        encoder_reparameterization_type: `LSTM` for an LSTM followed by an MLP, or `MLP` for an MLP only.
+        encoder_hidden_size: hidden size of the network. None selects half the size of the embeddings.
+        encoder_num_layers: number of LSTM layers.
+        encoder_dropout: dropout probability between LSTM layers.
+
+    Raises:
+        LitPeftError: a setting is invalid or has no effect.
     """
 
     method: ClassVar[str] = "p_tuning"
@@ -51,23 +54,31 @@ class PTuningSettings(SoftPromptSettings):
         mlp = self.encoder_reparameterization_type == "MLP"
         if mlp and self.encoder_num_layers != 2:
             raise LitPeftError(
-                f"encoder_num_layers={self.encoder_num_layers} has no effect on the MLP, which always has its three "
+                f"encoder_num_layers={self.encoder_num_layers} has no effect on the MLP, which always has three "
                 "layers: leave it out, or use encoder_reparameterization_type='LSTM'."
             )
         if self.encoder_dropout and (mlp or self.encoder_num_layers == 1):
             raise LitPeftError(
-                f"encoder_dropout={self.encoder_dropout} acts between the layers of an LSTM, and there is "
-                f"{'no LSTM' if mlp else 'one layer alone'}: leave it out, or use an LSTM of two layers."
+                f"encoder_dropout={self.encoder_dropout} applies between LSTM layers, but there is "
+                f"{'no LSTM' if mlp else 'only one layer'}: leave it out, or use an LSTM with at least two layers."
             )
 
     def make_prompt(self, model: nn.Module, embeddings: nn.Module) -> PromptEncoder:
-        """The network, at its start, in single precision."""
+        """Build the network with initial weights in fp32.
+
+        Args:
+            model: the frozen model.
+            embeddings: its input embeddings, with a weight of shape (vocabulary, hidden size).
+
+        Returns:
+            The network, which computes embeddings of shape (`rows`, hidden size).
+        """
         weight: Any = embeddings.weight
-        dim = weight.shape[1]
+        hidden_size = weight.shape[1]
         return PromptEncoder(
             self.rows,
-            dim,
-            self.encoder_hidden_size or max(1, dim // 2),
+            hidden_size,
+            self.encoder_hidden_size or max(1, hidden_size // 2),
             self.encoder_num_layers,
             self.encoder_dropout,
             self.encoder_reparameterization_type,
@@ -77,6 +88,6 @@ class PTuningSettings(SoftPromptSettings):
 
 
 class PTuningMixin(MethodMixin):
-    """P-Tuning as a LightningModule's method."""
+    """Makes P-Tuning the method of a LightningModule."""
 
     settings_class = PTuningSettings

@@ -1,4 +1,4 @@
-"""P-Tuning v2 (Liu et al. 2021, arXiv:2110.07602): trained keys and values at every layer, beside a trained head."""
+"""P-Tuning v2 (Liu et al. 2021, arXiv:2110.07602): trained keys and values at every layer, and a trained head."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lit_peft.methods.prefix import PrefixSettings
 
 @dataclass(frozen=True)
 class PTuningV2Settings(PrefixSettings):
-    """Settings of P-Tuning v2: `attention(Q, [K_p; K], [V_p; V])`, K_p and V_p trained themselves (section 3.2).
+    """Settings of P-Tuning v2: `attention(Q, [K_p; K], [V_p; V])` with K_p and V_p trained directly (section 3.2).
 
-    Made for understanding: the task's head is trained with it (as a LightningModule: by itself; with
-    `lit_peft.attach`: name it in `modules_to_save`), and there is no verbalizer.
+    The method is meant for language understanding and trains the task's head instead of using a verbalizer. The
+    LightningModule does so automatically; with `lit_peft.attach`, name the head in `modules_to_save`.
     """
 
     method: ClassVar[str] = "p_tuning_v2"
@@ -25,6 +25,6 @@ class PTuningV2Settings(PrefixSettings):
 
 
 class PTuningV2Mixin(MethodMixin):
-    """P-Tuning v2 as a LightningModule's method."""
+    """Makes P-Tuning v2 the method of a LightningModule."""
 
     settings_class = PTuningV2Settings

@@ -1,4 +1,4 @@
-"""Parallel adapters (He et al. 2022, arXiv:2110.04366): a bottleneck beside the FFN."""
+"""Parallel adapters (He et al. 2022, arXiv:2110.04366): a bottleneck in parallel with the FFN."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lit_peft.models.architectures import Layer
 class ParallelSettings(BottleneckSettings):
     """Settings of Parallel: `FFN(x) + s · up(ReLU(down(x)))` (section 3.3, table 1).
 
-    x is the layer's residual at the FFN: in a post-LN layer the FFN's own input, in a pre-LN layer its input before
-    the LayerNorm. By default the bottleneck is half of the hidden size and s = 4. With `mh_adapter` an adapter stands
-    beside each attention as well; with `placement="llm_adapters"` beside each query, key and value projection, or
-    beside the linear layers that `target_modules` names.
+    x is the residual that the layer adds to the FFN's output: the FFN's input in a post-LN layer, and the input of the
+    LayerNorm before the FFN in a pre-LN layer. By default the bottleneck is half the hidden size, and s = 4. With
+    `mh_adapter` each attention gets a parallel adapter too. With `placement="llm_adapters"` each query, key and value
+    projection gets one, or each linear layer that `target_modules` names.
     """
 
     method: ClassVar[str] = "parallel"
@@ -30,10 +30,11 @@ class ParallelSettings(BottleneckSettings):
     }
 
     def target_names(self, layer: Layer) -> tuple[str, ...]:
+        """Return the names of the query, key and value projections."""
         return layer.architecture.qkv_linears
 
 
 class ParallelMixin(MethodMixin):
-    """Parallel adapters as a LightningModule's method."""
+    """Makes parallel adapters the method of a LightningModule."""
 
     settings_class = ParallelSettings

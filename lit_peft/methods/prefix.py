@@ -1,4 +1,4 @@
-"""What Prefix Tuning and P-Tuning v2 share: their settings, and which attention layers of a model get a prefix."""
+"""What Prefix Tuning and P-Tuning v2 share: settings, and the choice of attention layers that get a prefix."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lit_peft.methods.attachment import Attachment, MethodSettings
-from lit_peft.methods.prefix_attention import LayerPrefix, StartPrefix, put_prefix_at
-from lit_peft.methods.prefix_positions import ShiftPositions
+from lit_peft.methods.positions import ShiftPositions
+from lit_peft.methods.prefix_attention import LayerPrefix, StartPrefix, attach_layer_prefix
 from lit_peft.methods.targets import check_leave_out
 from lit_peft.models.architectures import Layer, has_module, kv_shape, layer_stacks, token_model
 from lit_peft.nn.linear import adapter_dtype
@@ -22,24 +22,28 @@ from lit_peft.util.type_checks import brief
 
 @dataclass(frozen=True)
 class PrefixSettings(MethodSettings):
-    """What the settings of Prefix Tuning and P-Tuning v2 share.
+    """The settings that Prefix Tuning and P-Tuning v2 share.
 
     Args:
         num_virtual_tokens: length v of the prefix.
-        prefix_projection: compute keys and values from a smaller table by an MLP, rather than train them themselves.
-        prefix_projection_size: width of the MLP's hidden layer; the model's hidden size when None.
-        non_linearity: the MLP's activation by name.
+        prefix_projection: compute keys and values from a smaller table with an MLP instead of training them directly.
+        prefix_projection_size: width of the MLP's hidden layer. None selects the model's hidden size.
+        non_linearity: name of the MLP's activation.
         dropout: dropout probability on the prefix's keys and values.
-        init_std: standard deviation of the trained table at the start.
-        encoder_prefix: in an encoder-decoder, a prefix at the encoder's self-attention.
-        cross_prefix: in an encoder-decoder, a prefix at the decoder's cross-attention.
-        leave_out: numbers of the layers without a prefix, counted from 0 through all stacks: a decoder's go on from
-            the encoder's.
-        positions: where absolute and rotary positions of the real tokens start. `mask`: behind the prefix, padding
-            not counted, so that padding changes nothing; `peft`: behind the prefix, padding counted unless the model
-            itself does not; `adapterhub`: as without a prefix (T5: its keys alone move behind the prefix).
-        per_query_head: where several query heads share keys, a prefix of its own for each of them, as early
-            versions of AdapterHub did.
+        init_std: standard deviation of the initial table.
+        encoder_prefix: in an encoder-decoder, add a prefix to the encoder's self-attention.
+        cross_prefix: in an encoder-decoder, add a prefix to the decoder's cross-attention.
+        leave_out: indices of the layers to leave without a prefix. Indices count from 0, and a decoder's layers follow
+            those of the encoder.
+        positions: absolute and rotary positions of the input's tokens. `mask`: they start after the prefix and skip
+            padding, so that padding has no effect. `peft`: they start after the prefix and count padding, unless the
+            model skips it. `adapterhub`: they are the same as without a prefix (in T5, those of the keys start after
+            the prefix).
+        per_query_head: give each query head a separate prefix where several share keys, as early versions of
+            AdapterHub did.
+
+    Raises:
+        LitPeftError: a setting is invalid or has no effect.
     """
 
     num_virtual_tokens: int = 20
@@ -55,16 +59,14 @@ class PrefixSettings(MethodSettings):
     per_query_head: bool = False
 
     packs: ClassVar[bool] = False
-    roles: ClassVar[tuple[str, ...]] = ("self", "encoder", "cross")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # The layer checks its own settings.
-        size = self.prefix_projection_size if self.prefix_projection else None
+        # The layer checks its arguments; on the meta device it takes no memory.
         Prefix(
             self.num_virtual_tokens,
             [(1, 1)],
-            projection_size=size,
+            projection_size=self.prefix_projection_size if self.prefix_projection else None,
             hidden_size=1,
             non_linearity=self.non_linearity,
             dropout=self.dropout,
@@ -85,78 +87,94 @@ class PrefixSettings(MethodSettings):
             raise LitPeftError(f"positions={brief(self.positions)} is not known: use 'mask', 'peft' or 'adapterhub'.")
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
-        """Put the prefix in front of every attention layer's keys and values."""
+        """Put the prefix in front of the keys and values of each attention layer.
+
+        Args:
+            model: the frozen model.
+            attachment: makes and records the changes.
+
+        Raises:
+            LitPeftError: the settings do not fit the model, leave it without a prefix, or a layer cannot have one.
+        """
         stacks = _by_model(model, layer_stacks(model))
         check_leave_out(self.leave_out, sum(map(len, stacks)))
-        crossed = any(_cross(layer) is not None for stack in stacks for layer in stack)
+        is_encoder_decoder = any(_cross_attention(layer) is not None for stack in stacks for layer in stack)
         first = 0
         for stack in stacks:
             layers = [layer for index, layer in enumerate(stack, first) if index not in self.leave_out]
             first += len(stack)
-            is_encoder = crossed and _cross(stack[0]) is None
+            has_cross_attention = _cross_attention(stack[0]) is not None
+            is_encoder = is_encoder_decoder and not has_cross_attention
             owner = token_model(model, stack[0]) or ""
-            role = "encoder" if is_encoder else "self"
             if layers and (self.encoder_prefix or not is_encoder):
+                for layer in stack:
+                    if not has_module(layer.module, layer.architecture.self_attention):
+                        raise LitPeftError(
+                            f"{layer.path} ({type(model).__name__}) has no {layer.architecture.self_attention}, "
+                            "where a prefix could be put in front of keys and values: use another method, e.g. LoRA."
+                        )
                 paths = [f"{layer.path}.{layer.architecture.self_attention}" for layer in layers]
-                self._attach_role(model, attachment, owner, role, paths, layers, stack)
+                relative = next((module for module in map(_self_attention, stack) if _has_relative_bias(module)), None)
+                name = "encoder_prefix" if is_encoder else "self_prefix"
+                self._attach_prefix(attachment, owner, name, paths, layers, relative)
                 if not is_encoder and self.positions != "adapterhub":
-                    ShiftPositions(self.num_virtual_tokens, self.positions).attach(model, attachment, owner, paths[0])
-            if layers and _cross(stack[0]) is not None and self.cross_prefix:
-                paths = [f"{layer.path}.{_cross(layer)}" for layer in layers]
-                self._attach_role(model, attachment, owner, "cross", paths, layers, stack)
+                    ShiftPositions(self.num_virtual_tokens, self.positions).attach(attachment, owner, paths[0])
+            if layers and has_cross_attention and self.cross_prefix:
+                paths = [f"{layer.path}.{_cross_attention(layer)}" for layer in layers]
+                self._attach_prefix(attachment, owner, "cross_prefix", paths, layers, None)
         if not attachment.adapted:
             raise LitPeftError(
                 f"leave_out={list(self.leave_out)} leaves {type(model).__name__} without any prefix: leave out fewer "
                 "layers."
             )
 
-    def _attach_role(
+    def _attach_prefix(
         self,
-        model: nn.Module,
         attachment: Attachment,
         owner: str,
-        role: str,
+        name: str,
         paths: list[str],
         layers: list[Layer],
-        stack: list[Layer],
+        relative: nn.Module | None,
     ) -> None:
-        modules = [model.get_submodule(path) for path in paths]
+        """Add one prefix for the attention modules at `paths`, one in each of `layers`."""
+        modules = [attachment.model.get_submodule(path) for path in paths]
         weight = next(modules[0].parameters())
-        width = int(layers[0].config.hidden_size)
+        hidden_size = int(layers[0].config.hidden_size)
         prefix = Prefix(
             self.num_virtual_tokens,
             [self._shape(module, layer.config) for module, layer in zip(modules, layers, strict=True)],
-            projection_size=(self.prefix_projection_size or width) if self.prefix_projection else None,
-            hidden_size=width,
+            projection_size=(self.prefix_projection_size or hidden_size) if self.prefix_projection else None,
+            hidden_size=hidden_size,
             non_linearity=self.non_linearity,
             dropout=self.dropout,
             init_std=self.init_std,
             device=weight.device,
             dtype=adapter_dtype(weight),
         )
-        name = f"{role}_prefix"
         attachment.add(f"{owner}.{name}" if owner else name, prefix)
         attachment.forward_pre_hook(owner, StartPrefix(prefix))
-        relative = None
-        if role != "cross":
-            relative = next(filter(_has_relative_bias, map(_self_attention, stack)), None)
-        for index, path in enumerate(paths):
-            put_prefix_at(attachment, path, LayerPrefix(prefix, index), relative, self.positions != "adapterhub")
+        shifts_positions = self.positions != "adapterhub"
+        for index, (path, module) in enumerate(zip(paths, modules, strict=True)):
+            # T5 has one table of relative positions in its first layer, UMT5 one in each.
+            table = module if relative is not None and _has_relative_bias(module) else relative
+            attach_layer_prefix(attachment, path, LayerPrefix(prefix, index), table, shifts_positions)
 
     def _shape(self, module: Any, config: Any) -> tuple[int, int]:
-        heads, size = kv_shape(module, config)
-        return heads * (getattr(module, "num_key_value_groups", 1) if self.per_query_head else 1), size
+        """The number of heads and the head_dim of an attention's prefix."""
+        heads, head_dim = kv_shape(module, config)
+        return heads * (getattr(module, "num_key_value_groups", 1) if self.per_query_head else 1), head_dim
 
 
 def _by_model(model: nn.Module, stacks: list[list[Layer]]) -> list[list[Layer]]:
     """Join the stacks of one model, which share its prefix, e.g. the two that HRM runs in turn."""
     joined: dict[tuple[str | None, bool], list[Layer]] = {}
     for stack in stacks:
-        joined.setdefault((token_model(model, stack[0]), _cross(stack[0]) is not None), []).extend(stack)
+        joined.setdefault((token_model(model, stack[0]), _cross_attention(stack[0]) is not None), []).extend(stack)
     return list(joined.values())
 
 
-def _cross(layer: Layer) -> str | None:
+def _cross_attention(layer: Layer) -> str | None:
     name = layer.architecture.cross_attention
     return name if name is not None and has_module(layer.module, name) else None
 

@@ -1,4 +1,4 @@
-"""Prefix Tuning (Li and Liang 2021, arXiv:2101.00190): trained keys and values in front of every attention layer's."""
+"""Prefix Tuning (Li and Liang 2021, arXiv:2101.00190): trained keys and values in every attention layer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from lit_peft.methods.prefix import PrefixSettings
 class PrefixTuningSettings(PrefixSettings):
     """Settings of Prefix Tuning: `attention(Q, [K_p; K], [V_p; V])`, `(K_p, V_p) = MLP(P)` (sections 4.2 and 4.3).
 
-    P is a trained table, one row for each virtual token. The MLP (hidden size → `prefix_projection_size` → all
-    layers' keys and values, tanh) is folded away in adapter folders and outside training.
+    P is a trained table with one row for each virtual token. The MLP maps the hidden size to `prefix_projection_size`
+    and, after tanh, to the keys and values of all layers. Outside training its output is computed once and reused;
+    adapter folders hold the output instead of the MLP.
     """
 
     method: ClassVar[str] = "prefix_tuning"
@@ -24,6 +25,6 @@ class PrefixTuningSettings(PrefixSettings):
 
 
 class PrefixTuningMixin(MethodMixin):
-    """Prefix Tuning as a LightningModule's method."""
+    """Makes Prefix Tuning the method of a LightningModule."""
 
     settings_class = PrefixTuningSettings

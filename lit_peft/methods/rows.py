@@ -1,4 +1,4 @@
-"""Different adapters for the rows of one batch, in a single forward of the base."""
+"""Different adapters for the rows of one batch, in a single forward of the base model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_peft.methods.adapters import adapters_of, set_adapter
 from lit_peft.methods.attachment import Attachment, MethodSettings, base_name
+from lit_peft.methods.fast_path import fast_path_changes
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.lora import LoRALayer, LoRALinear
 from lit_peft.nn.rows import LoRARows, ModuleRows
@@ -22,93 +24,105 @@ from lit_peft.util.errors import LitPeftError
 
 @contextmanager
 def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Within the block, each row of a batch goes through its own adapter, all of them in one forward.
+    """Apply a different adapter to each row of a batch in the block, in a single forward.
 
-    The base's layers compute all rows at once, and so do plain LoRAs of linear layers. The other parts of an adapter
-    (DoRA, embeddings, PiSSA, bottlenecks, trained modules and biases) compute their own rows. This is for inference:
-    the adapters get no gradient.
+    The base's layers and plain LoRAs of linear layers compute all rows at once. Other parts of an adapter (DoRA,
+    embeddings, PiSSA, bottlenecks, trained modules and biases) compute only their rows. This is for inference: the
+    adapters get no gradient.
 
     Args:
         model: a model with LoRAs and bottleneck adapters, in evaluation mode.
-        names: the adapter of each row, None for the base. In `generate`, which repeats rows for beams and returned
-            sequences, the copies of a row use its adapter.
+        names: the adapter of each row; None for the base. Where `generate` repeats a row for beams or several returned
+            sequences, the copies use the same adapter.
 
     Raises:
-        LitPeftError: there is no adapter of a name, one adds virtual tokens to the whole batch (prompts, prefixes), or
-            the model is in training mode. Within the block: a batch does not have one row for each name.
+        LitPeftError: an adapter does not exist or cannot share a batch (prompts and prefixes add tokens to all rows),
+            or the model is in training mode. In the block: the batch does not have one row for each name.
     """
     if model.training:
         raise LitPeftError(
-            "row_adapters was called in training mode, but it gives the adapters no gradient and no dropout: call "
-            "model.eval() first, or train each adapter in batches of its own with set_adapter."
+            "row_adapters was called in training mode, but it gives the adapters no gradients and no dropout: call "
+            "model.eval() first, or use set_adapter to train each adapter on separate batches."
         )
     adapters = adapters_of(model)
     if not names:
         raise LitPeftError("names is empty: give the adapter of each row of the batch.")
-    order = list(dict.fromkeys(name for name in names if name is not None))
-    kept = [adapters.find(name) for name in order]
-    for name, attachment in zip(order, kept, strict=True):
-        _check(name, attachment)
-    before = adapters.active
+    used = list(dict.fromkeys(name for name in names if name is not None))
+    attachments = [adapters.find(name) for name in used]
+    for name, attachment in zip(used, attachments, strict=True):
+        _check_can_share(name, attachment)
+    previous = adapters.active
     set_adapter(model, None)
-    index = torch.tensor([order.index(name) if name is not None else len(order) for name in names])
+    adapter_of_row = torch.tensor([used.index(name) if name is not None else len(used) for name in names])
     mixed = Attachment(model, MethodSettings())
     try:
-        _check_rows(mixed, len(names))
-        for number, attachment in enumerate(kept):
-            _hook(mixed, attachment, (index == number).nonzero().flatten(), len(names))
-        trained = [_trained(attachment) for attachment in kept]
-        updates = [{path: x for path, x in a.adapted.items() if isinstance(x, LoRALayer)} for a in kept]
-        for path in dict.fromkeys([*(path for part in trained for path in part), *(p for u in updates for p in u)]):
-            layers = [part.get(path) for part in updates]
-            _replace(mixed, path, layers, [part.get(path, {}) for part in trained], index)
+        _attach_row_count(mixed, len(names))
+        for index, attachment in enumerate(attachments):
+            _attach_bottlenecks(mixed, attachment, (adapter_of_row == index).nonzero().flatten(), len(names))
+        trained = [_trained_tensors(attachment) for attachment in attachments]
+        loras = [
+            {path: module for path, module in attachment.adapted.items() if isinstance(module, LoRALayer)}
+            for attachment in attachments
+        ]
+        for path in dict.fromkeys([*chain(*trained), *chain(*loras)]):
+            layers = [modules.get(path) for modules in loras]
+            _replace_module(mixed, path, layers, [tensors.get(path, {}) for tensors in trained], adapter_of_row)
+        for change in fast_path_changes(model, mixed.adapted):
+            mixed.make(change)
         yield
     finally:
         mixed.revert()
-        for attachment in kept:
-            for adapter in _bottlenecks(attachment):
-                adapter.rows = None
-        set_adapter(model, before)
+        for attachment in attachments:
+            for bottleneck in _bottlenecks(attachment):
+                bottleneck.rows = None
+        set_adapter(model, previous)
 
 
 def can_share(model: nn.Module, name: str) -> bool:
-    """Whether rows of the adapter can share a batch with those of others, in `row_adapters`.
+    """Return whether an adapter can share a batch with others in `row_adapters`.
+
+    Args:
+        model: a model with adapters.
+        name: the adapter.
+
+    Returns:
+        True if its rows can be in the same batch as those of other adapters.
 
     Raises:
         LitPeftError: there is no adapter of that name.
     """
     attachment = adapters_of(model).find(name)
     try:
-        _check(name, attachment)
+        _check_can_share(name, attachment)
     except LitPeftError:
         return False
     return True
 
 
-def _check(name: str, attachment: Attachment) -> None:
+def _check_can_share(name: str, attachment: Attachment) -> None:
     layers = attachment.adapted.values()
-    bottlenecks = [layer for layer in layers if isinstance(layer, SublayerAdapter)]
-    passing = any(not layer.original_ln_after and layer.norm[0] is not None for layer in bottlenecks)
-    if passing or not all(isinstance(layer, LoRALayer | Bottleneck) for layer in layers):
+    sublayer_adapters = [layer for layer in layers if isinstance(layer, SublayerAdapter)]
+    skips_norm = any(not layer.original_ln_after and layer.norm[0] is not None for layer in sublayer_adapters)
+    if skips_norm or not all(isinstance(layer, LoRALayer | Bottleneck) for layer in layers):
         raise LitPeftError(
-            f"The adapter {name!r} ({attachment.settings.method}) cannot share a batch with others: LoRAs and "
-            "bottleneck adapters can, but none with original_ln_after=False. Run its rows in a batch of their own with "
+            f"The adapter {name!r} ({attachment.settings.method}) cannot share a batch with others. Only LoRAs and "
+            "bottleneck adapters without original_ln_after=False can: run its rows in a separate batch with "
             "set_adapter."
         )
-    if attachment.trained and any(layer.original_ln_before for layer in bottlenecks):
+    if attachment.trained and any(layer.original_ln_before for layer in sublayer_adapters):
         raise LitPeftError(
-            f"The adapter {name!r} trains modules of the base and has bottlenecks with original_ln_before, which may "
-            "use them: it cannot share a batch with others. Run its rows in a batch of their own with set_adapter."
+            f"The adapter {name!r} cannot share a batch with others, because its bottlenecks with original_ln_before "
+            "may use modules of the base that it trains: run its rows in a separate batch with set_adapter."
         )
 
 
-def _hook(mixed: Attachment, attachment: Attachment, rows: Tensor, count: int) -> None:
-    """Let an adapter's bottlenecks act on its rows."""
+def _attach_bottlenecks(mixed: Attachment, attachment: Attachment, rows: Tensor, num_rows: int) -> None:
+    """Register the hooks of an adapter's bottlenecks, limited to `rows` of the `num_rows` in the batch."""
     bottlenecks = _bottlenecks(attachment)
-    for adapter in bottlenecks:
-        adapter.rows = (rows, count)
-        if adapter.training:
-            adapter.eval()
+    for bottleneck in bottlenecks:
+        bottleneck.rows = (rows, num_rows)
+        if bottleneck.training:
+            bottleneck.eval()
     for hook in attachment.hooks if bottlenecks else ():
         mixed.make(replace(hook, handle=None))
 
@@ -118,78 +132,85 @@ def _bottlenecks(attachment: Attachment) -> list[Bottleneck]:
 
 
 class _RowCount:
-    """Checks that a batch has one row for each name. `generate` may repeat rows; a plain forward may not."""
+    """Checks that a batch has one row for each name. `generate` may repeat rows; any other forward may not."""
 
-    def __init__(self, rows: int) -> None:
-        self.rows, self.generates = rows, False
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows, self.is_generating = num_rows, False
 
     def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model."""
-        if not self.generates:
-            self._compare(args, kwargs)
+        if not self.is_generating:
+            self._check_batch(args, kwargs)
 
     def generate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Takes the place of the model's `generate`."""
-        self._compare(args, kwargs)
-        self.generates = True
+        """Replaces the model's `generate`: checks the batch before its rows are repeated."""
+        self._check_batch(args, kwargs)
+        self.is_generating = True
         try:
             return type(model).generate(model, *args, **kwargs)
         finally:
-            self.generates = False
+            self.is_generating = False
 
-    def _compare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
-        if first is not None and len(first) != self.rows:
+    def _check_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
+        if batch is not None and len(batch) != self.num_rows:
             raise LitPeftError(
-                f"row_adapters was given {self.rows} names, and the batch has {len(first)} rows: give one name for "
-                "each row, None for the base."
+                f"row_adapters was given {self.num_rows} names, but the batch has {len(batch)} rows: give one name for "
+                "each row, or None for the base."
             )
 
 
-def _check_rows(mixed: Attachment, rows: int) -> None:
-    count = _RowCount(rows)
-    mixed.forward_pre_hook("", count.check, with_kwargs=True)
+def _attach_row_count(mixed: Attachment, num_rows: int) -> None:
+    row_count = _RowCount(num_rows)
+    mixed.forward_pre_hook("", row_count.check, with_kwargs=True)
     if hasattr(mixed.model, "generate"):
-        mixed.set("", "generate", partial(count.generate, mixed.model))
+        mixed.set("", "generate", partial(row_count.generate, mixed.model))
 
 
-def _trained(attachment: Attachment) -> dict[str, dict[str, Tensor]]:
-    """The tensors trained in place of the base's own, by module and name."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in attachment.trained_copies.items():
-        path, _, last = base_name(name).rpartition(".")
-        found.setdefault(path, {})[last] = parameter.detach()
-    return found
+def _trained_tensors(attachment: Attachment) -> dict[str, dict[str, Tensor]]:
+    """The trained copies of base parameters, by module path and parameter name."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for path, parameter in attachment.trained_copies.items():
+        module_path, _, name = base_name(path).rpartition(".")
+        # In the dtype of the base's own parameter, which is on the model now.
+        dtype = attachment.model.get_parameter(base_name(path)).dtype
+        tensors.setdefault(module_path, {})[name] = parameter.detach().to(dtype)
+    return tensors
 
 
-def _replace(
+def _replace_module(
     mixed: Attachment,
     path: str,
     layers: Sequence[LoRALayer | None],
     trained: Sequence[Mapping[str, Tensor]],
-    index: Tensor,
+    adapter_of_row: Tensor,
 ) -> None:
-    """Put a module that serves every row at `path`."""
+    """Replace the module at `path` by one that applies each row's LoRA layer and trained tensors."""
     base = mixed.model.get_submodule(path)
     plain = [layer if _is_plain(layer) else None for layer in layers]
-    rows: nn.Module
+    module: nn.Module
     if not any(trained) and plain == list(layers):
-        rows = LoRARows(base, plain, index)
+        module = LoRARows(base, plain, adapter_of_row)
     else:
-        if isinstance(base, nn.Embedding) and base.num_embeddings != _vocabulary(mixed.model):
-            raise LitPeftError(f"{path} is the same for the whole batch, so adapters of it cannot share one.")
+        if isinstance(base, nn.Embedding) and base.num_embeddings != _vocabulary_size(mixed.model):
+            raise LitPeftError(
+                f"{path} is computed once for the whole batch, so adapters that change it cannot share a batch: run "
+                "their rows in separate batches with set_adapter."
+            )
         if has_forward_hooks(base):
             raise LitPeftError(
-                f"A bottleneck adapter and a LoRA with DoRA, PiSSA, OLoRA or trained tensors stand at {path} both: "
-                "they cannot share a batch. Run their rows in batches of their own with set_adapter."
+                f"{path} has both a bottleneck adapter and a LoRA with DoRA, PiSSA, OLoRA or trained tensors, which "
+                "cannot share a batch: run their rows in separate batches with set_adapter."
             )
-        rows = ModuleRows(base, [_form(base, x, own) for x, own in zip(layers, trained, strict=True)], index)
-    mixed.replace(path, rows.eval())
+        variants = [_variant(base, layer, tensors) for layer, tensors in zip(layers, trained, strict=True)]
+        module = ModuleRows(base, variants, adapter_of_row)
+    mixed.replace(path, module.eval())
 
 
-def _form(
+def _variant(
     base: nn.Module, layer: LoRALayer | None, trained: Mapping[str, Tensor]
 ) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The module that one adapter puts in the place of `base`, and the tensors that it replaces in it."""
     if layer is None:
         return base, dict(trained)
     tensors = {f"base_layer.{name}": tensor for name, tensor in trained.items()}
@@ -202,7 +223,7 @@ def _is_plain(layer: LoRALayer | None) -> TypeGuard[LoRALinear]:
     return isinstance(layer, LoRALinear) and layer.lora_magnitude is None and layer.residual_weight is None
 
 
-def _vocabulary(model: nn.Module) -> int | None:
+def _vocabulary_size(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
-    found: int | None = None if config is None else config.get_text_config().vocab_size
-    return found
+    size: int | None = None if config is None else config.get_text_config().vocab_size
+    return size

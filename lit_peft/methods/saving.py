@@ -1,4 +1,4 @@
-"""`model.save_pretrained` while a method is attached."""
+"""`model.save_pretrained` of a model that has a method attached."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from lit_peft.util.errors import LitPeftError
 
 
 class SaveAdapter:
-    """Takes the place of a model's `save_pretrained`, and writes the adapter's folder.
+    """Replaces a model's `save_pretrained` and writes the adapter's folder instead.
 
-    The model's own would write the base's weights under names that `from_pretrained` does not know: adapted layers
-    would be read back at random. Beside the adapter's files stands `model.safetensors` with the trained tensors alone,
-    from which transformers' `Trainer` resumes.
+    The original method would save the weights of adapted layers under names that `from_pretrained` does not know, and
+    loading would leave those layers with random weights. The folder also gets a `model.safetensors` with the trained
+    tensors, from which transformers' `Trainer` can resume.
+
+    Args:
+        model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,22 +28,25 @@ class SaveAdapter:
     def __call__(
         self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Write the files into a folder, which may hold others.
+        """Write the adapter's files. Other files in the folder are kept.
 
         Args:
-            save_directory: the folder; it is made if need be.
-            is_main_process: False writes nothing.
-            push_to_hub: refused.
-            **kwargs: arguments of transformers' `save_pretrained` that are about weights of the base.
+            save_directory: the folder, which is created if necessary.
+            is_main_process: whether to write anything.
+            push_to_hub: not supported.
+            **kwargs: other arguments of transformers' `save_pretrained`. They concern the base's weights and are
+                ignored.
 
         Raises:
             LitPeftError: `push_to_hub` is set, or the adapter cannot be written.
         """
-        # The public function, by its public name: folders are a layer above methods.
+        # Imported by its public name, because lit_peft.formats is a layer above lit_peft.methods.
         import lit_peft
 
         if push_to_hub:
-            raise LitPeftError("push_to_hub=True is not supported by an adapter: save it, then run `lit-peft push`.")
+            raise LitPeftError(
+                "push_to_hub=True is not supported for an adapter: save it without, then run `lit-peft push`."
+            )
         if not is_main_process:
             return
         from safetensors.torch import save_file
@@ -48,12 +54,12 @@ class SaveAdapter:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            written = lit_peft.save_adapter(self.model, Path(temporary) / "adapter")
+            adapter = lit_peft.save_adapter(self.model, Path(temporary) / "adapter")
             trained = {
                 name: parameter.detach().contiguous()
                 for name, parameter in self.model.named_parameters()
                 if parameter.requires_grad
             }
-            save_file(trained, written / "model.safetensors", metadata={"format": "pt"})
-            for file in written.iterdir():
+            save_file(trained, adapter / "model.safetensors", metadata={"format": "pt"})
+            for file in adapter.iterdir():
                 file.replace(folder / file.name)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.methods.attachment import Attachment, MethodSettings
+from lit_peft.methods.positions import check_length, count_positions, left_padding
 from lit_peft.models.architectures import counts_over_mask, is_causal, room_for
-from lit_peft.models.call_arguments import arguments, by_name, cache_of, has_fixed_size, is_filled
+from lit_peft.models.call_arguments import by_name, cache_of, has_fixed_size, is_filled
+from lit_peft.models.token_inputs import decoder_of, ordinary_token_id, token_embeddings
 from lit_peft.models.transformers_internals import is_model_of
 from lit_peft.nn.prompt import PromptEncoder, SoftPrompt
 from lit_peft.util.errors import LitPeftError
@@ -21,18 +23,20 @@ _NAME = "prompt_encoder"
 
 @dataclass(frozen=True)
 class SoftPromptSettings(MethodSettings):
-    """Settings of the methods that put virtual tokens among the input embeddings.
+    """The settings that Prompt Tuning and P-Tuning share.
 
     Args:
-        num_virtual_tokens: v, how many virtual tokens.
-        prompt_token_id: the id of a token that stands for a virtual token. Each row of `input_ids` then holds it v
-            times, wherever the template has a virtual token, and the virtual tokens take these places in their order.
-            None puts all of them in front.
-        positions: `mask` counts positions over the tokens that the attention mask shows, so that padding on either
-            side changes nothing; `sequence` does as peft, which counts the padding too and hides the ids from the
-            model. Folders that peft wrote are read with `sequence`.
-        num_transformer_submodules: 2 keeps twice the rows, as peft does for encoder-decoders. The encoder uses the
-            first half.
+        num_virtual_tokens: number v of virtual tokens.
+        prompt_token_id: id of a placeholder token. Each row of `input_ids` must contain it v times, anywhere in the
+            template, and the virtual tokens replace it in order. None puts all virtual tokens in front.
+        positions: how positions are counted. `mask` counts only the tokens that the attention mask shows, so that
+            padding has no effect on either side. `sequence` counts padding too and passes embeddings instead of ids to
+            the model, as peft does. Adapters saved by peft are loaded with `sequence`.
+        num_transformer_submodules: 2 stores twice as many embeddings, as peft does for encoder-decoders. The encoder
+            uses the first half.
+
+    Raises:
+        LitPeftError: a setting is invalid or contradicts another.
     """
 
     num_virtual_tokens: int = 20
@@ -49,289 +53,328 @@ class SoftPromptSettings(MethodSettings):
         if self.positions not in ("mask", "sequence"):
             raise LitPeftError(f"positions={brief(self.positions)} is not known: use 'mask' or 'sequence'.")
         if self.num_transformer_submodules not in (1, 2):
-            raise LitPeftError(f"num_transformer_submodules={self.num_transformer_submodules}: give 1, or 2 as peft.")
+            raise LitPeftError(
+                f"num_transformer_submodules={self.num_transformer_submodules}: give 1, or 2 for an encoder-decoder in "
+                "peft's format."
+            )
         if self.prompt_token_id is not None and self.positions == "sequence":
             raise LitPeftError(
-                f"prompt_token_id={self.prompt_token_id} marks the places of the virtual tokens, and peft, whose "
-                "positions='sequence' are, only has them in front: leave positions out."
+                f"prompt_token_id={self.prompt_token_id} cannot be combined with positions='sequence', which puts all "
+                "virtual tokens in front as peft does: leave one of them out."
             )
 
     @property
     def rows(self) -> int:
-        """How many embeddings are stored."""
+        """The number of stored embeddings."""
         return self.num_virtual_tokens * self.num_transformer_submodules
 
     def make_prompt(self, model: nn.Module, embeddings: nn.Module) -> SoftPrompt | PromptEncoder:
-        """The module that gives the virtual tokens' embeddings, [rows, d], for these input embeddings."""
+        """Build the module that computes the virtual tokens.
+
+        Args:
+            model: the frozen model.
+            embeddings: its input embeddings, with a weight of shape (vocabulary, hidden size).
+
+        Returns:
+            A module whose output is the virtual tokens, of shape (`rows`, hidden size).
+
+        Raises:
+            LitPeftError: the settings do not fit the model.
+        """
         raise NotImplementedError
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
-        """Add the prompt, and the hooks that let the model see it."""
-        placement = _Placement(model, self)
-        prompt = self.make_prompt(model, placement.embeddings)
+        """Add the prompt, and the hooks that insert it into the model's input.
+
+        Args:
+            model: the frozen model.
+            attachment: makes and records the changes.
+
+        Raises:
+            LitPeftError: the settings do not fit the model, or the model has no token embeddings as its input.
+        """
+        insertion = _PromptInsertion(model, self)
+        prompt = self.make_prompt(model, insertion.embeddings)
         attachment.add(_NAME, prompt)
-        placement.register(prompt, attachment)
+        insertion.register(prompt, attachment)
 
 
-class _Placement:
-    """Shows the virtual tokens to a model, and hides from its caller that its sequences are longer inside.
+class _PromptInsertion:
+    """Inserts the virtual tokens into a model's input and removes them from its output.
 
-    The host is the module whose inputs are made longer, and whose output is cut back: the encoder of an
-    encoder-decoder, whose output stays long for the cross-attention; a sequence classifier itself, whose head pools
-    over the long sequence (an encoder's first position is then a virtual token, as in peft); of other models, and of
-    decoders that classify, the part without the head, so that any head and loss sees the user's tokens alone. Only a
-    causal model's own loss sees one position more: the last virtual token predicts the first token, as in peft.
+    The host is the module whose input is extended and whose output is trimmed again:
 
-    With a cache that has entries the virtual tokens are among them, and only the mask and positions are extended.
+    - in an encoder-decoder, the encoder. Its output is not trimmed, because cross-attention uses the virtual tokens.
+    - in a sequence classifier, the whole model if it is an encoder, or with `positions="sequence"`. Its head pools over
+      the extended sequence, so the first position of an encoder is a virtual token, as in peft.
+    - in all other models, the part without the head, so that heads and losses only see the user's tokens. The loss of a
+      causal model sees one more position: the last virtual token predicts the first token, as in peft.
+
+    Once a cache holds tokens, it holds the virtual tokens too, and only the mask and the positions are extended.
     """
 
     def __init__(self, model: nn.Module, settings: SoftPromptSettings) -> None:
         self.settings = settings
-        self.front = 0 if settings.prompt_token_id is not None else settings.num_virtual_tokens
+        # The number of virtual tokens in front; 0 if they replace placeholder tokens.
+        self.num_in_front = 0 if settings.prompt_token_id is not None else settings.num_virtual_tokens
         config: Any = getattr(model, "config", None)
         if not hasattr(model, "get_input_embeddings") or config is None:
             raise LitPeftError(
-                f"{type(model).__name__} is not a transformers model, so its input embeddings are not known: attach to "
-                "the transformers model inside of it."
+                f"{type(model).__name__} is not a transformers model, so its input embeddings cannot be found: attach "
+                "the method to the transformers model that it contains."
             )
         top: Any = model
-        causal, pools = is_causal(config), is_model_of("AutoModelForSequenceClassification", model)
+        causal, is_classifier = is_causal(config), is_model_of("AutoModelForSequenceClassification", model)
         self.decoder: nn.Module | None = None
         self.host: Any
         if getattr(config, "is_encoder_decoder", False):
             self.host, self.decoder = top.get_encoder(), top.get_decoder()
             if self.host is top:
-                raise LitPeftError(f"{type(model).__name__} has no encoder to put virtual tokens in front of.")
-        elif pools and (settings.positions == "sequence" or not causal):
+                raise LitPeftError(
+                    f"{type(model).__name__} has no encoder to put virtual tokens in front of: use a method that "
+                    "adapts layers, e.g. LoRASettings()."
+                )
+        elif is_classifier and (settings.positions == "sequence" or not causal):
             self.host = top
         else:
-            # Some heads call the inner decoder of the headless model.
-            self.host = _decoder_of(top)
-        # An encoder's classifier pools the first position, which is to be a virtual token.
-        self.beside_text = settings.positions == "mask" and (causal or self.decoder is not None)
-        self.cuts = self.decoder is None and not (pools and self.host is top)
-        self.loses = self.cuts and self.host is not top and top.can_generate()
-        self.counts = settings.positions == "mask" and counts_over_mask(self.host, config)
-        embeddings = self.host.get_input_embeddings()
-        text = getattr(self.host, "main_input_name", "input_ids") == "input_ids"
-        if not text or not isinstance(getattr(embeddings, "weight", None), Tensor):
+            # Some heads call the decoder inside the model without the head.
+            self.host = decoder_of(top)
+        # An encoder's classifier pools the first position, which must be a virtual token even before padding.
+        self.skips_padding = settings.positions == "mask" and (causal or self.decoder is not None)
+        self.trims_output = self.decoder is None and not (is_classifier and self.host is top)
+        self.extends_labels = self.trims_output and self.host is not top and top.can_generate()
+        self.counts_positions = settings.positions == "mask" and counts_over_mask(self.host, config)
+        embeddings = token_embeddings(self.host)
+        if embeddings is None:
             raise LitPeftError(
-                f"{type(model).__name__} embeds no tokens at its input ({type(embeddings).__name__}), so virtual "
-                "tokens have no place there: use a method that adapts layers, e.g. LoRASettings()."
+                f"{type(model).__name__} has no plain table of token embeddings at its input, so it cannot take "
+                "virtual tokens: use a method that adapts layers, e.g. LoRASettings()."
             )
         self.embeddings: Any = embeddings
-        self.placeholder = _ordinary_token(config)
-        self.limit = room_for(self.front, self.host, model)
-        self.pending = self.inserted = False
-        self.extra = 0
-        self.marks: Tensor | None = None
+        self.ordinary_token_id = ordinary_token_id(config)
+        self.max_positions = room_for(self.num_in_front, self.host, model)
+        # The state of one forward.
+        self.is_pending = False  # the hook on the embeddings must insert the virtual tokens
+        self.is_extended = False  # the host's input has been extended
+        self.num_extra_logits = 0
+        self.is_placeholder: Tensor | None = None
         self.mask: Tensor | None = None
 
     def register(self, prompt: SoftPrompt | PromptEncoder, attachment: Attachment) -> None:
-        """Register the hooks, noted for their removal."""
+        """Register the hooks.
+
+        Args:
+            prompt: computes the virtual tokens.
+            attachment: makes and records the changes.
+        """
         self.prompt = prompt
         paths = {id(module): path for path, module in attachment.model.named_modules()}
         host, embeddings = paths[id(self.host)], paths[id(self.embeddings)]
-        if self.loses:
-            attachment.forward_pre_hook("", self._take_labels, with_kwargs=True)
-            attachment.forward_hook("", self._cut_logits, always_call=True)
-        attachment.forward_pre_hook(host, self._extend, with_kwargs=True)
-        attachment.forward_hook(host, self._cut, always_call=True)
-        attachment.forward_pre_hook(embeddings, self._look_up_marks)
-        attachment.forward_hook(embeddings, self._insert)
-        if self.decoder is None and self.front and hasattr(attachment.model, "prepare_inputs_for_generation"):
-            attachment.set("", "prepare_inputs_for_generation", _ContinueGeneration(attachment.model, self.front))
-        if self.decoder is not None and self.front:
+        if self.extends_labels:
+            attachment.forward_pre_hook("", self._extend_labels, with_kwargs=True)
+            attachment.forward_hook("", self._trim_logits, always_call=True)
+        attachment.forward_pre_hook(host, self._extend_input, with_kwargs=True)
+        attachment.forward_hook(host, self._trim_output, always_call=True)
+        attachment.forward_pre_hook(embeddings, self._find_placeholders)
+        attachment.forward_hook(embeddings, self._insert_prompt)
+        if self.decoder is None and self.num_in_front and hasattr(attachment.model, "prepare_inputs_for_generation"):
+            attachment.set("", "prepare_inputs_for_generation", _PrepareInputs(attachment.model, self.num_in_front))
+        if self.decoder is not None and self.num_in_front:
             attachment.forward_pre_hook(paths[id(self.decoder)], self._extend_encoder_mask, with_kwargs=True)
 
-    # ------------------------------------------------------------------------------------- the host's inputs
+    # ---------------------------------------------------------------------------------- hooks on the host's input
 
-    def _extend(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _extend_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = by_name(module, args, kwargs)
-        self.pending = self.inserted = False
+        self.is_pending = self.is_extended = False
         cached = is_filled(cache_of(kwargs))
-        if self.front:
+        if self.num_in_front:
             self._extend_front(kwargs, cached)
-        elif not cached or self._marked(kwargs):
-            self.pending = True
+        elif not cached or self._has_placeholders(kwargs):
+            self.is_pending = True
         return (), kwargs
 
     def _extend_front(self, kwargs: dict[str, Any], cached: bool) -> None:
-        sequence = self.settings.positions == "sequence"
+        as_peft = self.settings.positions == "sequence"
         ids, embeds, mask = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-        given = ids if ids is not None else embeds
-        if given is None:
+        tokens = ids if ids is not None else embeds
+        if tokens is None:
             return
         if has_fixed_size(cache_of(kwargs)):
             raise LitPeftError(
-                "A static cache is made for the tokens of the input, and has no room for virtual tokens in front: use "
-                "the dynamic cache (leave cache_implementation out), or prompt_token_id."
+                "A static cache has the size of the input and no room for virtual tokens in front: use the dynamic "
+                "cache (leave cache_implementation out), or prompt_token_id."
             )
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise LitPeftError(
-                "attention_mask is not of shape [batch, length], as with packed rows, and virtual tokens in front "
-                "cannot be added to it: leave the rows unpacked, or mark the virtual tokens' places by prompt_token_id."
+                "attention_mask does not have the shape [batch, length] (packed rows have another), so virtual tokens "
+                "cannot be added in front: do not pack rows, or use prompt_token_id."
             )
-        length = given.shape[1]
-        self.mask = None if sequence else mask
+        length = tokens.shape[1]
+        self.mask = None if as_peft else mask
         if mask is not None:
-            kwargs["attention_mask"] = mask = self._arrange(self._in_front(mask, 1), self.mask)
-        if sequence:
+            kwargs["attention_mask"] = mask = self._skip_padding(self._put_in_front(mask, 1), self.mask)
+        if as_peft:
             kwargs.pop("position_ids", None)
         elif kwargs.get("position_ids") is not None:
-            moved = kwargs["position_ids"] + self.front
+            positions = kwargs["position_ids"] + self.num_in_front
             if not cached:
-                first = torch.arange(self.front, device=moved.device).expand(*moved.shape[:-1], -1)
-                moved = self._arrange(torch.cat([first, moved], -1).expand(given.shape[0], -1), self.mask)
-            kwargs["position_ids"] = moved
-        elif self.counts and mask is not None:
-            counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
-            kwargs["position_ids"] = counted[:, -(length if cached else length + self.front) :]
+                first = torch.arange(self.num_in_front, device=positions.device).expand(*positions.shape[:-1], -1)
+                positions = torch.cat([first, positions], -1).expand(tokens.shape[0], -1)
+                positions = self._skip_padding(positions, self.mask)
+            kwargs["position_ids"] = positions
+        elif self.counts_positions and mask is not None:
+            num_positions = length if cached else length + self.num_in_front
+            kwargs["position_ids"] = count_positions(mask)[:, -num_positions:]
         if cached:
             return
-        if self.limit is not None and length + self.front > self.limit:
-            raise LitPeftError(
-                f"{length} tokens and {self.front} virtual tokens are more than the {self.limit} positions the model "
-                f"has: shorten the texts to {self.limit - self.front} tokens (data.max_length)."
-            )
-        self.inserted = True
+        check_length(length, self.num_in_front, self.max_positions)
+        self.is_extended = True
         if kwargs.get("token_type_ids") is not None:
-            kwargs["token_type_ids"] = self._in_front(kwargs["token_type_ids"], 0)
-        if ids is not None and embeds is None and not sequence:
-            kwargs["input_ids"] = self._in_front(ids, self.placeholder)
-            self.pending = True
+            kwargs["token_type_ids"] = self._put_in_front(kwargs["token_type_ids"], 0)
+        if ids is not None and embeds is None and not as_peft:
+            # The hook on the embeddings replaces what the model reads for these ids.
+            kwargs["input_ids"] = self._skip_padding(self._put_in_front(ids, self.ordinary_token_id), self.mask)
+            self.is_pending = True
             return
         embeds = self.embeddings(ids) if embeds is None else embeds
         kwargs.pop("input_ids", None)
-        kwargs["inputs_embeds"] = self._join(embeds)
+        kwargs["inputs_embeds"] = self._with_prompt(embeds)
 
     def _extend_encoder_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = by_name(module, args, kwargs)
         mask = kwargs.get("encoder_attention_mask")
         if mask is not None:
-            kwargs["encoder_attention_mask"] = self._arrange(self._in_front(mask, 1), mask)
+            kwargs["encoder_attention_mask"] = self._skip_padding(self._put_in_front(mask, 1), mask)
         return (), kwargs
 
-    def _in_front(self, tensor: Tensor, value: int) -> Tensor:
-        return torch.cat([tensor.new_full((tensor.shape[0], self.front), value), tensor], 1)
+    def _put_in_front(self, tensor: Tensor, value: int) -> Tensor:
+        """(batch, length) → (batch, v + length), with `value` for the virtual tokens."""
+        return torch.cat([tensor.new_full((tensor.shape[0], self.num_in_front), value), tensor], 1)
 
-    def _join(self, embeds: Tensor) -> Tensor:
-        prompt = self.prompt()[: self.front].to(embeds)
-        return self._arrange(torch.cat([prompt.expand(embeds.shape[0], -1, -1), embeds], 1), self.mask)
+    def _with_prompt(self, embeds: Tensor) -> Tensor:
+        """(batch, length, hidden size) → (batch, v + length, hidden size)."""
+        prompt = self.prompt()[: self.num_in_front].to(embeds)
+        return self._skip_padding(torch.cat([prompt.expand(embeds.shape[0], -1, -1), embeds], 1), self.mask)
 
-    def _arrange(self, joined: Tensor, mask: Tensor | None) -> Tensor:
-        """Move the virtual tokens behind the padding on the left, next to the text.
+    def _skip_padding(self, extended: Tensor, mask: Tensor | None) -> Tensor:
+        """Move the virtual tokens from the front of each row to between its left padding and its text.
 
-        Attention may reach only so far back (sliding windows), count distances (ALiBi, relative positions), or be a
-        recurrence that padding resets: padding between the virtual tokens and the text would change the result.
+        Padding between the virtual tokens and the text would change the result in models with sliding windows,
+        distances (ALiBi, relative positions) or a recurrent state that padding resets.
+
+        Args:
+            extended: shape (batch, v + length, ...), with the virtual tokens in front.
+            mask: the attention mask without virtual tokens, shape (batch, length); None leaves `extended` unchanged.
         """
-        if mask is None or not self.beside_text:
-            return joined
-        padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
-        index = torch.arange(joined.shape[1], device=joined.device)[None]
-        prompt = (index - padding).where(index < padding + self.front, index)
-        source = torch.where(index < padding, index + self.front, prompt)
-        return joined.gather(1, source.view(*source.shape, *[1] * (joined.dim() - 2)).expand_as(joined))
+        if mask is None or not self.skips_padding:
+            return extended
+        padding = left_padding(mask)
+        index = torch.arange(extended.shape[1], device=extended.device)[None]
+        source = (index - padding).where(index < padding + self.num_in_front, index)
+        return _take(extended, torch.where(index < padding, index + self.num_in_front, source))
 
-    # --------------------------------------------------------------------------------------- the embeddings
+    def _without_prompt(self, extended: Tensor) -> Tensor:
+        """(batch, v + length, ...) → (batch, length, ...), without the virtual tokens."""
+        if self.mask is None or not self.skips_padding:
+            return extended[:, self.num_in_front :]
+        index = torch.arange(extended.shape[1] - self.num_in_front, device=extended.device)[None]
+        return _take(extended, torch.where(index < left_padding(self.mask), index, index + self.num_in_front))
 
-    def _marked(self, kwargs: dict[str, Any]) -> bool:
+    # ------------------------------------------------------------------------------------ hooks on the embeddings
+
+    def _has_placeholders(self, kwargs: dict[str, Any]) -> bool:
         ids = kwargs.get("input_ids")
         return ids is not None and bool((ids == self.settings.prompt_token_id).any())
 
-    def _look_up_marks(self, module: nn.Module, args: Any) -> Any:
-        if not self.pending or self.front:
+    def _find_placeholders(self, module: nn.Module, args: Any) -> Any:
+        if not self.is_pending or self.num_in_front:
             return None
         ids = args[0]
-        self.marks = ids == self.settings.prompt_token_id
-        found = self.marks.sum(1)
-        if found.device.type == "cpu" and not bool((found == self.settings.num_virtual_tokens).all()):
+        self.is_placeholder = ids == self.settings.prompt_token_id
+        counts = self.is_placeholder.sum(1)
+        if counts.device.type == "cpu" and not bool((counts == self.settings.num_virtual_tokens).all()):
             raise LitPeftError(
-                f"prompt_token_id={self.settings.prompt_token_id} is in the rows of input_ids {found.tolist()} times: "
-                f"each row needs it {self.settings.num_virtual_tokens} times, once for each virtual token."
+                f"prompt_token_id={self.settings.prompt_token_id} is in the rows of input_ids {counts.tolist()} times: "
+                f"each row must contain it {self.settings.num_virtual_tokens} times, once for each virtual token."
             )
-        # The mark may lie outside of the vocabulary.
-        return (ids.masked_fill(self.marks, self.placeholder), *args[1:])
+        # The placeholder's id may be outside the vocabulary.
+        return (ids.masked_fill(self.is_placeholder, self.ordinary_token_id), *args[1:])
 
-    def _insert(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if not self.pending:
+    def _insert_prompt(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not self.is_pending:
             return None
-        self.pending = False
-        if self.front:
-            return self._join(output[:, self.front :])
-        marks, self.marks = self.marks, None
-        assert marks is not None
-        number = (marks.cumsum(1) - 1).clamp(0, self.settings.num_virtual_tokens - 1)
-        return torch.where(marks[..., None], self.prompt().to(output)[number], output)
+        self.is_pending = False
+        if self.num_in_front:
+            return self._with_prompt(self._without_prompt(output))
+        is_placeholder, self.is_placeholder = self.is_placeholder, None
+        assert is_placeholder is not None
+        index = (is_placeholder.cumsum(1) - 1).clamp(0, self.settings.num_virtual_tokens - 1)
+        return torch.where(is_placeholder[..., None], self.prompt().to(output)[index], output)
 
-    # ----------------------------------------------------------------------------------------- the outputs
+    # ---------------------------------------------------------------------------------------- hooks on the outputs
 
-    def _cut(self, module: nn.Module, args: Any, output: Any) -> Any:
-        inserted, self.pending, self.inserted = self.inserted, False, False
-        if not (inserted and self.cuts) or output is None:
+    def _trim_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        is_extended, self.is_pending, self.is_extended = self.is_extended, False, False
+        if not (is_extended and self.trims_output) or output is None:
             return None
-        start = self.front - self.extra
+        start = self.num_in_front - self.num_extra_logits
         if isinstance(output, tuple):
             return (output[0][:, start:], *output[1:])
         output["last_hidden_state"] = output["last_hidden_state"][:, start:]
         if output.get("hidden_states") is not None:
-            output["hidden_states"] = tuple(state[:, self.front :] for state in output["hidden_states"])
+            output["hidden_states"] = tuple(state[:, self.num_in_front :] for state in output["hidden_states"])
         return output
 
-    def _take_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _extend_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = by_name(module, args, kwargs)
-        self.extra = 0
+        self.num_extra_logits = 0
         labels = kwargs.get("labels")
+        logits_to_keep = kwargs.get("logits_to_keep", 0)
+        keeps_all_logits = isinstance(logits_to_keep, int) and not logits_to_keep
         cached = is_filled(cache_of(kwargs))
-        whole = isinstance(kwargs.get("logits_to_keep", 0), int) and not kwargs.get("logits_to_keep", 0)
-        if self.front and labels is not None and whole and not cached and kwargs.get("shift_labels") is None:
+        if (
+            self.num_in_front
+            and labels is not None
+            and keeps_all_logits
+            and not cached
+            and kwargs.get("shift_labels") is None
+        ):
             kwargs["labels"] = torch.cat([labels.new_full((labels.shape[0], 1), -100), labels], 1)
-            self.extra = 1
+            self.num_extra_logits = 1
         return (), kwargs
 
-    def _cut_logits(self, module: nn.Module, args: Any, output: Any) -> Any:
-        extra, self.extra = self.extra, 0
-        if not extra or output is None:
+    def _trim_logits(self, module: nn.Module, args: Any, output: Any) -> Any:
+        num_extra_logits, self.num_extra_logits = self.num_extra_logits, 0
+        if not num_extra_logits or output is None:
             return None
         if isinstance(output, tuple):
-            return (output[0], output[1][:, extra:], *output[2:])
-        output["logits"] = output["logits"][:, extra:]
+            return (output[0], output[1][:, num_extra_logits:], *output[2:])
+        output["logits"] = output["logits"][:, num_extra_logits:]
         return output
 
 
-class _ContinueGeneration:
-    """Takes the place of a model's `prepare_inputs_for_generation`.
+class _PrepareInputs:
+    """Replaces a model's `prepare_inputs_for_generation`.
 
-    `generate` with the cache of an earlier turn skips as many tokens as the cache holds, and counts the virtual tokens
-    among them, though `input_ids` has none.
+    With the cache of an earlier turn, `generate` skips as many tokens as the cache holds. The cache also holds the
+    virtual tokens, which `input_ids` does not contain.
     """
 
-    def __init__(self, model: nn.Module, front: int) -> None:
-        self.model, self.front = model, front
+    def __init__(self, model: nn.Module, num_in_front: int) -> None:
+        self.model, self.num_in_front = model, num_in_front
 
     def __call__(self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any) -> dict[str, Any]:
         if kwargs.get("is_first_iteration") and next_sequence_length is not None and is_filled(cache_of(kwargs)):
-            next_sequence_length += self.front
-        kind: Any = type(self.model)
-        original = kind.prepare_inputs_for_generation
-        found: dict[str, Any] = original(self.model, input_ids, next_sequence_length=next_sequence_length, **kwargs)
-        return found
+            next_sequence_length += self.num_in_front
+        model_class: Any = type(self.model)
+        inputs: dict[str, Any] = model_class.prepare_inputs_for_generation(
+            self.model, input_ids, next_sequence_length=next_sequence_length, **kwargs
+        )
+        return inputs
 
 
-def _decoder_of(model: Any) -> Any:
-    """The part of a model that embeds the tokens and runs the layers, without the head."""
-    decoder = model.base_model.get_decoder()
-    if decoder is not model:
-        return decoder
-    # Some models' `base_model_prefix` names no module of theirs (Llama 4).
-    inner = (child for child in model.children() if hasattr(child, "get_input_embeddings"))
-    return next((child for child in inner if "inputs_embeds" in arguments(child)), model)
-
-
-def _ordinary_token(config: Any) -> int:
-    """The lowest token id that is not a special one. Some configs name several end tokens."""
-    special: set[Any] = set()
-    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-        value = getattr(config, name, None)
-        special.update(value if isinstance(value, (list, tuple)) else [value])
-    return next(number for number in range(len(special) + 1) if number not in special)
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    """Reorder the positions of each row: (batch, positions, ...) by (batch, new positions)."""
+    columns = index.view(*index.shape, *[1] * (tensor.dim() - 2))
+    return tensor.gather(1, columns.expand(*index.shape, *tensor.shape[2:]))

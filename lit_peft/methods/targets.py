@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
+from lit_peft.models.experts import experts_left_out, stacked_experts
+from lit_peft.models.transformers_internals import has_model_class, returns_its_product
 from lit_peft.nn.linear import stores_transposed
-from lit_peft.util.errors import LitPeftError, closest, first_line
-from lit_peft.util.type_checks import brief
+from lit_peft.nn.torch_internals import weights_read_by
+from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.expressions import Expressions, check_expression
+
+__all__ = [
+    "check_expression",
+    "check_leave_out",
+    "check_patterns",
+    "default_targets",
+    "find_targets",
+    "first_fitting",
+    "is_linear",
+    "pattern_values",
+]
 
 _DEFAULT_ATTENTION = (
     ("q_proj", "v_proj"),
@@ -23,27 +39,50 @@ _DEFAULT_ATTENTION = (
     ("Wqkv",),
 )
 _HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out", "cls", "classification_head")
+# What may precede a pattern of `rank_pattern` or `alpha_pattern`, and what surrounds one of `layers_pattern`.
+_PARENTS = r"(?:.*\.)?"
+_BEFORE_LIST, _AFTER_LIST = r"(?:.*?\.)??", r"\.(?P<found>\d+)(?:\..*)?"
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module multiplies by a weight: `nn.Linear`, its subclasses, transformers' `Conv1D`."""
+    """Return whether a module multiplies by a weight: `nn.Linear`, its subclasses, transformers' `Conv1D`."""
     return isinstance(module, nn.Linear) or stores_transposed(module)
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """The names of the query and value projections, or of the fused one, in this model.
+    """Return the names of the query and value projections, or of the one that computes both.
+
+    In a model that combines a language model with others (vision, audio), these are the language model's. The names
+    are full names if modules outside of the language model are called the same.
 
     Raises:
-        LitPeftError: no attention projection of a known name is there.
+        LitPeftError: the model has no attention projection of a known name.
     """
-    suffixes = {name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module)}
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    language = _language_model(model)
+    inside = [name for name in linear if f"{name}.".startswith(language)]
+    suffixes = {name.rpartition(".")[2] for name in inside}
     for names in _DEFAULT_ATTENTION:
         if suffixes.issuperset(names):
-            return list(names)
+            found = [name for name in linear if name.rpartition(".")[2] in names]
+            targets = [name for name in found if name in set(inside)]
+            return list(names) if found == targets else targets
     raise LitPeftError(
         "target_modules is not set and no attention projection of a known name was found: name the modules, e.g. "
         f"target_modules={sorted(suffixes)[:3]}, or use target_modules='all-linear'."
     )
+
+
+def _language_model(model: nn.Module) -> str:
+    """The path, ending in a dot, of the language model in a model that combines several; else an empty string."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return ""
+    text = config.get_text_config()
+    if text is config or not has_model_class("AutoModelForCausalLM", text):
+        return ""
+    path = next((path for path, module in model.named_modules() if getattr(module, "config", None) is text), "")
+    return f"{path}." if path else ""
 
 
 def find_targets(
@@ -54,188 +93,244 @@ def find_targets(
     layers_pattern: str | Sequence[str] | None = None,
     modules_to_save: Sequence[str] | None = None,
     strict: bool = True,
+    source: str = "",
 ) -> list[str]:
     """Return the full names of the modules to adapt, in the model's order.
 
     Args:
         model: the model to search.
-        target_modules: a list of names (a module matches by its whole name or its last parts), a regular expression
-            the whole name must match, or `"all-linear"` (each linear layer but the output head).
-        exclude_modules: names or a regular expression to leave out.
-        layers_to_transform: keep only modules in layers of these numbers, counted from 0.
-        layers_pattern: the name of the list of layers, e.g. `"layers"`; any numbered one when None.
-        modules_to_save: modules trained in full, which are left out with everything in them.
-        strict: refuse each name, pattern and number that matches nothing in the model; else only what leaves no module
-            to adapt, as peft does.
+        target_modules: a list of names (a module matches by its full name or the last parts of it), a regular
+            expression for the full name, or `"all-linear"` (each linear layer except the output head and those whose
+            adapter would have no effect).
+        exclude_modules: names or a regular expression of modules to leave out.
+        layers_to_transform: indices of the layers to adapt, starting at 0.
+        layers_pattern: the name of the list of layers, e.g. `"layers"`; any list when None.
+        modules_to_save: modules that are trained in full; they are left out with all modules inside them.
+        strict: refuse each name, pattern and index that matches nothing. Otherwise, refuse only settings that leave
+            no module to adapt, as peft does.
+        source: the file that the settings come from, to begin messages with, e.g. `"adapter_config.json: "`.
 
     Raises:
-        LitPeftError: something matches nothing; the message names the closest there is.
+        LitPeftError: a setting matches nothing (the message names the closest modules), or a named module could not
+            be adapted, or the adapter would have no effect.
     """
     adaptable = {
         name: module
         for name, module in model.named_modules()
         if name and (is_linear(module) or isinstance(module, nn.Embedding))
     }
-    numbers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+    indices = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+    lists = _Lists(layers_pattern, source)
     if strict:
         _check_names(model, "target_modules", [] if isinstance(target_modules, str) else target_modules, adaptable)
         _check_names(model, "exclude_modules", exclude_modules or [], adaptable)
-        _check_layers(model, numbers, layers_pattern, adaptable)
+        _check_layers(model, indices, lists, adaptable)
     if target_modules == "all-linear":
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         found = [
             name
             for name, module in adaptable.items()
-            if is_linear(module) and module is not output and not set(name.split(".")) & set(_HEADS)
+            if is_linear(module)
+            and module is not output
+            and not set(name.split(".")) & set(_HEADS)
+            and _obstacle(model, name) is None
         ]
     else:
-        found = _matching(target_modules, adaptable)
-    excluded = set(_matching(exclude_modules, adaptable) if exclude_modules else ())
+        found = _matching(target_modules, adaptable, f"{source}target_modules")
+    excluded = set(_matching(exclude_modules, adaptable, f"{source}exclude_modules") if exclude_modules else ())
     found = [name for name in found if name not in excluded]
     if modules_to_save:
         found = [name for name in found if not any(_within(name, saved) for saved in modules_to_save)]
-    if numbers is not None:
-        found = [name for name in found if _layer_of(name, layers_pattern) in numbers]
+    if indices is not None:
+        found = [name for name in found if lists.index(name) in indices]
     if not found:
         raise LitPeftError(
-            f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}, "
+            f"{source}target_modules={target_modules!r} (exclude_modules={exclude_modules!r}, "
             f"layers_to_transform={layers_to_transform!r}) matches no module of {type(model).__name__}: "
-            f"{_advice(target_modules, adaptable)}."
+            f"{_advice(model, target_modules, adaptable)}."
         )
+    for name in found:
+        obstacle = _obstacle(model, name)
+        if obstacle is not None:
+            raise LitPeftError(
+                f"{source}target_modules={target_modules!r} includes {name}, {obstacle}: leave it out, e.g. with "
+                f"exclude_modules=[{name.rpartition('.')[2]!r}]."
+            )
+    if target_modules == "all-linear" or _names_experts(model, target_modules):
+        _warn_of_experts(model)
     return found
 
 
+def _obstacle(model: nn.Module, name: str) -> str | None:
+    """Why an adapter on a linear layer would fail or have no effect; None if it would work."""
+    module = model.get_submodule(name)
+    path, _, last = name.rpartition(".")
+    owner = model.get_submodule(path)
+    config: Any = getattr(model, "config", None)
+    if last in weights_read_by(owner):
+        return (
+            f"whose weight {type(owner).__name__} uses without calling the layer, so an adapter on it would have no "
+            "effect"
+        )
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1 and "dense" in last:
+        return "which BLOOM does not call with slow_but_exact=True, so an adapter on it would have no effect"
+    if isinstance(module, nn.Linear) and not returns_its_product(module):
+        return f"a {type(module).__name__} that does not return one tensor of its {module.out_features} outputs"
+    return None
+
+
+def _names_experts(model: nn.Module, target_modules: str | Sequence[str]) -> bool:
+    """Whether a list of names would include a mixture's experts if these were linear layers, e.g. `down_proj`."""
+    if isinstance(target_modules, str):
+        return False
+    parts = {part for name in stacked_experts(model) for part in name.rpartition(".")[2].split("_")}
+    return any(name.rpartition(".")[2].removesuffix("_proj") in parts for name in target_modules)
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    about = experts_left_out(model)
+    if about is not None:
+        warnings.warn(f"{about}: target_modules cannot reach them, so they stay frozen without adapters.", stacklevel=5)
+
+
 def check_leave_out(leave_out: Sequence[int], count: int) -> None:
-    """Check the numbers of the layers to leave out against the number of layers.
+    """Check the indices of the layers to leave out against the number of layers.
 
     Raises:
-        LitPeftError: one names no layer.
+        LitPeftError: an index is out of range.
     """
-    unknown = [number for number in leave_out if not 0 <= number < count]
+    unknown = [index for index in leave_out if not 0 <= index < count]
     if unknown:
-        raise LitPeftError(f"leave_out={list(leave_out)} names {unknown}, and the model's layers are 0 to {count - 1}.")
+        raise LitPeftError(
+            f"leave_out={list(leave_out)} includes {unknown}, but the model's layers are 0 to {count - 1}."
+        )
 
 
 def pattern_values(patterns: Mapping[str, float], names: Sequence[str], default: float) -> dict[str, float]:
-    """The value of each name: that of the first pattern that fits it, else the default."""
+    """Return the value of each name: that of the first pattern that matches it, else the default."""
     first = first_fitting(patterns, names)
     return {name: patterns[first[name]] if name in first else default for name in names}
 
 
-def first_fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, str]:
-    """The first of the patterns (regular expressions for a name's end) that fits each name; names that none fits are
-    left out."""
-    # Compiled here: `re` keeps fewer than a large model has modules.
-    compiled = [(pattern, re.compile(rf"(.*\.)?({pattern})")) for pattern in patterns]
-    found = {name: next((own for own, expression in compiled if expression.fullmatch(name)), None) for name in names}
+def first_fitting(patterns: Iterable[str], names: Sequence[str], field: str = "rank_pattern") -> dict[str, str]:
+    """Return the first of the patterns that matches each name. Names that none matches are left out.
+
+    Args:
+        patterns: regular expressions for a name or the last parts of it.
+        names: full names of modules.
+        field: the setting's name, for messages.
+
+    Raises:
+        LitPeftError: a pattern is not valid, or takes too long.
+    """
+    expressions, patterns = Expressions(field), list(patterns)
+    found = {name: expressions.first(patterns, name, _PARENTS) for name in names}
     return {name: pattern for name, pattern in found.items() if pattern is not None}
 
 
 def check_patterns(field: str, patterns: Mapping[str, float], adapted: Sequence[str]) -> None:
-    """Check that each of the patterns for `pattern_values` gives some adapted module its value.
+    """Check that each of the patterns for `pattern_values` applies to a module.
 
     Raises:
-        LitPeftError: one fits no adapted module, or only such as an earlier one fits.
+        LitPeftError: a pattern matches no adapted module, or only modules that an earlier pattern matches.
     """
-    used = set(first_fitting(patterns, adapted).values())
+    used = set(first_fitting(patterns, adapted, field).values())
     for pattern in (pattern for pattern in patterns if pattern not in used):
-        if first_fitting([pattern], adapted):
+        if first_fitting([pattern], adapted, field):
             raise LitPeftError(
-                f"{field} has {pattern!r} after patterns that fit all its modules: the first that fits counts, so put "
-                "it in front of them, or leave it out."
+                f"{field} has {pattern!r} after patterns that match all of its modules: the first match counts, so "
+                "move it to the front, or remove it."
             )
         ends = [name.rpartition(".")[2] for name in adapted]
         raise LitPeftError(
-            f"{field} has {pattern!r}, which fits no module that is adapted: the closest are "
+            f"{field} has {pattern!r}, which matches no adapted module: the closest are "
             f"{closest(pattern.rpartition('.')[2], ends)}."
         )
 
 
-def check_expression(field: str, pattern: str) -> None:
-    """Raise `LitPeftError` if a setting is not a valid regular expression."""
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as problem:
-        raise LitPeftError(f"{field} has the regular expression {brief(pattern)}: {first_line(problem)}.") from None
-
-
-def _matching(wanted: str | Sequence[str], names: Iterable[str]) -> list[str]:
-    """The names that a regular expression matches whole, or whose last parts are in a list."""
+def _matching(wanted: str | Sequence[str], names: Iterable[str], field: str) -> list[str]:
+    """The names that a regular expression matches, or whose last parts are in a list."""
     if isinstance(wanted, str):
-        return [name for name in names if re.fullmatch(wanted, name)]
+        expressions = Expressions(field)
+        return [name for name in names if expressions.fullmatch(wanted, name)]
     listed = set(wanted)
     return [name for name in names if not listed.isdisjoint(_ends(name))]
 
 
 def _ends(name: str) -> list[str]:
-    """The whole name and each end of it: `a.b.c`, `b.c`, `c`."""
+    """The full name and its last parts: `a.b.c`, `b.c`, `c`."""
     parts = name.split(".")
-    return [".".join(parts[at:]) for at in range(len(parts))]
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _check_names(model: nn.Module, field: str, wanted: str | Sequence[str], names: Iterable[str]) -> None:
     if isinstance(wanted, str):
-        if not _matching(wanted, names):
+        if not _matching(wanted, names, field):
             raise LitPeftError(
-                f"{field}={wanted!r} matches no module of {type(model).__name__}: {_advice(wanted, names)}."
+                f"{field}={wanted!r} matches no module of {type(model).__name__}: {_advice(model, wanted, names)}."
             )
         return
     ends = {end for name in names for end in _ends(name)}
     for name in wanted:
         if name not in ends:
             raise LitPeftError(
-                f"{field} names {name!r}, and {type(model).__name__} has no linear or embedding module of that name: "
-                f"{_advice([name], names)}."
+                f"{field} has {name!r}, but {type(model).__name__} has no linear or embedding module of that name: "
+                f"{_advice(model, [name], names)}."
             )
 
 
-def _advice(wanted: str | Sequence[str], names: Iterable[str]) -> str:
-    """What to write in the place of names or a regular expression that match nothing."""
+def _advice(model: nn.Module, wanted: str | Sequence[str], names: Iterable[str]) -> str:
+    """What to write instead of names or a regular expression that match nothing."""
     last = [name.rpartition(".")[2] for name in names]
-    if isinstance(wanted, str) and _matching([wanted], names):
-        return f"a text is a regular expression for the whole name, so give a list, [{wanted!r}]"
+    if isinstance(wanted, str) and _matching([wanted], names, ""):
+        return f"a string is a regular expression for the full name, so give a list, [{wanted!r}]"
     first = wanted if isinstance(wanted, str) else next(iter(wanted), "")
-    return f"the closest are {closest(first.rpartition('.')[2], last)}"
+    advice = f"the closest are {closest(first.rpartition('.')[2], last)}"
+    if not isinstance(wanted, str) and _names_experts(model, wanted):
+        advice += f"; {experts_left_out(model)}"
+    return advice
 
 
-def _check_layers(
-    model: nn.Module,
-    numbers: Sequence[int] | None,
-    layers_pattern: str | Sequence[str] | None,
-    names: Iterable[str],
-) -> None:
-    if numbers is None:
-        if layers_pattern:
+class _Lists:
+    """The lists of layers that `layers_pattern` names, or any."""
+
+    def __init__(self, layers_pattern: str | Sequence[str] | None, source: str) -> None:
+        self.patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
+        self.expressions = Expressions(f"{source}layers_pattern")
+
+    def index(self, name: str, pattern: str | None = None) -> int | None:
+        """The index of the layer that a module is in; None if it is in none of the lists."""
+        for own in [pattern] if pattern is not None else self.patterns or [r"[^.]+"]:
+            found = self.expressions.group(own, name, _BEFORE_LIST, _AFTER_LIST)
+            if found is not None:
+                return int(found)
+        return None
+
+
+def _check_layers(model: nn.Module, indices: Sequence[int] | None, lists: _Lists, names: Iterable[str]) -> None:
+    if indices is None:
+        if lists.patterns:
             raise LitPeftError(
-                f"layers_pattern={layers_pattern!r} says where the layers of layers_to_transform are, which is not "
-                "set: give their numbers, or leave both out."
+                f"layers_pattern={lists.patterns} has no effect without layers_to_transform: give the indices of the "
+                "layers, or leave layers_pattern out."
             )
         return
-    for pattern in [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or ():
-        if all(_layer_of(name, pattern) is None for name in names):
-            lists = {before for name in names for before, _ in re.findall(r"([^.]+)\.(\d+)(?=\.|$)", name)}
+    for pattern in lists.patterns:
+        if all(lists.index(name, pattern) is None for name in names):
+            existing = {before for name in names for before, _ in re.findall(r"([^.]+)\.(\d+)(?=\.|$)", name)}
             raise LitPeftError(
-                f"layers_pattern names {pattern!r}, and {type(model).__name__} has no list of layers of that name: the "
-                f"closest are {closest(pattern, sorted(lists))}."
+                f"layers_pattern has {pattern!r}, but {type(model).__name__} has no list of layers of that name: the "
+                f"closest are {closest(pattern, sorted(existing))}."
             )
-    existing = {number for name in names if (number := _layer_of(name, layers_pattern)) is not None}
-    unknown = [number for number in numbers if number not in existing]
+    known = {index for name in names if (index := lists.index(name)) is not None}
+    unknown = [index for index in indices if index not in known]
     if unknown:
-        there = f"{min(existing)} to {max(existing)}" if existing else "not numbered"
+        there = f"{min(known)} to {max(known)}" if known else "not numbered"
         raise LitPeftError(
-            f"layers_to_transform names {', '.join(map(str, unknown[:5]))}, and the layers of "
-            f"{type(model).__name__} are {there}: name some of those."
+            f"layers_to_transform has {', '.join(map(str, unknown[:5]))}, but the layers of {type(model).__name__} are "
+            f"{there}."
         )
 
 
 def _within(name: str, module: str) -> bool:
     return f".{module}." in f".{name}."
-
-
-def _layer_of(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
-    patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
-    for pattern in patterns or [r"[^.]+"]:
-        match = re.match(rf"(?:.*?\.)??{pattern}\.(\d+)(?:\.|$)", name)
-        if match:
-            return int(match.group(1))
-    return None

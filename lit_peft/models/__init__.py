@@ -1,1 +1,1 @@
-"""What is known of base models: where they come from, how they are built, loaded, quantized and tokenized."""
+"""Base models: finding, building, loading, quantizing and tokenizing them, and the structure of their layers."""

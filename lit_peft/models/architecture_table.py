@@ -85,6 +85,12 @@ _GPT2 = Architecture(
     ffn_linears=_names("mlp", "c_fc", "c_proj"),
     cross_attention="crossattention",
 )
+_OPENAI_GPT = Architecture(
+    attention=Sublayer("attn", "attn", "ln_1"),
+    ffn=Sublayer("mlp", "mlp", "ln_2"),
+    qkv_linears=_names("attn", "c_attn"),
+    ffn_linears=_names("mlp", "c_fc", "c_proj"),
+)
 _GPTJ = Architecture(
     attention=Sublayer("attn", "ln_1"),
     ffn=Sublayer("mlp", "ln_1", more_residual="attn"),
@@ -223,6 +229,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...] | Callable[[Any], tuple[Archit
     "mistral": (_LLAMA,),
     "modernbert": (_MODERNBERT,),
     "mt5": _T5,
+    "openai-gpt": (_OPENAI_GPT,),
     "opt": _opt,
     "phi": (_PHI,),
     "phi3": (_PHI3,),

@@ -1,4 +1,4 @@
-"""What is asked of transformers' `generate`, checked before a run rather than at its first prediction."""
+"""Arguments for transformers' `generate`, checked before a run rather than at its first prediction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_peft.util.errors import LitPeftError, closest
 
-# transformers reads these where it draws tokens alone.
+# transformers uses these only when it samples.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda value: 0 < value < math.inf, "a number above 0"),
@@ -25,14 +25,14 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 def check_generation(given: Mapping[str, Any], field: str = "generation") -> None:
-    """Refuse arguments that `generate` does not have, would not read, or cannot take.
+    """Check arguments for `generate`.
 
     Args:
-        given: the arguments; None is a value that is not set.
-        field: the setting they stand in, for messages.
+        given: the arguments; None for one that is not set.
+        field: the setting that they belong to, for messages.
 
     Raises:
-        LitPeftError: names the first such argument.
+        LitPeftError: `generate` has no such argument, would ignore it, or would not accept its value.
     """
     if not given:
         return
@@ -42,14 +42,14 @@ def check_generation(given: Mapping[str, Any], field: str = "generation") -> Non
     for name, value in given.items():
         if name not in known:
             near = closest(name, sorted(known))
-            raise LitPeftError(f"{field} has {name!r}, which `generate` does not take: the closest are {near}.")
+            raise LitPeftError(f"{field} has {name!r}, which is no argument of `generate`: the closest are {near}.")
         if value is None or name not in _RANGES:
             continue
-        fits, wanted = _RANGES[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
-            raise LitPeftError(f"{field} has {name}={value!r}: give {wanted}.")
-    unread = [] if given.get("do_sample") else [name for name in _SAMPLING if given.get(name) is not None]
-    if unread:
+        is_valid, values = _RANGES[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_valid(value):
+            raise LitPeftError(f"{field} has {name}={value!r}: give {values}.")
+    unused = [] if given.get("do_sample") else [name for name in _SAMPLING if given.get(name) is not None]
+    if unused:
         raise LitPeftError(
-            f"{field} has {unread[0]!r}, which has no effect without do_sample: true; add that, or drop it."
+            f"{field} has {unused[0]!r}, which has no effect without do_sample: true; add that, or leave it out."
         )

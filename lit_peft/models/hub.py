@@ -58,14 +58,21 @@ def hub_error(base: str, exc: BaseException, field: str = "base", dataset: bool 
     return LitPeftError(f"{field} {base!r} could not be loaded from the hub: {first_line(exc)}")
 
 
-def cached_commit(name_or_path: str, revision: str | None = None) -> str | None:
-    """Return the hub's commit of the model that is in the local cache; None for folders and for what is not there."""
+def cached_commit(name_or_path: str) -> str | None:
+    """Return the hub's commit of a model that was loaded from the local cache.
+
+    None for a folder, for a model that is not in the cache, and if the cache has several commits of it: nothing says
+    which of them was loaded.
+    """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+        found = try_to_load_from_cache(name_or_path, "config.json")
     except HFValidationError:
         return None
+    if not isinstance(found, str):
+        return None
     # The cache keeps a file at `snapshots/COMMIT/NAME`.
-    return Path(found).parent.name if isinstance(found, str) else None
+    snapshot = Path(found).parent
+    return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None

@@ -68,6 +68,27 @@ def with_padding(tokenizer: Any, name: str, field: str = "data.tokenizer") -> An
     return tokenizer
 
 
+def stop_tokens(tokenizer: Any, base: str | None, revision: str | None = None) -> set[int]:
+    """Return the tokens at which generation stops: the tokenizer's end token and those of the generation settings.
+
+    Args:
+        tokenizer: the tokenizer.
+        base: the base model; None: it is unknown.
+        revision: branch, tag or commit of a hub model.
+    """
+    from transformers import GenerationConfig
+
+    found = {tokenizer.eos_token_id} - {None}
+    if base is not None:
+        try:
+            version = revision or "main"
+            ends = GenerationConfig.from_pretrained(resolve_base(base).path, revision=version).eos_token_id
+        except (OSError, ValueError):  # there are no settings
+            return found
+        found.update(ends if isinstance(ends, list) else {ends} - {None})
+    return found
+
+
 def tokenizer_digest(tokenizer: Any) -> str:
     """Hash what a tokenizer's output depends on, for cache keys.
 

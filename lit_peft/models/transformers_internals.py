@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def has_model_class(auto_class: str, config: Any) -> bool:
@@ -25,12 +26,6 @@ def is_model_of(auto_class: str, model: nn.Module) -> bool:
     """Return whether a model has the head that an auto class, e.g. `"AutoModelForTokenClassification"`, adds."""
     # All such models are named alike, those whose code comes with their weights included, which no table lists.
     return type(model).__name__.endswith(auto_class.removeprefix("AutoModel"))
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Return whether a module is a normalization layer (LayerNorm, RMSNorm)."""
-    # Each model file defines its own RMSNorm, and they have no base class in common.
-    return type(module).__name__.endswith("Norm")
 
 
 def attention_implementation(config: Any) -> str | None:
@@ -84,6 +79,23 @@ def alibi_function(module: nn.Module) -> Callable[..., Any] | None:
     """Return the function that builds ALiBi's bias in the module's file; None if it has none."""
     found: Callable[..., Any] | None = getattr(sys.modules[type(module).__module__], "build_alibi_tensor", None)
     return found
+
+
+@torch.no_grad()
+def returns_its_product(module: nn.Linear) -> bool:
+    """Return whether a linear layer returns one tensor of `out_features`. Some routers return several tensors."""
+    # Subclasses in transformers' models may compute anything, and only a call shows what they return.
+    if type(module).forward is nn.Linear.forward or not type(module).__module__.startswith("transformers.models."):
+        return True
+    training = module.training
+    try:
+        # In evaluation mode, so that a router draws no random numbers.
+        out = module.eval()(module.weight.new_zeros(1, module.in_features))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    finally:
+        module.train(training)
+    return isinstance(out, Tensor) and out.shape == (1, module.out_features)
 
 
 def no_split_classes(model: nn.Module) -> set[type[nn.Module]]:

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small two-layer network beside or behind a frozen sublayer.
+"""Bottleneck adapters: a small two-layer network after a frozen sublayer or parallel to it.
 
 serial (Houlsby et al. 2019; Pfeiffer et al. 2021)        parallel (He et al. 2022)
 
@@ -11,10 +11,10 @@ serial (Houlsby et al. 2019; Pfeiffer et al. 2021)        parallel (He et al. 20
       ├────────┐      │                                        │        └─────┬─────┘
 ┌─────▼─────┐  │      │                                        └──────(+)─────┘
 │ down, act │  │      │                                                │
-│ up    · s │  │      │                                     + x, LayerNorm, as the base has it
+│ up    · s │  │      │                                     + x, LayerNorm, as in the base
 └─────┬─────┘  │      │
      (+)───────┘      │
-      └──────(+)──────┘   LayerNorm, as the base has it
+      └──────(+)──────┘   LayerNorm, as in the base
 """
 
 from __future__ import annotations
@@ -53,32 +53,32 @@ ACTIVATIONS["gelu_pytorch_tanh"] = ACTIVATIONS["gelu_new"]
 class Bottleneck(nn.Module):
     """`A(h) = s · up(act(down(h)))`, the trained network of every bottleneck adapter.
 
-    Houlsby et al. 2019 (arXiv:1902.00751), section 2.1; the scale s is that of He et al. 2022 (arXiv:2110.04366).
+    Houlsby et al. 2019 (arXiv:1902.00751), section 2.1, with the scale s of He et al. 2022 (arXiv:2110.04366).
 
     Args:
-        in_features: width of the input.
-        bottleneck_size: width between `down` and `up`.
-        out_features: width of the output; `in_features` when None.
+        in_features: size of the input.
+        bottleneck_size: size between `down` and `up`.
+        out_features: size of the output; `in_features` when None.
         non_linearity: the activation, a name in `ACTIVATIONS`.
         bias: whether `down` and `up` have biases.
         scaling: s: a number, `learned` (one trained number) or `channel` (one per output feature); both start at 1.
-        dropout: dropout probability on the scaled output.
-        init_weights: `mam_adapter` (`down` Kaiming-uniform, `up` zero: A starts as zero), `bert` (both normal,
-            standard deviation 0.02) or `houlsby` (both normal, 0.01, cut at two standard deviations).
-        use_gating: multiply the output by a gate in (0, 1), `mean over the sequence of sigmoid(W h)`
-            (UniPELT, arXiv:2110.07577). The mean runs over whatever tokens a call sees, padding included. Input
-            without a sequence axis is gated token by token.
+        dropout: dropout probability of the scaled output.
+        init_weights: `mam_adapter` (`down` Kaiming-uniform, `up` zero: the output starts at zero), `bert` (both normal,
+            standard deviation 0.02) or `houlsby` (both normal, 0.01, truncated at two standard deviations).
+        use_gating: multiply the output by a gate in (0, 1), the mean over the sequence of `sigmoid(W h)`
+            (UniPELT, arXiv:2110.07577). The mean is over all tokens of a call, padding included. Without a sequence
+            dimension, each token has its own gate.
         ln_before: a new LayerNorm on the input.
         ln_after: a new LayerNorm on the output.
         adapter_residual_before_ln: add the residual before that LayerNorm rather than after it.
-        device: where the parameters live.
-        dtype: the parameters' type; the input's type decides what is computed in.
+        device: device of the parameters.
+        dtype: dtype of the parameters. The computation uses the input's dtype.
 
     Shapes:
         input (..., in_features), residual (..., out_features) → output (..., out_features)
 
     Raises:
-        LitPeftError: a size is not positive, the dropout is not in [0, 1), or a name is not known.
+        LitPeftError: a size is not positive, the dropout is not in [0, 1), or a name is unknown.
     """
 
     def __init__(
@@ -102,29 +102,29 @@ class Bottleneck(nn.Module):
         super().__init__()
         check(bottleneck_size=bottleneck_size, non_linearity=non_linearity, scaling=scaling, dropout=dropout)
         out_features = in_features if out_features is None else out_features
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.act, self.non_linearity, self.dropout = ACTIVATIONS[non_linearity.lower()], non_linearity, dropout
         self.adapter_residual_before_ln = adapter_residual_before_ln
         self.enabled = True
-        # The rows of a batch that the hooks act on, and how many rows it has; all of them when None.
+        # The indices of the batch's rows that the hooks change, and the number of rows; None for all rows.
         self.rows: tuple[Tensor, int] | None = None
-        self.norm_before = nn.LayerNorm(in_features, **at) if ln_before else None
-        self.down = nn.Linear(in_features, bottleneck_size, bias=bias, **at)
-        self.up = nn.Linear(bottleneck_size, out_features, bias=bias, **at)
-        self.gate = nn.Linear(in_features, 1, **at) if use_gating else None
-        self.norm_after = nn.LayerNorm(out_features, **at) if ln_after else None
+        self.norm_before = nn.LayerNorm(in_features, **factory) if ln_before else None
+        self.down = nn.Linear(in_features, bottleneck_size, bias=bias, **factory)
+        self.up = nn.Linear(bottleneck_size, out_features, bias=bias, **factory)
+        self.gate = nn.Linear(in_features, 1, **factory) if use_gating else None
+        self.norm_after = nn.LayerNorm(out_features, **factory) if ln_after else None
         self.scaling: float | nn.Parameter
         if isinstance(scaling, str):
-            self.scaling = nn.Parameter(torch.ones(1 if scaling == "learned" else out_features, **at))
+            self.scaling = nn.Parameter(torch.ones(1 if scaling == "learned" else out_features, **factory))
         else:
             self.scaling = float(scaling)
         self.reset_parameters(init_weights)
 
     def reset_parameters(self, init_weights: InitBottleneck) -> None:
-        """Start `down`, `up` and the gate anew, as `init_weights` says.
+        """Initialize `down`, `up` and the gate again.
 
         Raises:
-            LitPeftError: it is not known.
+            LitPeftError: the initialization is unknown.
         """
         check(init_weights=init_weights)
         if init_weights == "mam_adapter":
@@ -141,7 +141,7 @@ class Bottleneck(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return `A(hidden)`, plus `residual` where one is given, in the residual's type."""
+        """Return `A(hidden)`, or `A(hidden) + residual` in the residual's dtype if there is one."""
         x = hidden if self.norm_before is None else _norm(self.norm_before, hidden)
         out = _linear(self.up, self.act(_linear(self.down, x)))
         out = out * (self.scaling.to(out.dtype) if isinstance(self.scaling, Tensor) else self.scaling)
@@ -159,24 +159,24 @@ class Bottleneck(nn.Module):
         return out
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Forward pre-hook: the module gets `x + A(x)` in place of its input x."""
+        """Forward pre-hook: replace the module's input x by `x + A(x)`."""
         return (self._on_rows(self, args[0], args[0]), *args[1:]) if self.enabled else None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Forward hook: the module gives `y + A(y)` in place of its output y."""
+        """Forward hook: replace the module's output y by `y + A(y)`."""
         return self._on_rows(self, output, output) if self.enabled else None
 
     def beside(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Forward hook: the module gives `y + A(x)`, x its input."""
+        """Forward hook: replace the module's output y by `y + A(x)`, where x is its input."""
         return self._on_rows(lambda y, x: y + self(x).to(y.dtype), output, args[0]) if self.enabled else None
 
     def _on_rows(self, function: Callable[[Tensor, Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
-        """Return `function(y, x)`; where only some rows are this adapter's, y with those rows of it."""
+        """Return `function(y, x)` for this adapter's rows, and y for the others."""
         if self.rows is None:
             return function(y, x)
         rows, count = self.rows[0].to(y.device), repeats(y, self.rows[1])
-        places = (rows[:, None] * count + torch.arange(count, device=y.device)).flatten()
-        return y.index_copy(0, places, function(y[places], x[places]).to(y.dtype))
+        positions = (rows[:, None] * count + torch.arange(count, device=y.device)).flatten()
+        return y.index_copy(0, positions, function(y[positions], x[positions]).to(y.dtype))
 
     def extra_repr(self) -> str:
         scaling = self.scaling if isinstance(self.scaling, float) else "learned"
@@ -184,27 +184,27 @@ class Bottleneck(nn.Module):
 
 
 class SublayerAdapter(Bottleneck):
-    """A bottleneck at a sublayer (attention or FFN) of a transformer layer, acting through forward hooks.
+    """A bottleneck at a sublayer (attention or FFN) of a transformer layer, which works through forward hooks.
 
-    With y the sublayer's output, x what the layer adds to it (the residual) and LN the LayerNorm that follows in a
-    post-LN layer, the layer computes `LN(y + x)`, or `y + x`. The adapter puts y' in y's place:
+    Let y be the sublayer's output, x the residual that the layer adds to it, and LN the LayerNorm that follows in a
+    post-LN layer. The layer computes `LN(y + x)`, or `y + x`. The adapter replaces y by y':
 
     - serial: `y' = A(y) + y`;
-    - serial, `original_ln_before`: `y' = A(LN(y + x)) + y`, or `A(y + x) + y` without LN; the residual around A is
-      `LN(y + x)` in y's place when `residual_before_ln` is False, and `y + x` when it is `"post_add"`;
+    - serial with `original_ln_before`: `y' = A(LN(y + x)) + y`, or `A(y + x) + y` without LN. Instead of y, `LN(y + x)`
+      is added if `residual_before_ln` is False, and `y + x` if it is `"post_add"`;
     - parallel: `y' = y + A(x)`.
 
-    Without `original_ln_after`, y' itself is the result: the layer's own residual and LN are passed over.
+    Without `original_ln_after`, the result of the layer is y': its own residual and LN are skipped.
 
     Args:
-        in_features: width of the hidden states.
-        bottleneck_size: width between `down` and `up`.
-        is_parallel: the parallel form.
-        original_ln_before: as above; serial only.
-        original_ln_after: as above.
-        residual_before_ln: as above.
-        norm: the layer's LN after the residual; None in a pre-LN layer. It stays the layer's own.
-        **settings: as `Bottleneck`.
+        in_features: size of the hidden states.
+        bottleneck_size: size between `down` and `up`.
+        is_parallel: use the parallel form.
+        original_ln_before: see above; serial only.
+        original_ln_after: see above.
+        residual_before_ln: see above.
+        norm: the layer's LN after the residual; None in a pre-LN layer. It remains a part of the layer.
+        **settings: see `Bottleneck`.
 
     Shapes:
         y, x, y' (batch, sequence, in_features), or (tokens, in_features)
@@ -228,25 +228,25 @@ class SublayerAdapter(Bottleneck):
         super().__init__(in_features, bottleneck_size, **settings)
         self.is_parallel, self.original_ln_before = is_parallel, original_ln_before
         self.original_ln_after, self.residual_before_ln = original_ln_after, residual_before_ln
-        # In a tuple, so that the base's LN is not registered a second time.
+        # A module in a tuple is not registered as a submodule of this one.
         self.norm = (norm,)
 
     @property
     def needs_residual(self) -> bool:
-        """Whether x must be captured."""
+        """Whether x is needed."""
         return self.is_parallel or self.original_ln_before or not self.original_ln_after
 
     def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the module whose first input is x."""
+        """Forward pre-hook of the module whose first input is x: store x."""
         self._residual = args[0] if args else kwargs["hidden_states"]
 
     def capture_more(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of a module whose output is a further summand of x."""
+        """Forward hook of a module whose output is another part of x: add it."""
         assert self._residual is not None
         self._residual = self._residual + (output if isinstance(output, Tensor) else output[0])
 
     def adapt(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the module that gives y: returns y' in its place."""
+        """Forward hook of the module whose output is y: replace it by y'."""
         x, self._residual = self._residual, None
         if not self.enabled:
             return None
@@ -256,12 +256,15 @@ class SublayerAdapter(Bottleneck):
             if x is None
             else self._on_rows(self._adapted, y, x)
         )
-        return adapted if isinstance(output, Tensor) else (adapted, *output[1:])
+        if isinstance(output, Tensor):
+            return adapted
+        # Some models return a list, and join it with others.
+        return [adapted, *output[1:]] if isinstance(output, list) else (adapted, *output[1:])
 
     def pass_over(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Forward hook of LN: the layer's result where `original_ln_after` is False."""
+        """Forward hook of LN: replace its output by y' if `original_ln_after` is False."""
         result, self._result = self._result, None
-        # OPT's feed-forward has no batch axis.
+        # OPT's FFN has no batch dimension.
         return None if result is None else result.view_as(output)
 
     def _adapted(self, y: Tensor, x: Tensor | None) -> Tensor:
@@ -296,7 +299,7 @@ def check(
     """Check the settings of a bottleneck that are given.
 
     Raises:
-        LitPeftError: one is out of range or not known; the message names it and the fix.
+        LitPeftError: a setting is out of range or unknown; the message names it and the fix.
     """
     if bottleneck_size is not None and bottleneck_size < 1:
         raise LitPeftError(f"bottleneck_size={bottleneck_size}: give a positive integer, e.g. bottleneck_size=64.")
@@ -306,14 +309,14 @@ def check(
     if isinstance(scaling, str) and scaling not in ("learned", "channel"):
         raise LitPeftError(f"scaling={scaling!r} is not known: give a number, 'learned' or 'channel'.")
     if dropout is not None and not 0.0 <= dropout < 1.0:
-        raise LitPeftError(f"dropout={dropout}: give a probability from 0 up to, not including, 1.")
+        raise LitPeftError(f"dropout={dropout}: give a probability of at least 0 and below 1.")
     if init_weights is not None and init_weights not in get_args(InitBottleneck):
         known = closest(init_weights, get_args(InitBottleneck))
         raise LitPeftError(f"init_weights={init_weights!r} is not known: use {known}.")
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    # The weights are cast, not x: they are the smaller ones.
+    # The weights are cast rather than x, because they are smaller.
     return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 

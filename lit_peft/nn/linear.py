@@ -34,3 +34,10 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
     It is float32 even for half-precision weights, because small updates are lost in bf16's 8-bit mantissa.
     """
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a LayerNorm, RMSNorm or a model's own version of them: one weight per feature."""
+    weight = getattr(module, "weight", None)
+    is_vector = isinstance(weight, Tensor) and weight.dim() == 1
+    return is_vector and not isinstance(module, nn.PReLU) and next(module.children(), None) is None

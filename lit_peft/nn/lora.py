@@ -12,11 +12,25 @@ from lit_peft.nn.autocast import autocast_dtype
 from lit_peft.nn.linear import linear_features, stores_transposed
 from lit_peft.nn.lora_function import lora_linear
 from lit_peft.nn.lora_layer import InitLoRA, LoRALayer, check
-from lit_peft.nn.quantized import QuantizedLinear, dense_weight, is_quantized
+from lit_peft.nn.quantized import QuantizedLinear, check_dequantizable, dense_weight, is_quantized
 from lit_peft.nn.torch_internals import function_transforms_are_active, has_forward_hooks
 from lit_peft.util.errors import LitPeftError
 
-__all__ = ["InitLoRA", "LoRAEmbedding", "LoRALayer", "LoRALinear", "check"]
+__all__ = ["InitLoRA", "LoRAEmbedding", "LoRALayer", "LoRALinear", "check", "check_mergeable"]
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Check that all LoRA layers of a model can be merged, before any weight changes.
+
+    Raises:
+        LitPeftError: a weight is stored in a way that cannot be dequantized, or an update or its base weight has NaN or
+            infinite numbers.
+    """
+    for module in model.modules():
+        if isinstance(module, LoRALayer):
+            module.check_finite()
+        elif is_quantized(module):
+            check_dequantizable(module)
 
 
 class LoRALinear(LoRALayer):

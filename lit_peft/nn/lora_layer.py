@@ -189,6 +189,24 @@ class LoRALayer(nn.Module):
         square = own + 2 * self.scaling * cross + self.scaling**2 * update
         return square.clamp_(min=0).sqrt_().to(dense.dtype)
 
+    def check_finite(self) -> None:
+        """Check that a merge would give finite numbers, before any weight changes.
+
+        Raises:
+            LitPeftError: the update or the base weight has NaN or infinite numbers.
+        """
+        if not all(torch.isfinite(parameter).all() for parameter in self.parameters(recurse=False)):
+            raise self._not_finite("adapter")
+        if not is_quantized(self.base_layer) and not torch.isfinite(self.weight).all():
+            raise self._not_finite("base")
+
+    def _not_finite(self, source: str) -> LitPeftError:
+        return LitPeftError(
+            f"The update of a {type(self.base_layer).__name__} ({self.out_features} by {self.in_features}) cannot be "
+            f"merged: the result would have NaN or infinite numbers, which come from the {source}. Training has "
+            "probably diverged: load an earlier checkpoint."
+        )
+
     @torch.no_grad()
     def merge(self) -> None:
         """Add the update to the base weight in place. Does nothing if it is merged already.
@@ -213,12 +231,8 @@ class LoRALayer(nn.Module):
         self.add_to_weight(delta)
         if not torch.isfinite(self.weight).all():
             self.weight.data.copy_(unmerged)
-            source = "base" if not torch.isfinite(unmerged).all() else "adapter"
-            raise LitPeftError(
-                f"The update of this {type(self.base_layer).__name__} cannot be merged: the result would have NaN or "
-                f"infinite numbers, which come from the {source}. Training has probably diverged: load an earlier "
-                "checkpoint."
-            )
+            self.check_finite()
+            raise self._not_finite("sum, which is too large for the weight's dtype")
         self.unmerged_weight = unmerged
 
     @torch.no_grad()

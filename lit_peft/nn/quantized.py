@@ -121,6 +121,21 @@ def _is_torchao(weight: Tensor) -> bool:
     return base or is_instance(weight, "torchao.quantization", "NF4Tensor")
 
 
+def check_dequantizable(module: nn.Module) -> None:
+    """Check that lit_peft can dequantize a quantized layer.
+
+    Raises:
+        LitPeftError: its weight is stored in an unknown way.
+    """
+    weight: Any = module.weight
+    bitsandbytes = is_instance(weight, "bitsandbytes.nn", "Params4bit", "Int8Params")
+    if not (isinstance(module, QuantizedLinear) or bitsandbytes or _is_torchao(weight)):
+        raise LitPeftError(
+            f"{type(module).__name__} stores its weight as {weight.dtype} in a way that lit_peft cannot dequantize: "
+            "quantize the base with torchao or bitsandbytes, or load it unquantized."
+        )
+
+
 def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """Return a quantized layer's weight dequantized, shape (out_features, in_features).
 
@@ -131,6 +146,7 @@ def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     Raises:
         LitPeftError: the weight is stored in an unknown way.
     """
+    check_dequantizable(module)
     weight: Any = module.weight
     if isinstance(module, QuantizedLinear):
         dense = module.dense_weight()
@@ -148,13 +164,8 @@ def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         scale = weight.SCB if weight.SCB is not None else state.SCB
         codes = weight.CB if weight.CB is not None else weight.data
         dense = codes.float() * (scale.float() / 127)[:, None]
-    elif _is_torchao(weight):
-        dense = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
     else:
-        raise LitPeftError(
-            f"{type(module).__name__} stores its weight as {weight.dtype} in a way that lit_peft cannot dequantize: "
-            "quantize the base with torchao or bitsandbytes, or load it unquantized."
-        )
+        dense = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
     return dense.detach() if dtype is None else dense.detach().to(dtype)
 
 

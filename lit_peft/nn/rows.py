@@ -1,4 +1,4 @@
-"""Different adapters for the rows of one batch, in one forward."""
+"""Different adapters for the rows of one batch, in one forward pass."""
 
 from __future__ import annotations
 
@@ -14,32 +14,38 @@ from lit_peft.util.errors import LitPeftError
 
 
 def repeats(x: Tensor, rows: int) -> int:
-    """How often each row stands in a batch, one after the other: beams, returned sequences, tokens without their axis.
+    """Return how many times each row is repeated in a batch: for beams, returned sequences, or a flattened sequence.
+
+    Args:
+        x: the batch; repeats of a row follow each other.
+        rows: the number of rows before they were repeated.
 
     Raises:
-        LitPeftError: the batch is no multiple of the rows.
+        LitPeftError: the batch's size is no multiple of the number of rows.
     """
     count, rest = divmod(x.shape[0], rows)
     if rest or not count:
-        raise LitPeftError(f"The batch has {x.shape[0]} rows, and adapters were named for {rows}.")
+        raise LitPeftError(
+            f"The batch has {x.shape[0]} rows, but adapters were named for {rows}: name one for each row."
+        )
     return count
 
 
 class LoRARows(nn.Module):
-    """`h_i = W x_i + s_n · B_n A_n x_i` with n the adapter of row i: one product with W, two batched small ones.
+    """`h_i = W x_i + s_n · B_n A_n x_i`, where n is the adapter of row i: one product with W, two small batched ones.
 
-    Ranks may differ: A and B are padded with zeros to the largest.
+    Ranks may differ: A and B are padded with zeros to the largest rank.
 
     Args:
-        base_layer: the layer, frozen.
-        layers: the adapters' updates of it, None for one that does not adapt it.
-        index: the number of each row's adapter, `len(layers)` for none. Shape (rows,).
+        base_layer: the frozen layer.
+        layers: each adapter's LoRA layer; None for an adapter that does not change this layer.
+        index: the index of each row's adapter, `len(layers)` for none. Shape (rows,).
 
     Shapes:
         input (rows · k, ..., in_features) → output (rows · k, ..., out_features)
 
     Raises:
-        LitPeftError: in the forward, the batch is no multiple of the rows.
+        LitPeftError: in the forward pass, the batch's size is no multiple of the number of rows.
     """
 
     def __init__(self, base_layer: nn.Module, layers: Sequence[LoRALinear | None], index: Tensor) -> None:
@@ -53,7 +59,7 @@ class LoRARows(nn.Module):
             if layer is not None:
                 a[number, : layer.r] = layer.lora_A.detach()
                 b[number, :, : layer.r] = layer.lora_B.detach() * layer.scaling
-        # One A and B for each row, already in place: the forward gathers nothing.
+        # One A and B for each row, so that the forward pass need not gather them.
         index = index.to(a.device)
         self.a, self.b = a[index].transpose(1, 2), b[index].transpose(1, 2)
 
@@ -69,18 +75,18 @@ class LoRARows(nn.Module):
 
 
 class ModuleRows(nn.Module):
-    """Each row through its own adapter's form of a module, whatever that is: the rows of one adapter together.
+    """A module that has another form for each adapter. The rows of one adapter are computed together.
 
     Args:
-        base_layer: the module of the rows without an adapter.
-        forms: each adapter's module and the tensors it has in place of its own, by name.
-        index: the number of each row's adapter, `len(forms)` for none. Shape (rows,).
+        base_layer: the module for rows without an adapter.
+        forms: each adapter's module, and the tensors that replace its own, by name.
+        index: the index of each row's adapter, `len(forms)` for none. Shape (rows,).
 
     Shapes:
         input (rows · k, ...) → output (rows · k, ...)
 
     Raises:
-        LitPeftError: in the forward, the batch is no multiple of the rows.
+        LitPeftError: in the forward pass, the batch's size is no multiple of the number of rows.
     """
 
     def __init__(
@@ -89,23 +95,23 @@ class ModuleRows(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.index = index
-        # Not registered: they hold the base's own layers.
+        # Not registered as submodules, because they contain the base's own layers.
         self._forms = [*forms, (base_layer, {})]
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         index = self.index.to(x.device).repeat_interleave(repeats(x, len(self.index)))
         out: Tensor | None = None
         for number in self.index.unique().tolist():
-            places = (index == number).nonzero().flatten()
+            positions = (index == number).nonzero().flatten()
             module, tensors = self._forms[number]
-            part = functional_call(module, dict(tensors), (x[places], *args), kwargs)
+            part = functional_call(module, dict(tensors), (x[positions], *args), kwargs)
             out = part.new_empty(x.shape[0], *part.shape[1:]) if out is None else out
-            out = out.index_copy(0, places, part.to(out.dtype))
+            out = out.index_copy(0, positions, part.to(out.dtype))
         assert out is not None
         return out
 
     def __getattr__(self, name: str) -> Any:
-        # Models look at their layers' weights, for their type and device.
+        # Models read the dtype and device of their layers' weights.
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dis
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from types import CodeType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +56,57 @@ def function_transforms_are_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def weights_read_by(module: nn.Module) -> frozenset[str]:
+    """Return the names of children whose `weight` a module uses in its own code and that it does not (only) call.
+
+    A replacement for such a child is not called: `nn.MultiheadAttention` hands `out_proj.weight` to a function. A child
+    that is called as well counts in state-space layers, which have a convolution `conv1d`: they call it on CPUs, and
+    use its weight in a fused CUDA kernel.
+    """
+    kind: Any = type(module)
+    return _weights_read(kind)
+
+
+@cache
+def _weights_read(kind: Any) -> frozenset[str]:
+    # Nothing but the code shows this, and a layer that is never called would be trained without any effect.
+    reads: set[str] = set()
+    calls: set[str] = set()
+    names: set[str] = set()
+    for base in kind.__mro__:
+        if base is nn.Module:
+            break
+        for name, function in vars(base).items():
+            if callable(function) and "init" not in name and name != "reset_parameters":
+                for steps in _instructions(function):
+                    _note(steps, reads, calls, names)
+    return frozenset(reads if "conv1d" in names else reads - calls)
+
+
+def _instructions(function: Any) -> Iterator[list[dis.Instruction]]:
+    """Yield the instructions of a function and of those inside it, below its decorators."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    left = [] if code is None else [code]
+    while left:
+        code = left.pop()
+        left += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        yield [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
+
+
+def _note(steps: list[dis.Instruction], reads: set[str], calls: set[str], names: set[str]) -> None:
+    for step, weight, *rest in zip(steps, steps[1:], steps[2:], steps[3:], strict=False):
+        if step.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            continue
+        names.add(step.argval)
+        # From Python 3.12 on, the lowest bit says that the attribute is called.
+        if step.opname == "LOAD_METHOD" or (sys.version_info >= (3, 12) and (step.arg or 0) & 1):
+            calls.add(step.argval)
+        after = [other.argval for other in rest]
+        only_type = after[0] in ("dtype", "device", "shape") or after == ["torch", "Tensor"]
+        if weight.opname == "LOAD_ATTR" and weight.argval == "weight" and not only_type:
+            reads.add(step.argval)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether `module.compile()` was called, after which hooks are compiled into the call."""
     # `nn.Module.compile` is public, but the compiled call is not.
@@ -60,3 +117,26 @@ def lerp_all_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) 
     """Move each tensor towards its end in place: `tensor + weight * (end - tensor)`, in a few kernel launches."""
     # torch's own optimizers use this list operation; a public one does not exist.
     torch._foreach_lerp_(list(tensors), list(ends), weight)
+
+
+def computed_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the buffers that are not part of a `state_dict`, each as its module and its name."""
+    # Only `state_dict` shows publicly which they are, and it gathers the weights of sharded models.
+    return [
+        (owner, name)
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+        if name in owner._non_persistent_buffers_set and buffer.is_floating_point()
+    ]
+
+
+class DtypeKeepingDict(nn.ModuleDict):
+    """A `ModuleDict` whose modules move between devices but are never cast to another type."""
+
+    # `to`, `half` and `bfloat16` all call this private method of every module, and casts have no public hook.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DtypeKeepingDict:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)

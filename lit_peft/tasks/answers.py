@@ -1,16 +1,16 @@
-"""Answers of LLM-Adapters' benchmarks: which there are, and how they are read out of generated text.
+"""Answers of LLM-Adapters' benchmarks: their kinds, and how to find them in generated text.
 
-Their scripts (`evaluate.py`, `commonsense_evaluate.py` of AGI-Edgerunners/LLM-Adapters) find answers otherwise; the
-differences, and where theirs are wrong, stand in `docs/reasoning.md`, with each reference output of their files that
-does not state its gold answer. Here:
+The scripts of AGI-Edgerunners/LLM-Adapters (`evaluate.py`, `commonsense_evaluate.py`) find answers in another way;
+`docs/reasoning.md` lists the differences, their errors, and each reference output in their files that does not state
+its gold answer. The rules here:
 
 - Number: the one after the last "answer is" (after the last "=" of that sentence); without these words, the last one.
-  A comma is part of a number only between groups of three digits; a minus after a digit or a word is no sign.
-- Letter (AQuA): one that stands by itself after the last "answer is"; without these words, the last in parentheses, or
-  the text's first word.
-- Choice: the first after the last "answer is"; without these words, the one choice that the text names; a text that
-  names several has no answer.
-- What follows a new "###" heading or an end-of-text is not part of the answer.
+  A comma is part of a number only between groups of three digits; a minus after a digit or a word is not a sign.
+- Letter (AQuA): a single letter after the last "answer is"; without these words, the last one in parentheses, or the
+  first word of the text.
+- Choice: the first one after the last "answer is"; without these words, the only choice in the text; a text with
+  several choices has no answer.
+- Text after a new "###" heading or an end-of-text token is not part of the answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lit_peft.util.errors import LitPeftError, closest
 
 MATH = ("gsm8k", "aqua", "svamp", "mawps", "addsub", "multiarith", "singleeq")
 
-# Kind of answer -> what one looks like. A benchmark's gold answers are all of one kind; `math_data.json` mixes two.
+# Pattern of each kind of answer. All gold answers of a benchmark are of one kind; `math_data.json` mixes two.
 _CHOICES = {
     "truth": r"\b(true|false)\b",
     "solution": r"\b(solution) ?([12])\b",
@@ -40,7 +40,7 @@ _KINDS = {
     "winogrande": "option",
     **dict.fromkeys(("arc-e", "arc-c", "openbookqa"), "answer"),
 }
-# How the papers, the folders of LLM-Adapters and people call them.
+# Other names, from the papers, the folders of LLM-Adapters and common use.
 _ALIASES = {
     "social_i_qa": "siqa",
     "socialiqa": "siqa",
@@ -50,7 +50,7 @@ _ALIASES = {
 }
 
 TOLERANCE = 1e-3
-"""Two numbers this close are the same answer, as in LLM-Adapters."""
+"""Two numbers with at most this difference are the same answer, as in LLM-Adapters."""
 
 # "The answer is", "Answer:", "the correct option is", and GSM8K's own "####".
 _STATEMENT = re.compile(
@@ -59,7 +59,7 @@ _STATEMENT = re.compile(
     re.IGNORECASE,
 )
 _END = re.compile(r"\n\s*###(?!#)|<\|?(?:end\w*|im_\w+|/s|eot_id)\|?>|</s>")
-# Sign, dollar, sign, the whole of "1 1/2", digits ("1,200.5"; "$1 200"), and what they are divided by.
+# Sign, dollar, sign, the whole part of "1 1/2", digits ("1,200.5"; "$1 200"), and the denominator.
 _NUMBER = re.compile(
     r"(?<![\d.])([-−]\s?)?\$?\s?([-−])?(?:(\d+) (?=\d+/\d))?"
     r"((?<=\$)\d{1,3}(?: \d{3})+(?!\d)|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
@@ -69,10 +69,10 @@ _LETTER = re.compile(r"\(([A-E])\)|(?<![A-Za-z'])([A-E])(?![A-Za-z'])")
 
 
 def find_benchmark(name: str) -> str:
-    """Return the benchmark's own name, whatever the case, and whichever of its names was used.
+    """Return the usual name of a benchmark from any of its names, in any case.
 
     Raises:
-        LitPeftError: there is none.
+        LitPeftError: there is no such benchmark.
     """
     key = name.lower()
     key = _ALIASES.get(key, _ALIASES.get(key.replace("_", "-"), key))
@@ -87,7 +87,7 @@ def kind_of_benchmark(benchmark: str) -> str:
 
 
 def kind_of(gold: Any) -> str | None:
-    """Return the kind of a gold answer by its form; None if it has none of them."""
+    """Return the kind of a gold answer, recognized by its form; None if it has no known form."""
     text = gold_text(gold)
     if re.fullmatch(r"\(?[A-E]\)?", text):
         return "letter"
@@ -98,38 +98,38 @@ def kind_of(gold: Any) -> str | None:
 
 
 def gold_text(gold: Any) -> str:
-    """Return a gold answer as text: of a list the last entry, of a solution in GSM8K's own form what follows "####"."""
+    """Return a gold answer as text: the last entry of a list, the part after "####" of a solution in GSM8K's form."""
     while isinstance(gold, list) and gold:
         gold = gold[-1]
     return "" if gold is None else str(gold).rpartition("####")[2].strip()
 
 
 def extract_answer(text: str, kind: str) -> str | None:
-    """Read the answer out of a generated text.
+    """Find the answer in a generated text.
 
     Args:
-        text: what the model wrote, without the prompt.
+        text: the generated text, without the prompt.
         kind: the kind of answer, see `kind_of_benchmark`.
 
     Returns:
-        The answer in one form: "12.5", "B", "true", "answer2"; None if the text gives none.
+        The answer in a normal form: "12.5", "B", "true", "answer2"; None if the text has no answer.
     """
     text = _END.split(text, maxsplit=1)[0]
     statements = list(_STATEMENT.finditer(text))
-    said = text[statements[-1].end() :] if statements else ""
+    statement = text[statements[-1].end() :] if statements else ""
     if kind == "number":
-        sentence = re.split(r"[.!?](?:\s|$)|\n", said, maxsplit=1)[0].rpartition("=")[2]
-        found = _numbers(sentence)[:1] or _numbers(said)[:1] or _numbers(text)[-1:]
+        sentence = re.split(r"[.!?](?:\s|$)|\n", statement, maxsplit=1)[0].rpartition("=")[2]
+        found = _numbers(sentence)[:1] or _numbers(statement)[:1] or _numbers(text)[-1:]
         return found[0] if found else None
     if kind == "letter":
-        letters = [match[1] or match[2] for match in _LETTER.finditer(said)]
+        letters = [match[1] or match[2] for match in _LETTER.finditer(statement)]
         if not letters:
-            # "B", "(B)", "B. 12" and "B: 12"; but "A: …" only opens an answer.
+            # "B", "(B)", "B. 12" and "B: 12"; but "A: …" is only the label of an answer.
             whole = re.fullmatch(r"\s*\(?(?!A:\s*\S)([A-E])[).:]?(?:\s.*)?", text, re.DOTALL)
             last = re.findall(r"\(([A-E])\)", text)
             letters = last[-1:] or ([whole[1]] if whole else [])
         return letters[0] if letters else None
-    choices = _choices(said, kind)
+    choices = _choices(statement, kind)
     if not choices:
         choices = list(dict.fromkeys(_choices(text, kind)))
         choices = choices if len(choices) == 1 else []
@@ -137,7 +137,7 @@ def extract_answer(text: str, kind: str) -> str | None:
 
 
 def same_answer(answer: str | None, gold: Any, kind: str) -> bool:
-    """Tell whether an extracted answer is the gold one; numbers may differ by `TOLERANCE`."""
+    """Return whether an extracted answer equals the gold answer; numbers may differ by `TOLERANCE`."""
     if answer is None:
         return False
     text = gold_text(gold)
@@ -156,12 +156,12 @@ def _choices(text: str, kind: str) -> list[str]:
 def _numbers(text: str) -> list[str]:
     found = []
     for match in _NUMBER.finditer(text):
-        before, after, whole, digits, below = match.groups()
+        before, after, whole, digits, denominator = match.groups()
         value = float(re.sub("[, ]", "", digits))
-        if below is not None and float(below) != 0:
-            value /= float(below)
+        if denominator is not None and float(denominator) != 0:
+            value /= float(denominator)
         value += float(whole or 0)
-        # "5-3" and "a-3": a hyphen or the operator, not a sign.
+        # In "5-3" and "a-3" the minus is a hyphen or an operator, not a sign.
         signed = (before and not re.search(r"[\w)]\s?$", text[: match.start()])) or after
         found.append(repr(-value if signed else value).removesuffix(".0"))
     return found

@@ -20,10 +20,21 @@ Metrics = Mapping[str, Any]
 Batch = dict[str, Any]
 
 
-def mean() -> MeanMetric:
-    """Return a mean that becomes NaN when a value is NaN, instead of ignoring the value."""
-    # A number replaces NaN values and keeps their weights; the strategy "disable" would drop the weights as well.
-    return MeanMetric(nan_strategy=float("nan"))
+class Float32Metric(Metric):
+    """A mixin of metrics that cast values to their type: it is always float32."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that values are cast to; torchmetrics has the default type at the last `to`, which may be half."""
+        return torch.float32
+
+
+class Mean(Float32Metric, MeanMetric):
+    """A mean that becomes NaN when a value is NaN, instead of ignoring the value."""
+
+    def __init__(self) -> None:
+        # A number replaces NaN values and keeps their weights; the strategy "disable" would drop the weights as well.
+        super().__init__(nan_strategy=float("nan"))
 
 
 @contextmanager
@@ -146,6 +157,20 @@ class Task:
             return logits.float().sum() * 0.0
         return loss
 
+    def precise_loss(self, output: Any, batch: Batch) -> Tensor:
+        """Return the loss for metrics, without a gradient and in float32 at least."""
+        loss = self.loss(output, batch).detach()
+        if loss.dtype in (torch.float32, torch.float64):
+            return loss
+        again = self.float32_loss(output, batch)
+        # The model's own has few bits. If the two differ by more than that, the model adds other terms to its loss.
+        own = loss.float()
+        return again if again is not None and (again - own).abs() <= 0.02 * own.abs() else own
+
+    def float32_loss(self, output: Any, batch: Batch) -> Tensor | None:
+        """Return the loss computed from the output in float32; None if that is not known here."""
+        return None
+
     def loss_only(self, model: Any) -> AbstractContextManager[None]:
         """Return a context in which the model computes its loss and may leave out its logits."""
         return nullcontext()
@@ -156,7 +181,7 @@ class Task:
 
     def metrics(self, config: Any) -> dict[str, Metric]:
         """Return new metrics by name, for a model with this config; every task has at least `loss`."""
-        return {"loss": mean()}
+        return {"loss": Mean()}
 
     def evaluate(
         self, model: Any, metrics: Metrics, batch: Batch, generation: Generation
@@ -173,7 +198,7 @@ class Task:
 
     def update(self, metrics: Metrics, output: Any, batch: Batch) -> None:
         """Update the metrics with the output for a batch."""
-        metrics["loss"].update(self.loss(output, batch).detach(), self.weight(batch))
+        metrics["loss"].update(self.precise_loss(output, batch), self.weight(batch))
 
     def predict(self, model: Any, batch: Batch, generation: Generation) -> list[dict[str, Any]]:
         """Return one plain dict per example of the batch."""

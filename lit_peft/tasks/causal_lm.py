@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from lit_peft.tasks.answers import extract_answer, same_answer
-from lit_peft.tasks.base import Batch, Generation, Metrics, Task, float32_default, mean
+from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task, float32_default
 from lit_peft.tasks.packed import check_packing, is_packed, packed_inputs
 from lit_peft.tasks.supervised_loss import SupervisedLoss
 
@@ -17,7 +17,7 @@ from lit_peft.tasks.supervised_loss import SupervisedLoss
 MAX_NEW_TOKENS = 64
 
 
-class Perplexity(MeanMetric):
+class Perplexity(Mean):
     """exp of the mean negative log-likelihood per token, over all tokens of all batches and processes."""
 
     def compute(self) -> Tensor:
@@ -64,11 +64,11 @@ class CausalLM(Task):
         return (batch["labels"][:, 1:] != -100).sum()
 
     def metrics(self, config: Any) -> dict[str, Metric]:
-        return {"loss": mean(), "perplexity": Perplexity(nan_strategy=float("nan")), "answer_accuracy": mean()}
+        return {"loss": Mean(), "perplexity": Perplexity(), "answer_accuracy": Mean()}
 
     def update(self, metrics: Metrics, output: Any, batch: dict[str, Tensor]) -> None:
         weight = self.weight(batch)
-        loss = self.loss(output, batch).detach()
+        loss = self.precise_loss(output, batch)
         metrics["loss"].update(loss, weight)
         metrics["perplexity"].update(loss, weight)
 

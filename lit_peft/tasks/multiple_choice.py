@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
 from lit_peft.models.transformers_internals import has_model_class
-from lit_peft.tasks.base import Batch, Generation, Metrics, Task, mean
+from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task
 from lit_peft.tasks.squad import best_over, exact_match, token_f1
 
 
@@ -71,7 +71,7 @@ class MultipleChoice(Task):
         return torch.tensor(len(batch["labels"]))
 
     def metrics(self, config: Any) -> dict[str, Metric]:
-        return {name: mean() for name in ("loss", "accuracy", "exact_match", "f1")}
+        return {name: Mean() for name in ("loss", "accuracy", "exact_match", "f1")}
 
     def update(self, metrics: Metrics, output: Any, batch: Batch) -> None:
         super().update(metrics, output, batch)

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
-from lit_peft.tasks.base import Batch, Generation, Metrics, Task, float32_default, mean
+from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task, float32_default
 from lit_peft.tasks.squad import best_over, exact_match, find_answer, token_f1
 
 
@@ -30,7 +31,7 @@ class QuestionAnswering(Task):
     monitor = ("val_f1", "max")
 
     def metrics(self, config: Any) -> dict[str, Metric]:
-        return {name: mean() for name in ("loss", "exact_match", "f1")}
+        return {name: Mean() for name in ("loss", "exact_match", "f1")}
 
     def evaluate(self, model: Any, metrics: Metrics, batch: Batch, generation: Generation) -> None:
         if "windows" not in batch:
@@ -48,6 +49,15 @@ class QuestionAnswering(Task):
         rows = self._answers(self._run_in_parts(model, batch), batch)
         return [{"id": name, **row} for name, row in zip(batch["ids"], rows, strict=True)] if "ids" in batch else rows
 
+    def float32_loss(self, output: Any, batch: Batch) -> torch.Tensor | None:
+        ends = (output.start_logits, batch["start_positions"]), (output.end_logits, batch["end_positions"])
+        # As in transformers: positions after the end are ignored.
+        losses = [
+            cross_entropy(logits.float(), positions.clamp(0, logits.shape[1]), ignore_index=logits.shape[1])
+            for logits, positions in ends
+        ]
+        return (losses[0] + losses[1]) / 2
+
     def _run_in_parts(self, model: Any, batch: Batch) -> Any:
         """Run as many windows at a time as there are questions, so that long texts need no more memory."""
         size, count = len(batch["windows"]), len(batch["input_ids"])
@@ -59,7 +69,7 @@ class QuestionAnswering(Task):
             starts.append(output.start_logits)
             ends.append(output.end_logits)
             if output.loss is not None:
-                losses[first : first + size] = output.loss.detach()
+                losses[first : first + size] = self.precise_loss(output, part)
         return SimpleNamespace(start_logits=torch.cat(starts), end_logits=torch.cat(ends), loss=losses.mean())
 
     def _answers(self, output: Any, batch: Batch) -> list[dict[str, Any]]:

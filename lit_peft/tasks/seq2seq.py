@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import BLEUScore, SacreBLEUScore
 
-from lit_peft.tasks.base import Batch, Generation, Metrics, Task, float32_default, mean
+from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task, float32_default
 
 # New tokens to generate if the module's `generation` does not say how many.
 MAX_NEW_TOKENS = 128
@@ -34,8 +35,11 @@ class Seq2Seq(Task):
         return (batch["labels"] != -100).sum()
 
     def metrics(self, config: Any) -> dict[str, Metric]:
-        rouge = {name: mean() for name in _ROUGE}
-        return {"loss": mean(), **rouge, "bleu": BLEUScore(), "sacrebleu": SacreBLEUScore()}
+        rouge = {name: Mean() for name in _ROUGE}
+        return {"loss": Mean(), **rouge, "bleu": BLEUScore(), "sacrebleu": SacreBLEUScore()}
+
+    def float32_loss(self, output: Any, batch: Batch) -> Tensor | None:
+        return cross_entropy(output.logits.float().flatten(0, -2), batch["labels"].flatten())
 
     def evaluate(self, model: Any, metrics: Metrics, batch: Batch, generation: Generation) -> None:
         super().evaluate(model, metrics, batch, generation)

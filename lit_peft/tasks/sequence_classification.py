@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss
 from torchmetrics import Metric
 from torchmetrics.classification import (
     BinaryF1Score,
@@ -17,11 +18,18 @@ from torchmetrics.classification import (
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_peft.tasks.base import Generation, Metrics, Task, mean
+from lit_peft.tasks.base import Float32Metric, Generation, Mean, Metrics, Task
 
 
-class QuestionsRight(Metric):
-    """The share of questions, over all batches and processes, with only right rows; 0 if there is no question."""
+class Spearman(Float32Metric, SpearmanCorrCoef):
+    """Spearman's rank correlation, with ranks of float32 values."""
+
+
+class QuestionsRight(Float32Metric):
+    """The share of questions, over all batches and processes, with only right rows; 0 if there is no question.
+
+    A process without a row gathers an empty tensor of the type of the others.
+    """
 
     full_state_update = False
     right: list[Tensor]
@@ -29,9 +37,6 @@ class QuestionsRight(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        # A process without a row gathers an empty tensor of this type. It counts to 2^24 in any precision of training,
-        # also on devices without float64.
-        self.set_dtype(torch.float32)
         for name in ("right", "questions"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
@@ -67,9 +72,9 @@ class SequenceClassification(Task):
     def metrics(self, config: Any) -> dict[str, Metric]:
         count = config.num_labels
         if count == 1:
-            return {"loss": mean(), "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
+            return {"loss": Mean(), "pearson": PearsonCorrCoef(), "spearman": Spearman()}
         metrics = {
-            "loss": mean(),
+            "loss": Mean(),
             "accuracy": MulticlassAccuracy(count, average="micro"),
             "f1": MulticlassF1Score(count, average="macro"),
             "mcc": MulticlassMatthewsCorrCoef(count),
@@ -88,6 +93,12 @@ class SequenceClassification(Task):
             metrics[name].update(predicted, batch["labels"])
         if "questions" in batch:
             metrics["exact_match"].update(predicted == batch["labels"], batch["questions"])
+
+    def float32_loss(self, output: Any, batch: dict[str, Tensor]) -> Tensor | None:
+        logits, labels = output.logits.float(), batch["labels"]
+        if logits.shape[-1] == 1:
+            return mse_loss(logits.squeeze(-1), labels.float())
+        return None if labels.is_floating_point() else cross_entropy(logits, labels)
 
     def predict(self, model: Any, batch: dict[str, Tensor], generation: Generation) -> list[dict[str, Any]]:
         logits = self.forward(model, {name: value for name, value in batch.items() if name != "labels"}).logits.float()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lit_peft.tasks.base import Batch, Generation, Metrics, Task, mean
+from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task
 from lit_peft.tasks.tag_spans import SpanScore, count_spans
 
 
@@ -38,11 +39,11 @@ class TokenClassification(Task):
         self.names = [str(config.id2label[index]) for index in range(config.num_labels)]
         spans = {kind: SpanScore(kind) for kind in ("precision", "recall", "f1")}
         accuracy = MulticlassAccuracy(config.num_labels, average="micro", ignore_index=-100)
-        return {"loss": mean(), "accuracy": accuracy, **spans}
+        return {"loss": Mean(), "accuracy": accuracy, **spans}
 
     def update(self, metrics: Metrics, output: Any, batch: Batch) -> None:
         weight = self.weight(batch)
-        metrics["loss"].update(self.loss(output, batch).detach(), weight)
+        metrics["loss"].update(self.precise_loss(output, batch), weight)
         best, labels = output.logits.argmax(-1), batch["labels"]
         if weight > 0:
             metrics["accuracy"].update(best.flatten(), labels.flatten())
@@ -58,6 +59,9 @@ class TokenClassification(Task):
         counts = count_spans(gold, tags)
         for kind in ("precision", "recall", "f1"):
             metrics[kind].update(*counts)
+
+    def float32_loss(self, output: Any, batch: Batch) -> Tensor | None:
+        return cross_entropy(output.logits.float().flatten(0, -2), batch["labels"].flatten())
 
     def predict(self, model: Any, batch: Batch, generation: Generation) -> list[dict[str, Any]]:
         inputs = {name: value for name, value in batch.items() if name != "labels"}

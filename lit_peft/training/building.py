@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 
-from lit_peft.methods.adapter_dtype import set_adapter_dtype
+from lit_peft.methods.adapter_dtype import set_trained_dtype
+from lit_peft.methods.attachment import attachment_of
 from lit_peft.models.loading import BaseSettings, check_weights_found, empty_model, load_base, load_config
 from lit_peft.training.lightning_internals import replace_average_model, trainer_of
 from lit_peft.training.sharding import shard
@@ -88,4 +89,4 @@ def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
         head.add(owner if inside <= new else name)
     module.attach_method(model, sorted(head))
     if module.hparams.adapter_dtype is not None:
-        set_adapter_dtype(model, getattr(torch, module.hparams.adapter_dtype))
+        set_trained_dtype(attachment_of(model), getattr(torch, module.hparams.adapter_dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_peft.util.disk import write_file
 
@@ -56,6 +57,12 @@ def validation_follows(trainer: pl.Trainer) -> bool:
     # The rule combines five settings with the loop's counters; only the loop itself can evaluate it.
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def accumulates_further(trainer: pl.Trainer) -> bool:
+    """Return whether the optimizer steps only after a later batch than the present one."""
+    # It also steps at the end of an epoch; only the loop knows which batch is the last.
+    return trainer.fit_loop._should_accumulate()
 
 
 def log_row_of_step(trainer: pl.Trainer) -> dict[str, Any] | None:
@@ -176,7 +183,7 @@ class SelectiveCheckpoint(ModelCheckpoint):
 # --------------------------------------------------------------------------------------------------- the log
 
 
-class AppendingWriter(ExperimentWriter):
+class _AppendingWriter(ExperimentWriter):
     """Lightning's writer of `metrics.csv`, which continues an existing file instead of deleting it.
 
     Attributes:
@@ -216,7 +223,7 @@ class AppendingCSVLogger(CSVLogger):
     def experiment(self) -> Any:
         # The class of the writer cannot be set in a public way.
         if self._experiment is None:
-            self._experiment = AppendingWriter(self.log_dir)
+            self._experiment = _AppendingWriter(self.log_dir)
         return self._experiment
 
 
@@ -224,18 +231,63 @@ class AppendingCSVLogger(CSVLogger):
 
 
 class DtypeKeepingModule(pl.LightningModule):
-    """A LightningModule in which some tensors keep their type when it is cast, e.g. by precision `bf16-true`."""
+    """A LightningModule in which some tensors are not rounded when it is cast, e.g. by precision `bf16-true`."""
 
-    def tensors_keeping_dtype(self) -> list[Tensor]:
-        """Return the parameters and buffers that only move between devices."""
+    def parameters_not_rounded(self) -> list[nn.Parameter]:
+        """Return the parameters that are never cast to a narrower type."""
         return []
+
+    def buffers_not_rounded(self) -> list[tuple[nn.Module, str]]:
+        """Return the buffers that are never cast to a narrower type, each as its module and its name."""
+        return []
+
+    def after_cast(self) -> None:
+        """Run after a cast that would have rounded some of these parameters."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `to`, `half` and `bfloat16` all call this private method, and casts have no public hook.
-        kept = [(t, t.data, None if t.grad is None else t.grad.data) for t in self.tensors_keeping_dtype()]
+        parameters = [(p, p.data, None if p.grad is None else p.grad.data) for p in self.parameters_not_rounded()]
+        buffers = [(owner, name, getattr(owner, name)) for owner, name in self.buffers_not_rounded()]
         super()._apply(fn, recurse)
-        for tensor, data, grad in kept:
-            tensor.grad = None
-            tensor.data = data.to(tensor.device)
-            tensor.grad = None if grad is None else grad.to(tensor.device)
+        cast = False
+        for parameter, data, grad in parameters:
+            if parameter.dtype != data.dtype and parameter.dtype.itemsize <= data.dtype.itemsize:
+                parameter.grad = None
+                parameter.data = data.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
+                cast = True
+        for owner, name, before in buffers:
+            now = getattr(owner, name)
+            if now.dtype != before.dtype and now.dtype.itemsize <= before.dtype.itemsize:
+                setattr(owner, name, before.to(now.device))
+        if cast:
+            self.after_cast()
         return self
+
+
+def subclass_arguments(module: Any) -> dict[str, Any]:
+    """Return the arguments of the running `__init__` methods of a module, if they are plain data, by name.
+
+    Called by `BaseLM.__init__`, so that checkpoints contain the arguments that a user's subclass adds.
+    """
+    # Lightning's `save_hyperparameters` reads the frames too, but only those of the class that calls it.
+    found: dict[str, Any] = {}
+    frame = inspect.currentframe()
+    frame = None if frame is None else frame.f_back
+    while frame is not None and frame.f_code.co_name == "__init__":
+        code, values = frame.f_code, frame.f_locals
+        owner, *names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if values[owner] is not module:
+            break
+        found |= {name: values[name] for name in names if _is_plain(values[name])}
+        frame = frame.f_back
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is data that a checkpoint can be loaded with, without running code."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

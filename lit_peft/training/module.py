@@ -12,19 +12,23 @@ from torch import Tensor, nn
 
 from lit_peft.methods.attachment import MethodSettings
 from lit_peft.models.tokenization import load_tokenizer
+from lit_peft.nn.torch_internals import DtypeKeepingDict
 from lit_peft.tasks import find_task
 from lit_peft.tasks.base import Batch, Generation, float32_default
+from lit_peft.training.accumulation import WeightedAccumulation
 from lit_peft.training.adapter_methods import AdapterMethods
 from lit_peft.training.building import build_empty_model, build_model, share_average_model
+from lit_peft.training.checkpoint_class import CLASS_KEY, class_name, class_of_checkpoint
 from lit_peft.training.data_checks import DataChecks
 from lit_peft.training.flat_init import flat_init
 from lit_peft.training.lightning_internals import (
-    DtypeKeepingModule,
     datamodule_of,
     mark_resumed_checkpoint,
+    subclass_arguments,
     trainer_of,
 )
 from lit_peft.training.optimizer import check_finite, make_optimizer, parameter_groups, schedule_for_run
+from lit_peft.training.precision import PreciseModule
 from lit_peft.training.randomness import run_seed, seed_all
 from lit_peft.training.setting_checks import check_settings
 from lit_peft.training.sharding import across_processes
@@ -32,7 +36,7 @@ from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import check_types
 
 
-class BaseLM(AdapterMethods, DataChecks, DtypeKeepingModule):
+class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
     """A frozen language model with a task head; the method that is mixed in trains a few parameters.
 
     Contains the training, validation, test and prediction steps, the optimizer, and checkpoints of only the trained
@@ -52,7 +56,8 @@ class BaseLM(AdapterMethods, DataChecks, DtypeKeepingModule):
         warmup_steps: optimizer steps of linear warmup; below 1, a share of all steps.
         generation: arguments of transformers' `generate`, for tasks that generate text, e.g. `{max_new_tokens: 64}`.
         dtype: `float32`, `bfloat16` or `float16` for the frozen base; the trainer's precision decides if unset.
-        adapter_dtype: the same for the trained parameters: `float32` keeps master weights under precision `bf16-true`.
+        adapter_dtype: the same for the trained parameters; `float32` if unset, also under precision `bf16-true`. Full
+            fine-tuning, which trains the base itself, then has the base's type.
         quantization: `int8` or `int4` (torchao), `nf4`, `nf4-dq`, `fp4`, `fp4-dq` or `llm-int8` (bitsandbytes) for
             the frozen base, or a quantization config of transformers as a dictionary.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`, ...; transformers' choice if unset.
@@ -93,14 +98,12 @@ class BaseLM(AdapterMethods, DataChecks, DtypeKeepingModule):
         check_types(BaseLM.__init__, values)
         settings = getattr(self, "settings", None)
         own = {} if settings is None else {field.name: getattr(settings, field.name) for field in fields(settings)}
-        self.save_hyperparameters(
-            {**values, **own, "optimizer_args": optimizer_args or {}, "generation": generation or {}}
-        )
+        plain = {"optimizer_args": optimizer_args or {}, "generation": generation or {}}
+        self.save_hyperparameters({**subclass_arguments(self), **values, **own, **plain})
         self.task = find_task(task)
         check_settings(values)
         self.model: Any = None
-        self.val_metrics = nn.ModuleDict()
-        self.test_metrics = nn.ModuleDict()
+        self.val_metrics, self.test_metrics = DtypeKeepingDict(), DtypeKeepingDict()
         self.strict_loading = False
         self._tokenizer: Any = None
         self._run_seed: int | None = None
@@ -128,7 +131,7 @@ class BaseLM(AdapterMethods, DataChecks, DtypeKeepingModule):
         self.task.prepare(self.model)
         with float32_default():
             self.val_metrics, self.test_metrics = (
-                nn.ModuleDict(self.task.metrics(self.model.config)) for _ in range(2)
+                DtypeKeepingDict(self.task.metrics(self.model.config)) for _ in range(2)
             )
         share_average_model(self)
 
@@ -157,12 +160,6 @@ class BaseLM(AdapterMethods, DataChecks, DtypeKeepingModule):
                 self.hparams.base, "model.base", self.hparams.revision
             )
         return self._tokenizer
-
-    def tensors_keeping_dtype(self) -> list[Tensor]:
-        """Return the trained parameters if `adapter_dtype` is set: casting the module then casts only frozen ones."""
-        if self.hparams.adapter_dtype is None or self.model is None:
-            return []
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def forward(self, **batch: Any) -> Any:
         """Run the model on a batch; return transformers' output object.
@@ -199,7 +196,8 @@ class BaseLM(AdapterMethods, DataChecks, DtypeKeepingModule):
             loss = self.task.loss(self(**batch), batch)
         if trainer_of(self) is not None:
             size = len(next(iter(batch.values())))
-            loss, mean = across_processes(loss, self.task.weight(batch), self.device_mesh)
+            loss, mean, weight = across_processes(loss, self.task.weight(batch), self.device_mesh)
+            self.weight_batch(weight)
             self.log("train_loss", mean, prog_bar=True, batch_size=size)
             if self.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
                 check_finite(mean, self.parameters(), self.global_step, self.learning_rate)
@@ -306,14 +304,28 @@ class BaseLM(AdapterMethods, DataChecks, DtypeKeepingModule):
         result.missing_keys.clear()
         return result
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a module and its trained tensors; arguments as in Lightning.
+
+        Called on `BaseLM`, it returns a module of the class that wrote the checkpoint.
+
+        Raises:
+            LitPeftError: the checkpoint does not fit, or its class is not known.
+        """
+        if getattr(cls, "settings_class", None) is None:
+            return class_of_checkpoint(cls, checkpoint_path).load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the model before its tensors are loaded, and restore the seed of the run."""
         self.configure_model()
         self._run_seed = checkpoint.get("run_seed", self._run_seed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the seed of the run."""
+        """Save the seed of the run, and the name of the class."""
         checkpoint["run_seed"] = self._run_seed
+        checkpoint[CLASS_KEY] = class_name(type(self))
 
     def describe(self) -> dict[str, str]:
         """Return what a banner shows: base, task and method."""

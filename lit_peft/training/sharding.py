@@ -43,7 +43,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, policy: Any = None) -> None:
     fully_shard(model, **settings)
 
 
-def across_processes(loss: Tensor, weight: Tensor, mesh: DeviceMesh | None) -> tuple[Tensor, Tensor]:
+def across_processes(loss: Tensor, weight: Tensor, mesh: DeviceMesh | None) -> tuple[Tensor, Tensor, Tensor]:
     """Weight the mean loss of a process so that the average over processes is the mean over all their terms.
 
     Strategies average gradients over processes. If these have different numbers of tokens, the average of their means
@@ -55,20 +55,20 @@ def across_processes(loss: Tensor, weight: Tensor, mesh: DeviceMesh | None) -> t
         mesh: the strategy's mesh; if None, every process has a part of the batch.
 
     Returns:
-        The weighted loss for the backward pass, and the mean over all terms, equal on every process.
+        The weighted loss for the backward pass; and, equal on every process, the mean over all terms and their number.
     """
+    count = weight.to(loss.device, torch.float32)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return loss, loss
+        return loss, loss, count
     group = None if mesh is None else mesh["data_parallel"].get_group()
     processes = torch.distributed.get_world_size(group)
     if processes == 1:
-        return loss, loss
-    count = weight.to(loss.device, torch.float32)
+        return loss, loss, count
     sums = torch.stack([count, count * loss.detach().float()])
     torch.distributed.all_reduce(sums, group=group)
     # If nothing is supervised on any process: zero, not 0/0.
     total = sums[0].clamp(min=1)
-    return loss * (count * processes / total).to(loss.dtype), sums[1] / total
+    return loss * (count * processes / total).to(loss.dtype), sums[1] / total, sums[0]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""What every room uses: errors, disk, memory, lazy imports, checks of types. Imports nothing of lit_peft above it."""
+"""Helpers for all other packages: errors, disk, memory, lazy imports, type checks. They import none of those."""

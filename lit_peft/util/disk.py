@@ -1,4 +1,4 @@
-"""Files and folders on disk: walking a folder, and making sure that what is written is really there, and whole."""
+"""Files and folders on disk: listing them, and writing them so that they are complete or absent."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# What a killed process left half written is removed when it is this old: a running one needs less.
+# Temporary files of this age were left by a killed process; a running one needs less time.
 _STALE_SECONDS = 3600
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """Yield every file below a folder in a fixed order, leaving out compiled Python."""
+    """Yield every file below a folder in a fixed order, except compiled Python."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if name != "__pycache__")
         for name in sorted(files):
@@ -27,13 +27,13 @@ def files_below(root: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force every file below a folder, and the folder itself, to the disk."""
+    """Flush every file below a folder, and the folder itself, to the disk."""
     for path in (*files_below(folder), folder):
         sync(path)
 
 
 def sync(path: Path) -> None:
-    """Force one file, or a folder's list of names, to the disk."""
+    """Flush one file, or a folder's list of names, to the disk."""
     # Folders cannot be opened for fsync on every system.
     with contextlib.suppress(PermissionError):
         handle = os.open(path, os.O_RDONLY)
@@ -44,14 +44,14 @@ def sync(path: Path) -> None:
 
 
 def clear_left(target: Path, seconds: float = _STALE_SECONDS) -> None:
-    """Remove the temporary files and folders `.NAME.tmp-…` beside `target` that a killed process left.
+    """Remove the temporary files and folders `.NAME.tmp-…` next to `target` that a killed process left.
 
     Args:
-        target: what they were to become.
-        seconds: how old they are at the least; 0 where no other process can be writing.
+        target: the file or folder that they were written for.
+        seconds: their minimum age; 0 if no other process can be writing.
     """
     for left in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
-        with contextlib.suppress(FileNotFoundError):  # another process has put its own in place
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
             if time.time() - left.stat().st_mtime < seconds:
                 continue
             if left.is_dir():
@@ -61,13 +61,13 @@ def clear_left(target: Path, seconds: float = _STALE_SECONDS) -> None:
 
 
 def temporary_folder(target: Path) -> Path:
-    """Make an empty folder `.NAME.tmp-…` beside `target`, to become it once it is filled."""
+    """Create an empty folder `.NAME.tmp-…` next to `target`, to be renamed to it later."""
     clear_left(target)
     return Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
-    """Sync a filled temporary folder and make it `target`.
+    """Flush a temporary folder to the disk and rename it to `target`.
 
     Raises:
         OSError: `target` is a folder with files in it.
@@ -79,11 +79,11 @@ def put_in_place(temporary: Path, target: Path) -> None:
 
 
 def replace_folder(temporary: Path, target: Path) -> None:
-    """Make a filled temporary folder `target`; one that is there goes only when the new one is on the disk."""
+    """Rename a temporary folder to `target`. An existing folder is removed only after the new one is on the disk."""
     old = target.with_name(f".{target.name}.old")
     try:
         if target.exists():
-            # Of an earlier replacement that was killed at its end.
+            # A replacement that was killed at its end may have left it.
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         put_in_place(temporary, target)
@@ -97,10 +97,10 @@ def replace_folder(temporary: Path, target: Path) -> None:
 
 
 def write_file(target: Path, content: Any) -> None:
-    """Write bytes as a file that a reader sees whole, the old one or the new one.
+    """Write bytes to a file so that readers see either the old or the new content, never a part of it.
 
     Raises:
-        OSError: it could not be written; what was there still is.
+        OSError: the file could not be written; the old one is unchanged.
     """
     with whole_file(target) as temporary, temporary.open("xb") as file:
         file.write(content)
@@ -108,7 +108,7 @@ def write_file(target: Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A name `.NAME.tmp-…` beside `target` for a file that becomes it when the block ends, or is gone if it fails."""
+    """Give a path `.NAME.tmp-…` next to `target`, which is renamed to it at the end, or removed if the block fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     clear_left(target)
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
@@ -123,14 +123,14 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def write_failure(what: str, target: Path, error: OSError) -> str:
-    """Say that something could not be written, and why."""
+    """Return the message that something could not be written, with the reason."""
     reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
-    return f"{what} could not be written to {target} ({reason}); what was written before is untouched."
+    return f"{what} could not be written to {target} ({reason}); files that were there before are unchanged."
 
 
 def open_to_others(folder: Path) -> None:
-    """Give a temporary folder and the files below it the permissions that new ones get (the umask's)."""
-    # What `mkdtemp` and safetensors make is for the owner alone; the umask shows in a plain new folder.
+    """Give a temporary folder and the files below it the permissions of newly created ones (those of the umask)."""
+    # `mkdtemp` and safetensors give access to the owner only. A new folder shows the umask.
     probe = folder / ".mode"
     probe.mkdir()
     mode = probe.stat().st_mode & 0o777
@@ -143,7 +143,7 @@ def open_to_others(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder `.NAME.tmp-…` beside `target` that becomes it when the block ends, or is gone if it fails."""
+    """Give a folder `.NAME.tmp-…` next to `target`, which is renamed to it at the end, or removed on failure."""
     temporary = temporary_folder(target)
     try:
         yield temporary

@@ -1,4 +1,4 @@
-"""The one error type users see, and the helper that suggests what they may have meant."""
+"""The one error type for users, and what its messages need."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 
 
 class LitPeftError(ValueError):
-    """Bad input from the user: one paragraph naming the field, the value and the fix.
+    """Bad input from the user: one paragraph that names the field, the value and the fix.
 
-    The command line prints the message alone (no traceback) and exits with status 2. Values may come from files that
-    somebody else wrote: what is longer than `MOST` characters is cut.
+    The command line prints only the message (no traceback) and exits with status 2. Values may come from files that
+    somebody else wrote, so a message is cut after `MOST` characters.
     """
 
     MOST = 2000
@@ -20,12 +20,12 @@ class LitPeftError(ValueError):
 
 
 def closest(name: str, choices: Iterable[str], n: int = 3) -> str:
-    """Return the choices nearest to `name`, ready to stand in a sentence.
+    """Return the choices that are most similar to `name`, to be used in a sentence.
 
     Args:
         name: what the user wrote.
-        choices: what exists.
-        n: how many to name at most.
+        choices: the valid names.
+        n: the maximum number of choices to return.
 
     Returns:
         `"'a', 'b'"`: the `n` closest matches, or the first `n` choices if none is close.
@@ -36,7 +36,7 @@ def closest(name: str, choices: Iterable[str], n: int = 3) -> str:
 
 
 def causes(exc: BaseException, most: int = 8) -> Iterator[BaseException]:
-    """Yield an exception and what led to it, the outermost first, `most` at the most."""
+    """Yield an exception and its causes, the outermost first, at most `most` of them."""
     link: BaseException | None = exc
     for _ in range(most):
         if link is None:
@@ -46,5 +46,5 @@ def causes(exc: BaseException, most: int = 8) -> Iterator[BaseException]:
 
 
 def first_line(exc: BaseException) -> str:
-    """Return the first line of an exception's message (its type's name if it has none), 300 characters at most."""
+    """Return the first line of an exception's message, at most 300 characters; its type's name if it has none."""
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:300]

@@ -1,4 +1,4 @@
-"""Whether values are of the kinds that annotations say: settings come from files and command lines, too."""
+"""Checks of values against type annotations: settings also come from files and command lines."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lit_peft.util.errors import LitPeftError
 def check_types(owner: Any, values: Mapping[str, Any], where: str = "") -> None:
     """Check values against the annotations of a class or function.
 
-    Any collection stands for a sequence, any path for a text, a whole number for a float. Which of the words of a
-    `Literal` there are is left to its owner, who can say more about it.
+    Any collection is accepted as a sequence, any path as a string and any integer as a float. Of a `Literal`, only the
+    type is checked, because its owner can give a better message for an unknown word.
 
     Args:
-        owner: what has the annotations.
-        values: values by the annotated names; other names are passed over.
-        where: what to begin the message with, e.g. `"adapter_config.json: "`.
+        owner: the class or function with the annotations.
+        values: values by annotated names; other names are ignored.
+        where: the beginning of the message, e.g. `"adapter_config.json: "`.
 
     Raises:
-        LitPeftError: names the first value of another kind.
+        LitPeftError: names the first value of a wrong type.
     """
     hints = _hints(owner)
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
-            raise LitPeftError(f"{where}{name}={brief(value)} is not of its kind: give {_said(hints[name])}.")
+            raise LitPeftError(f"{where}{name}={brief(value)} has the wrong type: give {_in_words(hints[name])}.")
 
 
 def brief(value: Any, most: int = 80) -> str:
-    """A value as it stands in a message, cut to `most` characters."""
+    """Return a value as a string for a message, cut after `most` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}…"
 
@@ -63,16 +63,16 @@ def _fits(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, hint)
 
 
-def _said(hint: Any) -> str:
-    """A kind in words."""
+def _in_words(hint: Any) -> str:
+    """Return a type in words."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_said(part) for part in parts))
+        return " or ".join(dict.fromkeys(_in_words(part) for part in parts))
     if origin is Literal:
         return " or ".join(map(repr, parts))
     if origin is dict:
-        return f"a mapping to {_said(parts[1])}"
+        return f"a mapping to {_in_words(parts[1])}"
     if origin is not None:
-        return f"a list of {_said(parts[0])}"
-    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", types.NoneType: "null"}
+        return f"a list of {_in_words(parts[0])}"
+    words = {float: "a number", int: "an integer", bool: "true or false", str: "a string", types.NoneType: "null"}
     return words.get(hint, getattr(hint, "__name__", str(hint)))
