@@ -75,8 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as problem:
         # jsonargparse wraps errors that a class raises in its __init__.
         ours = next((cause for cause in causes(problem) if isinstance(cause, LitPeftError)), None)
-        if ours is None or os.environ.get(DEBUG_VARIABLE):
+        missing = next((cause for cause in causes(problem) if isinstance(cause, ModuleNotFoundError)), None)
+        if (ours is None and missing is None) or os.environ.get(DEBUG_VARIABLE):
             raise
+        if ours is None and missing is not None:
+            # A logger, callback or plugin that the configuration names.
+            ours = LitPeftError(f"A class in the configuration needs a package that is not installed: {missing}")
         print(f"lit-peft: error: {ours}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

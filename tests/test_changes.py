@@ -275,3 +275,26 @@ def test_modules_to_save_leaves_the_methods_own_parameters_alone() -> None:
     own = [name for name in trained_of(model) if ".ffn_adapter." in name or "_adapter." in name]
     assert own and not any("_adapter" in path for path in attachment_of(model).trained)
     assert sum(".mlp." in name for name in attachment_of(model).trained) == 6
+
+
+def test_a_recurrent_layer_trained_in_full_cannot_share_a_batch() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin0, self.rnn = nn.Linear(10, 10), nn.GRU(10, 10, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.rnn(self.lin0(x))[0]
+            return out
+
+    model = Recurrent().eval()
+    lit_peft.add_adapter(model, "a", LoRASettings(target_modules=["lin0"], modules_to_save=["rnn"]))
+    with lit_peft.row_adapters(model, ["a", None]), pytest.raises(LitPeftError, match="GRU returns more than one"):
+        model(torch.randn(2, 5, 10))
+
+
+def test_the_card_of_a_model_that_was_not_loaded_names_no_hub_repository(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.lin0 = nn.Linear(4, 4)
+    lit_peft.save_adapter(lit_peft.attach(model, LoRASettings(target_modules=["lin0"])), tmp_path / "adapter")
+    assert "base_model:" not in (tmp_path / "adapter" / "README.md").read_text()

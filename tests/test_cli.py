@@ -177,3 +177,15 @@ def test_print_config_explains_every_setting(
     printed = capsys.readouterr().out
     for text in ("# rank of each update", "lora_alpha: 16", "lr_scheduler: linear", "# examples per batch and device"):
         assert text in printed
+
+
+def test_a_logger_whose_package_is_missing_is_one_line(
+    encoder: Path, reviews: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    command = ["fit", "--model", "LoRA", "--model.base", str(encoder), "--model.task", "sequence_classification"]
+    command += ["--data", "TextClassificationData", "--data.train", str(reviews), "--trainer.max_steps", "1"]
+    assert main([*command, "--trainer.logger", "lightning.pytorch.loggers.CometLogger"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "needs a package that is not installed" in said and "comet" in said

@@ -105,6 +105,11 @@ class ModuleRows(nn.Module):
             positions = (index == number).nonzero().flatten()
             module, tensors = self._forms[number]
             part = functional_call(module, dict(tensors), (x[positions], *args), kwargs)
+            if not isinstance(part, Tensor):
+                raise LitPeftError(
+                    f"A {type(module).__name__} returns more than one tensor, so adapters that train it in full cannot "
+                    "share a batch: run their rows in batches of their own with set_adapter."
+                )
             out = part.new_empty(x.shape[0], *part.shape[1:]) if out is None else out
             out = out.index_copy(0, positions, part.to(out.dtype))
         assert out is not None
