@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 
 from lit_peft.methods.attachment import trainable_parameters
+from lit_peft.models.experts import experts_left_out
 
 
 class RunBanner(Callback):
@@ -38,6 +39,7 @@ class RunBanner(Callback):
             "base": facts.get("base", ""),
             "task": facts.get("task", ""),
             "method": facts.get("method", type(pl_module).__name__),
+            "experts": experts_left_out(pl_module) or "",
             "trainable": f"{trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.3f} %)",
             "length": _length(trainer) + (f" ({self.length_note})" if self.length_note else ""),
             "precision": f"{trainer.precision} on {trainer.world_size} × {device}",

@@ -12,7 +12,7 @@ import torch
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from lit_peft.commands.options import base_options, check_generates, load_base
+from lit_peft.commands.options import base_options, check_generates, load_base_from_options
 from lit_peft.util.errors import LitPeftError
 
 
@@ -79,7 +79,7 @@ class AdapterAPI(litserve.LitAPI):
         from lit_peft.models.tokenization import load_tokenizer
 
         self.tokenizer = load_tokenizer(self.options.base, "--base", self.options.revision)
-        self.model = load_base(self.options).to(device)
+        self.model = load_base_from_options(self.options).to(device)
         check_generates(self.model)
         # The new tokens follow the prompt's last one.
         self.tokenizer.padding_side = "left"

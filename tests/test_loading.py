@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lit_peft
 from lit_peft import LitPeftError
-from lit_peft.commands.options import base_options, load_base
+from lit_peft.commands.options import base_options, load_base_from_options
 from lit_peft.models.loading import BaseSettings, load_config
 from lit_peft.training.building import build_empty_model
 
@@ -23,7 +23,7 @@ def test_commands_load_the_same_weights_as_modules(task: str, decoder: Path) -> 
     module = lit_peft.HeadOnly(base=str(decoder), task=task, **labels)
     module.configure_model()
     frozen = {name: value for name, value in module.model.named_parameters() if not value.requires_grad}
-    loaded = load_base(base_options(str(decoder), task=task, **labels))
+    loaded = load_base_from_options(base_options(str(decoder), task=task, **labels))
     assert type(loaded) is type(module.model) and not loaded.training
     parameters = dict(loaded.named_parameters())
     assert frozen.keys() <= parameters.keys() and len(frozen) > 10
@@ -35,7 +35,7 @@ def test_commands_load_the_same_weights_as_modules(task: str, decoder: Path) -> 
 
 
 def test_without_a_task_the_base_is_its_own_architecture(decoder: Path) -> None:
-    model = load_base(base_options(str(decoder), dtype="bfloat16"))
+    model = load_base_from_options(base_options(str(decoder), dtype="bfloat16"))
     assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.bfloat16
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from lit_peft.commands.options import Options, adapter_folders, check_counts, check_generates, load_base
+from lit_peft.commands.options import Options, adapter_folders, check_counts, check_generates, load_base_from_options
 from lit_peft.models.generation import check_generation
 from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.type_checks import brief
@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> None:
     if not asks:
         inputs = _encoded(tokenizer, sys.stdin.read() if options.prompt is None else options.prompt, options.chat)
 
-    model = load_base(options)
+    model = load_base_from_options(options)
     check_generates(model)
     for name, folder in folders.items():
         load_adapter(model, folder, check_base=not options.force, name=name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 
-from lit_peft.commands.options import Options, load_base
+from lit_peft.commands.options import Options, load_base_from_options
 from lit_peft.util.errors import LitPeftError
 
 
@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> None:
     from lit_peft.models.tokenization import load_tokenizer
 
     with new_folder(options.output) as folder:
-        model = load_base(options)
+        model = load_base_from_options(options)
         merge(load_adapter(model, options.adapter, check_base=not options.force))
         model.save_pretrained(folder, max_shard_size=options.max_shard_size)
         # A base without a tokenizer can be merged, too.

@@ -30,7 +30,7 @@ class Options(argparse.ArgumentParser):
 
 
 def base_options(base: str, **given: Any) -> argparse.Namespace:
-    """Return the options that `load_base` reads, with defaults for those that are not given.
+    """Return the options that `load_base_from_options` reads, with defaults for those that are not given.
 
     Raises:
         LitPeftError: an option does not exist.
@@ -90,7 +90,7 @@ def check_generates(model: Any) -> None:
         )
 
 
-def load_base(options: argparse.Namespace) -> Any:
+def load_base_from_options(options: argparse.Namespace) -> Any:
     """Load the base model that the options name.
 
     Raises:

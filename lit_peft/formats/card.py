@@ -21,12 +21,8 @@ def write_card(model: nn.Module, folder: Path, base: str) -> None:
     """
     settings: Any = attachment_of(model).settings
     # The hub rejects a base model that is not a repository id. A model that was not loaded is named by its class.
-    is_hub_id = (
-        base != type(model).__name__
-        and base.count("/") <= 1
-        and not Path(base).exists()
-        and not base.startswith((".", "/", "~", "pkg:"))
-    )
+    is_local = Path(base).exists() or base.startswith((".", "/", "~", "pkg:"))
+    is_hub_id = base != type(model).__name__ and base.count("/") <= 1 and not is_local
     lines = ["---", *([f"base_model: {base}"] if is_hub_id else []), "library_name: peft", "tags:"]
     lines += ["- lit-peft", f"- {settings.method.replace('_', '-')}", "---", "", f"# {settings.method} adapter", ""]
     lines += [f"Trained on `{base}` with `{type(settings).__name__}`:", "", "| setting | value |", "|---|---|"]
