@@ -82,7 +82,9 @@ class Seq2SeqData(LitDataModule):
         table = drop_cut_column(table, self.notes, split, "sources", self.max_length, column="source_cut")
         if split == "predict":
             return table
-        note_missing_end(self.notes, self.tokenizer)
+        # A tokenizer may add an end token without naming it as eos_token.
+        if not self.tokenizer.num_special_tokens_to_add():
+            note_missing_end(self.notes, self.tokenizer)
         lost = column_values(table, "target_cut")
         lengths = [len(labels) + cut for labels, cut in zip(column_values(table, "labels"), lost, strict=True)]
         table = drop_cut_column(
