@@ -142,7 +142,9 @@ def test_generate_with_adapters_by_name(decoder: Path, tmp_path: Path, capsys: p
 def test_generate_says_what_is_wrong_before_it_loads_the_model(
     given: list[str], words: str, decoder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_peft.commands.generate.load_base", lambda options: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(
+        "lit_peft.commands.generate.load_base_from_options", lambda options: pytest.fail("the model is loaded")
+    )
     assert main(["generate", "--base", str(decoder), "--prompt", "the film", *given]) == 2
     assert words in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.methods.attachment import attachment_of, trainable_parameters
 
 
@@ -22,7 +23,7 @@ def write_card(model: nn.Module, folder: Path, base: str) -> None:
     settings: Any = attachment_of(model).settings
     # The hub rejects a base model that is not a repository id. A model that was not loaded is named by its class.
     is_local = Path(base).exists() or base.startswith((".", "/", "~", "pkg:"))
-    is_hub_id = base != type(model).__name__ and base.count("/") <= 1 and not is_local
+    is_hub_id = bool(base_name_or_path(model)) and base.count("/") <= 1 and not is_local
     lines = ["---", *([f"base_model: {base}"] if is_hub_id else []), "library_name: peft", "tags:"]
     lines += ["- lit-peft", f"- {settings.method.replace('_', '-')}", "---", "", f"# {settings.method} adapter", ""]
     lines += [f"Trained on `{base}` with `{type(settings).__name__}`:", "", "| setting | value |", "|---|---|"]
