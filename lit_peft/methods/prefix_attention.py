@@ -76,9 +76,9 @@ def attach_layer_prefix(
 
 def _no_way_in(module: Any) -> str | None:
     """Why an attention that uses transformers' interface can take no prefix all the same; None if it can."""
-    key_width = getattr(module, "qk_head_dim", None)
+    key_width = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
     if key_width is not None and key_width != getattr(module, "v_head_dim", key_width):
-        return "has keys and values of different widths (latent attention), which a prefix does not have"
+        return "has keys and values of different widths, which a prefix does not have"
     if hasattr(module, "experts"):
         return "routes its queries through experts, and repeats its keys for them"
     if hasattr(module, "keep_window_size"):
