@@ -19,8 +19,10 @@ def token_embeddings(host: Any, by_value: bool = False) -> nn.Embedding | None:
     names = arguments(host)
     if getattr(host, "main_input_name", "input_ids") != "input_ids" or (by_value and "inputs_embeds" not in names):
         return None
+    config = getattr(host, "config", None)
+    has_prompt = getattr(config, "prompt_length", None) and getattr(config, "use_prompt", True)
     # XLNet attends in the order of a permutation of its input; CPM-Ant puts a prompt of its own in front.
-    if "perm_mask" in names or getattr(getattr(host, "config", None), "prompt_length", None):
+    if "perm_mask" in names or has_prompt:
         return None
     try:
         embeddings = host.get_input_embeddings()
