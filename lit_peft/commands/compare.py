@@ -249,6 +249,8 @@ def _check(plan: Plan) -> None:
             raise LitPeftError(f"trainer has {name!r}, which is unknown: the closest are {closest(name, known)}.")
     data = make_data(plan.base, plan.model, plan.data)
     data.setup("fit")
+    for line in data.report():
+        print(f"data: {line}", flush=True)
     if "validation" not in data.rows:
         raise LitPeftError("The data has no validation rows, which choose the learning rate: set validation.")
     for method in plan.methods:
