@@ -154,7 +154,7 @@ def test_the_command_goes_on_after_a_kill(decoder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "a.jsonl").exists()
     begun = partial.read_bytes().count(b"\n") - 1
     done = subprocess.run([*command, "a.jsonl"], **options)
-    assert done.returncode == 0 and f"{begun:,} rows are in" in done.stdout
+    assert done.returncode == 0 and f"{begun:,} rows in . are finished" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == list(range(256))
     assert [row["prompt"] for row in rows] == [f"the film {x} is {y}" for x in words * 4 for y in words]
