@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sweep import DOCS, END, METHODS, START, answers, batch, check, general, sound
+from sweep import DOCS, END, METHODS, START, answers, check, general, resting_parameters, sound
 from sweep_models import build
 
 TABLE = DOCS.read_text(encoding="utf-8").partition(START)[2].partition(END)[0].splitlines()
@@ -27,9 +27,7 @@ def cells(model_type: str, kind: str) -> dict[str, str]:
 )
 def test_a_cell_of_the_page_is_what_runs(model_type: str, kind: str, method: str) -> None:
     base = build(model_type, kind)
-    base(**batch(kind)).loss.backward()
-    resting = {name for name, p in base.named_parameters() if p.grad is None or not p.grad.any()}
-    base.zero_grad()
+    resting = resting_parameters(base, kind)
     found = check(base, kind, method, sound(answers(base, kind), 2e-5), resting)
     said = cells(model_type, kind)[method]
     if found == "yes":

@@ -102,11 +102,19 @@ def sound(found: dict[str, Tensor], tolerance: float) -> set[str]:
     return alike
 
 
+def resting_parameters(base: Any, kind: str) -> set[str]:
+    """The names of a base's parameters that get no gradient when everything is trained."""
+    base(**batch(kind)).loss.backward()
+    resting = {name for name, p in base.named_parameters() if p.grad is None or not p.grad.any()}
+    base.zero_grad()
+    return resting
+
+
 def check(base: Any, kind: str, method: str, expected: set[str], resting: set[str]) -> str:
     """Try one method on one model; return "yes", "no: REASON" if it was refused, or "FAIL: WHAT".
 
-    `resting` names the base's own parameters that get no gradient when everything is trained: this head does not use
-    them, so an adapter beside them gets none either.
+    `resting` has the base's `resting_parameters`: this head does not use them, so an adapter beside them gets no
+    gradient either.
     """
     model = copy.deepcopy(base)
     torch.manual_seed(0)
@@ -161,9 +169,7 @@ def sweep(results: Path, only: list[str]) -> None:
                 continue
             try:
                 base = build(name, kind)
-                base(**batch(kind)).loss.backward()
-                resting = {name for name, p in base.named_parameters() if p.grad is None or not p.grad.any()}
-                base.zero_grad()
+                resting = resting_parameters(base, kind)
                 expected = sound(answers(base, kind), 2e-5)
             except Exception:  # a model that cannot be built small, or does not run on a CPU, is no row
                 continue

@@ -99,8 +99,7 @@ def load_base_from_options(options: argparse.Namespace) -> Any:
     import torch
     import transformers
 
-    from lit_peft.models.loading import BaseSettings, load_config
-    from lit_peft.models.loading import load_base as load
+    from lit_peft.models.loading import BaseSettings, load_base, load_config
     from lit_peft.models.quantization import check_quantization
     from lit_peft.tasks import find_task
 
@@ -117,4 +116,4 @@ def load_base_from_options(options: argparse.Namespace) -> Any:
         model_class = getattr(transformers, name, transformers.AutoModelForCausalLM)
     else:
         model_class = task.model_class(config)
-    return load(settings, config, model_class, dtype, () if task is None else task.heads)[0]
+    return load_base(settings, config, model_class, dtype, () if task is None else task.heads)[0]

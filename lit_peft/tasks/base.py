@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
+from lit_peft.methods.positions import count_positions
 from lit_peft.models.architectures import counts_over_mask, learned_positions
 from lit_peft.models.transformers_internals import has_model_class
 from lit_peft.tasks.packed import is_packed
@@ -141,7 +142,7 @@ class Task:
         if "input_ids" in batch and not is_packed(batch):  # in a packed row the positions restart
             self.check_length(batch["input_ids"].shape[-1], "A batch")
         if self.counts_positions and mask is not None and mask.dim() == 2:
-            batch.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
+            batch.setdefault("position_ids", count_positions(mask))
         return self.run(model, batch)
 
     def run(self, model: Any, batch: Batch) -> Any:
