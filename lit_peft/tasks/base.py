@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric, Metric
 
 from lit_peft.methods.positions import count_positions
 from lit_peft.models.architectures import counts_over_mask, learned_positions
+from lit_peft.models.call_arguments import arguments
 from lit_peft.models.transformers_internals import has_model_class
 from lit_peft.tasks.packed import is_packed
 from lit_peft.util.errors import LitPeftError
@@ -84,6 +85,7 @@ class Task:
         extras: keys of a batch that the model does not take, used by metrics and predictions.
         monitor: the metric that selects the best checkpoint, and "min" or "max".
         positions: size of the model's table of position embeddings; None without one. Set by `prepare`.
+        pads_right: whether all batches for the loss are known to be padded on the right.
     """
 
     name: ClassVar[str]
@@ -95,6 +97,7 @@ class Task:
     monitor: tuple[str, str] = ("val_loss", "min")
     positions: int | None = None
     counts_positions: bool = False
+    pads_right: bool = False
 
     def model_class(self, config: Any) -> Any:
         """Return the auto class that builds a model of this config for the task.
@@ -146,7 +149,9 @@ class Task:
         return self.run(model, batch)
 
     def run(self, model: Any, batch: Batch) -> Any:
-        """Call the model on a batch without its extras."""
+        """Call the model on a batch without its extras; for a loss without a cache, which only generation needs."""
+        if "labels" in batch and "use_cache" in arguments(model):
+            batch = {"use_cache": False, **batch}
         return model(**batch)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:

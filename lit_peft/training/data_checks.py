@@ -64,6 +64,8 @@ def check_stages(module: Any, *stages: str) -> None:
             model number the labels differently.
     """
     data = datamodule_of(module)
+    # Ranks that share a batch (tensor parallelism) have parts of the logits, which cannot be compared as they are.
+    module.task.pads_right = getattr(data, "padding_side", "left") != "left" and module.device_mesh is None
     if not hasattr(data, "extent"):
         return
     if module.task.new_head:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from lit_peft.training.accumulation import WeightedAccumulation
 from lit_peft.training.adapter_methods import AdapterMethods
 from lit_peft.training.building import build_empty_model, build_metrics, build_model, share_average_model
 from lit_peft.training.checkpoint_class import CLASS_KEY, class_name, class_of_checkpoint
+from lit_peft.training.compile_setting import compile_for_training
 from lit_peft.training.data_checks import DataChecks
 from lit_peft.training.flat_init import flat_init
 from lit_peft.training.lightning_internals import (
@@ -64,6 +65,8 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
         supervised_loss: compute the loss of a causal LM only on the supervised tokens: the same loss in less time and
             memory.
+        compile: compile each transformer layer for training, see `lit_peft.compile_layers`; `auto`: on GPUs, on one or
+            with DDP.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run code that a hub model brings with it. It can do anything on this machine.
     """
@@ -90,6 +93,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
+        compile: bool | Literal["auto"] = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -107,6 +111,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         self.strict_loading = False
         self._tokenizer: Any = None
         self._run_seed: int | None = None
+        self._is_first_batch = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -170,12 +175,17 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
     def on_train_start(self) -> None:
         """Keep the callback that wrote the checkpoint being resumed from saving the same step again."""
         mark_resumed_checkpoint(self.trainer)
+        self._is_first_batch = True
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the randomness of each batch (dropout) from the run, the process, the epoch and the batch.
 
-        A resumed run thus draws the same numbers as an uninterrupted one, whatever validation or loaders drew.
+        A resumed run thus draws the same numbers as an uninterrupted one, whatever validation or loaders drew. Before
+        the first batch, compile the layers.
         """
+        if self._is_first_batch:
+            self._is_first_batch = False
+            compile_for_training(self, lambda: self._loss(batch))
         if self._run_seed is None:
             self._run_seed = self.trainer.strategy.broadcast(run_seed())
         # Processes that share one batch (tensor parallelism) draw the same numbers.
@@ -189,8 +199,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         With several processes, each has a part of the batch; the average over processes, which the strategy computes,
         is then the mean over all tokens (or examples) of the whole batch, as in a single process.
         """
-        with self._loss_only():
-            loss = self.task.loss(self(**batch), batch)
+        loss = self._loss(batch)
         if trainer_of(self) is not None:
             size = len(next(iter(batch.values())))
             loss, mean, weight = across_processes(loss, self.task.weight(batch), self.device_mesh)
@@ -200,8 +209,9 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
                 check_finite(mean, self.parameters(), self.global_step, self.learning_rate)
         return loss
 
-    def _loss_only(self) -> Any:
-        return self.task.loss_only(self.model) if self.hparams.supervised_loss else nullcontext()
+    def _loss(self, batch: Batch) -> Tensor:
+        with _loss_only(self):
+            return self.task.loss(self(**batch), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the validation metrics of its loader.
@@ -228,7 +238,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         # calls that processes make together, for the metrics that the others update.
         surplus = batch.pop("surplus", False)
         updated = copy.deepcopy(metrics) if surplus else metrics
-        with self._loss_only():
+        with _loss_only(self):
             rows = self.task.evaluate(self.model, updated, batch, self._generation)
         if trainer_of(self) is not None:
             size = len(next(iter(batch.values())))
@@ -347,3 +357,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
     def describe(self) -> dict[str, str]:
         """Return what a banner shows: base, task and method."""
         return {"base": self.hparams.base, "task": self.task.name, "method": type(self).__name__}
+
+
+def _loss_only(module: BaseLM) -> Any:
+    return module.task.loss_only(module.model) if module.hparams.supervised_loss else nullcontext()

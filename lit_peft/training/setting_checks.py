@@ -29,6 +29,8 @@ def check_settings(values: Mapping[str, Any]) -> None:
     for name in ("dtype", "adapter_dtype"):
         if values[name] is not None and not isinstance(getattr(torch, values[name], None), torch.dtype):
             raise LitPeftError(f"{name}={values[name]!r} is not known: use 'float32', 'bfloat16' or 'float16'.")
+    if values["compile"] not in (True, False, "auto"):
+        raise LitPeftError(f"compile={values['compile']!r} is not known: use True, False or 'auto'.")
     check_quantization(values["quantization"])
     check_generation(values["generation"] or {})
     if values["generation"] and values["task"] not in ("causal_lm", "seq2seq"):
