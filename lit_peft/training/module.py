@@ -30,6 +30,7 @@ from lit_peft.training.lightning_internals import (
 from lit_peft.training.optimizer import check_finite, make_optimizer, parameter_groups, schedule_for_run
 from lit_peft.training.precision import PreciseModule
 from lit_peft.training.randomness import run_seed, seed_all
+from lit_peft.training.run_record import RECORD
 from lit_peft.training.setting_checks import check_settings
 from lit_peft.training.sharding import across_processes
 from lit_peft.util.errors import LitPeftError
@@ -335,13 +336,20 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the model before its tensors are loaded, and restore the seed of the run."""
+        """Build the model before its tensors are loaded, and restore the seed of the run.
+
+        Raises:
+            LitPeftError: in a Trainer, the data, the labels or the settings are not those of the checkpoint's run.
+        """
         self.configure_model()
+        self.check_checkpoint(checkpoint)
         self._run_seed = checkpoint.get("run_seed", self._run_seed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the seed of the run, and the name of the class."""
+        """Save the seed of the run, what it is trained on and how, and the name of the class."""
         checkpoint["run_seed"] = self._run_seed
+        if self.run is not None:
+            checkpoint[RECORD] = self.run
         checkpoint[CLASS_KEY] = class_name(type(self))
 
     def describe(self) -> dict[str, str]:
