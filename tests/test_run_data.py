@@ -17,6 +17,10 @@ from models import QUIET
 import lit_peft
 from lit_peft import CausalLMData, LitPeftError, TextClassificationData
 from lit_peft.cli import main
+from lit_peft.commands import compare
+from lit_peft.commands.measure import measure
+from lit_peft.commands.plan import Plan, search_cells
+from lit_peft.commands.results import Results, finished_rows, left_out, newest_data, read_results
 from lit_peft.data.record import data_record, examples_digest
 
 
@@ -188,3 +192,46 @@ def test_the_hash_is_that_of_the_contents_alone() -> None:
         {name: values[:2] for name, values in rows.items()},
     ]
     assert len({examples_digest(table), *(examples_digest(Dataset.from_dict(other)) for other in others)}) == 6
+
+
+def test_a_comparison_has_runs_of_one_data_set(
+    encoder: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In this process, which is faster than a new one for each run.
+    monkeypatch.setattr(compare, "measure_in_process", measure)
+    config, folder = tmp_path / "compare.yaml", tmp_path / "out"
+    config.write_text(
+        f"base: {encoder}\ntask: sequence_classification\ntrainer: {{accelerator: cpu}}\noutput: {folder}\n"
+        f"data: {{class_path: TextClassificationData, init_args: {{train: {file}, limit_train: 16}}}}\n"
+        "methods: {HeadOnly: {}}\nsteps: 1\nevaluations: 1\ntrials: 1\nseeds: 1\n"
+    )
+
+    def rows() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+    def run() -> str:
+        plan = compare.check_plan(compare.read_plan(["--config", str(config)])[0])
+        compare.compare(plan, Results(folder / "results.jsonl"))
+        return capsys.readouterr().out
+
+    folder.mkdir()
+    assert "(finished before)" not in run() and "(finished before)" in run() and len(rows()) == 1
+    # A row of an earlier version, whose key has no data in it.
+    old = {name: value for name, value in rows()[0].items() if name != "data_hash"}
+    with (folder / "results.jsonl").open("a") as stream:
+        stream.write(json.dumps({**old, "cell": "0" * 16, "validation": 0.123}) + "\n")
+    rewrite(file, CHANGES["another order"][0])
+    assert "(finished before)" not in run() and len(rows()) == 3
+    assert len({row.get("data_hash") for row in rows()}) == 3
+    plan = compare.check_plan(compare.read_plan(["--config", str(config)])[0])
+    known = read_results(folder / "results.jsonl")
+    assert finished_rows(plan, known) == [rows()[2]] and newest_data(known) == plan.data_hash
+    assert "kept in results.jsonl: 1 on other data and 1 of an earlier version" in left_out(plan, known)
+
+
+def test_a_comparison_notices_data_that_changes_while_it_runs(encoder: Path, file: Path) -> None:
+    data = {"class_path": "TextClassificationData", "init_args": {"train": str(file), "limit_train": 16}}
+    plan = compare.check_plan(Plan(str(encoder), "sequence_classification", data, {"HeadOnly": {}}, steps=1, trials=1))
+    rewrite(file, CHANGES["another order"][0])
+    with pytest.raises(LitPeftError, match="data has changed since the comparison began"):
+        measure(search_cells(plan, "HeadOnly")[0])
