@@ -27,6 +27,7 @@ from lit_peft.training.lightning_internals import (
     subclass_arguments,
     trainer_of,
 )
+from lit_peft.training.neftune import embedding_noise
 from lit_peft.training.optimizer import check_finite, lightning_schedule, make_optimizer, parameter_groups
 from lit_peft.training.precision import PreciseModule
 from lit_peft.training.randomness import run_seed, seed_all
@@ -71,7 +72,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         trust_remote_code: run code that a hub model brings with it. It can do anything on this machine.
         lr_scheduler_kwargs: its further arguments, e.g. `{min_lr_rate: 0.1}` or `{num_decay_steps: 0.2}`; numbers of
             steps below 1 are shares of all steps.
-        neftune_noise_alpha: strength of noise on the input embeddings during training (NEFTune), e.g. 5.
+        neftune_noise_alpha: strength of uniform noise on the input embeddings during training (NEFTune), e.g. 5.
     """
 
     settings: MethodSettings
@@ -198,7 +199,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         With several processes, each has a part of the batch; the average over processes, which the strategy computes,
         is then the mean over all tokens (or examples) of the whole batch, as in a single process.
         """
-        with self._loss_only():
+        with self._loss_only(), embedding_noise(self.model, self.hparams.neftune_noise_alpha):
             loss = self.task.loss(self(**batch), batch)
         if trainer_of(self) is not None:
             size = len(next(iter(batch.values())))
