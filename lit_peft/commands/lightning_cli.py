@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import re
 import shlex
@@ -32,7 +33,8 @@ from lit_peft.data.base import LitDataModule
 from lit_peft.formats.folder import write_adapter
 from lit_peft.training.checkpoint_io import AtomicCheckpointIO
 from lit_peft.training.module import BaseLM
-from lit_peft.training.run_folder import CONFIG, RunLogger, earlier_run, newest_last
+from lit_peft.training.run_folder import CONFIG, DATA, RunLogger, earlier_run, newest_last
+from lit_peft.training.run_record import check_checkpoint_file
 from lit_peft.training.sharding import sharded_like, whole_parameters
 from lit_peft.util.disk import replace_folder, temporary_folder, write_failure, write_file
 from lit_peft.util.errors import LitPeftError, closest
@@ -59,6 +61,11 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         text = self.parser.dump(self.config, skip_unset=False)
         write_file(self._folder / CONFIG, text.encode())
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write what the run is trained on beside its configuration, once a checkpoint to resume has been accepted."""
+        if trainer.is_global_zero:
+            write_file(self._folder / DATA, json.dumps(pl_module.run["data"], indent=2).encode())
 
 
 class CLI(LightningCLI):
@@ -138,6 +145,7 @@ class CLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
+        check_checkpoint_file(self.model, self.datamodule, config.get("ckpt_path"), str(self.subcommand))
         return super().instantiate_trainer(callbacks=[*given, *extra], plugins=plugins, **kwargs)
 
     def _resumed_version(self, root: Path, callbacks: list[Any]) -> int | None:
@@ -153,7 +161,7 @@ class CLI(LightningCLI):
         found = newest_last(folders)
         if found is None:
             rank_zero_only(print)(
-                f"No run of this model and data in {root} has a last checkpoint: training starts from the beginning."
+                f"No run of this model, data and seed in {root} has a last checkpoint: training starts anew."
             )
         if found is not None or config.trainer.logger in (None, True):
             config.ckpt_path = None if found is None else str(found)

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from lit_peft.data.even_shards import DropSurplus, EvenShards
@@ -138,6 +139,8 @@ def _processed_batches(trainer: pl.Trainer | None) -> int | None:
 def check_plan(state: Mapping[str, int], plan: Mapping[str, int]) -> None:
     """Check that a loader makes the same batches as the loader whose position is restored.
 
+    Between two epochs the batches may differ; a line is printed then.
+
     Args:
         state: the saved position, with the number of `batches` of the epoch that were trained on.
         plan: what the batches depend on now, by name.
@@ -146,12 +149,16 @@ def check_plan(state: Mapping[str, int], plan: Mapping[str, int]) -> None:
         LitPeftError: the position is in the middle of an epoch, and the batches differ.
     """
     for name, now in plan.items():
-        if state["batches"] and state.get(name) != now:
+        if state.get(name) == now:
+            continue
+        if state["batches"]:
             raise LitPeftError(
                 f"The checkpoint was written in the middle of an epoch with {name} {state.get(name)}, and now it is "
                 f"{now}, so the rest of the epoch is not known: give the data settings of that run, or a checkpoint "
                 "from the end of an epoch."
             )
+        if name in state:
+            rank_zero_only(print)(f"{'resumed:':<11}{name} was {state[name]} and is {now} now", flush=True)
 
 
 class StatefulLoader(DataLoader[Any]):

@@ -19,7 +19,7 @@ _WARN_SHARE = 0.05
 # The maximum length that a warning suggests loses at most this share.
 _SUGGESTED_SHARE = 0.01
 # Columns that look like a part of the example; one that no setting reads is noted.
-_MEANINGFUL_COLUMNS = {
+MEANINGFUL_COLUMNS = {
     *("tools", "functions", "documents", "chat_template_kwargs", "system", "system_prompt", "history"),
     *("input", "context", "weight", "weights", "sample_weight", "loss_weight", "train", "is_impossible"),
     *("image", "images", "audio", "audios", "video", "videos"),
@@ -76,7 +76,7 @@ def note_unused_columns(notes: Notes, field: str, columns: Collection[str], used
         columns: the columns of the table.
         used: the columns that are read.
     """
-    unused = [column for column in columns if column.lower() in _MEANINGFUL_COLUMNS and column not in used]
+    unused = [column for column in columns if column.lower() in MEANINGFUL_COLUMNS and column not in used]
     if unused:
         names = ", ".join(map(repr, unused))
         notes.add(f"{field}: column {names} not used." if len(unused) == 1 else f"{field}: columns {names} not used.")

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.files import column_values, is_file, read_hub, require_columns
+from lit_peft.data.notes import MEANINGFUL_COLUMNS
 from lit_peft.data.rows import Rows, Split
 from lit_peft.data.splits import filter_rows
 from lit_peft.util.errors import LitPeftError, closest
@@ -115,7 +116,9 @@ def text_options(data: Any, split: Split) -> dict[str, Any]:
     text_column = next((column for column in data.columns(split).values() if column), "text")
     # Prompts to continue are one per line, whatever the training text looks like.
     unit = "line" if split == "predict" else data.text_unit
-    return {"text_column": text_column, "text_unit": unit, "tsv": data.tsv}
+    optional = dict.fromkeys((*data.optional_columns, *MEANINGFUL_COLUMNS), False)
+    used = {**optional, **dict.fromkeys((*filter(None, data.columns(split).values()), *data.where), True)}
+    return {"text_column": text_column, "text_unit": unit, "tsv": data.tsv, "used": used}
 
 
 def missing_split(data: Any, split: Split) -> str:

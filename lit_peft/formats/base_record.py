@@ -40,6 +40,13 @@ def base_record(model: nn.Module) -> dict[str, Any]:
     return {**_record(_base_weights(model, attachment.adapted, trained), model), "trained": trained}
 
 
+def same_base(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Return whether two records of `base_record` are those of the same weights, whatever their names."""
+    one, other = recorded.get("sample") or {}, found.get("sample") or {}
+    same_shapes = recorded.get("shapes") == found.get("shapes")
+    return same_shapes and all(_is_close(one[name], other[name]) for name in one.keys() & other.keys())
+
+
 def base_name_or_path(model: nn.Module) -> str:
     """Return the name or path that the base was loaded from, or an empty string if it was not loaded."""
     return str(getattr(model, BASE_ATTRIBUTE, None) or getattr(model, "name_or_path", None) or "")

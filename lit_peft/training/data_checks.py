@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lit_peft.tasks.packed import check_method
 from lit_peft.training.lightning_internals import datamodule_of, trainer_of
+from lit_peft.training.run_record import RECORD, check_checkpoint, check_same_base, run_record, say, say_new_length
 from lit_peft.util.errors import LitPeftError
 
 
@@ -15,6 +17,10 @@ class DataChecks:
     task: Any
     settings: Any
     hparams: Any
+    # What the checkpoints of this run say of it, from the start of training.
+    run: dict[str, Any] | None = None
+    # What the checkpoint says that this run is resumed from.
+    resumed: Mapping[str, Any] | None = None
 
     def check_data(self, data: Any) -> None:
         """Refuse a data module whose batches the method or the task cannot use.
@@ -41,8 +47,22 @@ class DataChecks:
                 self.hparams["num_labels"] = getattr(data, "num_labels", None)
         self.task.monitor = getattr(data, "monitor", None) or self.task.monitor
 
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose run had other data, labels or settings; see `run_record.check_checkpoint`."""
+        trainer = trainer_of(self)  # type: ignore[arg-type]
+        if trainer is not None and trainer.state.fn is not None:
+            stage, path = trainer.state.fn.value, trainer.ckpt_path
+            for line in check_checkpoint(self, datamodule_of(self), checkpoint, path, stage):  # type: ignore[arg-type]
+                say(line)
+            check_same_base(self, checkpoint, path)
+            self.resumed = checkpoint.get(RECORD)
+
     def on_fit_start(self) -> None:
         check_stages(self, "train", "validation")
+        self.run = run_record(self)
+        if self.resumed is not None:
+            say_new_length(self, self.resumed, self.run)
+            self.resumed = None
 
     def on_validation_start(self) -> None:
         trainer: Any = trainer_of(self)  # type: ignore[arg-type]

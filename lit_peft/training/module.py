@@ -28,9 +28,11 @@ from lit_peft.training.lightning_internals import (
     subclass_arguments,
     trainer_of,
 )
-from lit_peft.training.optimizer import check_finite, make_optimizer, parameter_groups, schedule_for_run
+from lit_peft.training.neftune import embedding_noise
+from lit_peft.training.optimizer import check_finite, lightning_schedule, make_optimizer, parameter_groups
 from lit_peft.training.precision import PreciseModule
 from lit_peft.training.randomness import run_seed, seed_all
+from lit_peft.training.run_record import RECORD
 from lit_peft.training.setting_checks import check_settings
 from lit_peft.training.sharding import across_processes
 from lit_peft.util.errors import LitPeftError
@@ -50,10 +52,12 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         labels: names of the labels, for classification; taken from the data module if unset.
         num_labels: number of labels, if they have no names.
         learning_rate: peak learning rate; the method's usual one if unset.
-        optimizer: class of `torch.optim`, or the import path of any other optimizer.
+        optimizer: class of `torch.optim`; `AdamW8bit`, `PagedAdamW8bit` or another one of bitsandbytes; or the import
+            path of any other.
         optimizer_args: further arguments of the optimizer.
         weight_decay: for the trained matrices; biases, norms and other vectors have none.
-        lr_scheduler: `linear`, `cosine` or `constant`, after the warmup.
+        lr_scheduler: `linear`, `cosine` or `constant`, after the warmup; or another schedule of transformers, e.g.
+            `cosine_with_min_lr`, `warmup_stable_decay`, `inverse_sqrt`, `polynomial` or `reduce_lr_on_plateau`.
         warmup_steps: optimizer steps of linear warmup; below 1, a share of all steps.
         generation: arguments of transformers' `generate`, for tasks that generate text, e.g. `{max_new_tokens: 64}`.
         dtype: `float32`, `bfloat16` or `float16` for the frozen base; the trainer's precision decides if unset.
@@ -69,6 +73,9 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
             with DDP.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run code that a hub model brings with it. It can do anything on this machine.
+        lr_scheduler_kwargs: its further arguments, e.g. `{min_lr_rate: 0.1}` or `{num_decay_steps: 0.2}`; numbers of
+            steps below 1 are shares of all steps.
+        neftune_noise_alpha: strength of uniform noise on the input embeddings during training (NEFTune), e.g. 5.
     """
 
     settings: MethodSettings
@@ -96,6 +103,8 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         compile: bool | Literal["auto"] = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        neftune_noise_alpha: float | None = None,
     ) -> None:
         super().__init__()
         values = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -103,6 +112,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         settings = getattr(self, "settings", None)
         own = {} if settings is None else {field.name: getattr(settings, field.name) for field in fields(settings)}
         plain = {"optimizer_args": optimizer_args or {}, "generation": generation or {}}
+        plain["lr_scheduler_kwargs"] = lr_scheduler_kwargs or {}
         self.save_hyperparameters({**subclass_arguments(self), **values, **own, **plain})
         self.task = find_task(task)
         check_settings(values)
@@ -210,7 +220,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         return loss
 
     def _loss(self, batch: Batch) -> Tensor:
-        with _loss_only(self):
+        with _loss_only(self), embedding_noise(self.model, self.hparams.neftune_noise_alpha):
             return self.task.loss(self(**batch), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -290,9 +300,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         optimizer = make_optimizer(groups, hparams.optimizer, self.learning_rate, hparams.optimizer_args)
         if trainer_of(self) is None:
             return optimizer
-        total = self.trainer.estimated_stepping_batches
-        schedule = schedule_for_run(optimizer, hparams.lr_scheduler, hparams.warmup_steps, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": lightning_schedule(self, optimizer)}
 
     # --------------------------------------------------------------------------------------- checkpoints
 
@@ -345,13 +353,20 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the model before its tensors are loaded, and restore the seed of the run."""
+        """Build the model before its tensors are loaded, and restore the seed of the run.
+
+        Raises:
+            LitPeftError: in a Trainer, the data, the labels or the settings are not those of the checkpoint's run.
+        """
         self.configure_model()
+        self.check_checkpoint(checkpoint)
         self._run_seed = checkpoint.get("run_seed", self._run_seed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the seed of the run, and the name of the class."""
+        """Save the seed of the run, what it is trained on and how, and the name of the class."""
         checkpoint["run_seed"] = self._run_seed
+        if self.run is not None:
+            checkpoint[RECORD] = self.run
         checkpoint[CLASS_KEY] = class_name(type(self))
 
     def describe(self) -> dict[str, str]:

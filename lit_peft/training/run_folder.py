@@ -13,11 +13,12 @@ from lit_peft.training.lightning_internals import AppendingCSVLogger
 from lit_peft.util.disk import write_file
 
 CONFIG = "config.yaml"
+DATA = "data.json"
 METRICS = "metrics.csv"
 
 
 def earlier_run(root: Path, config: dict[str, Any]) -> int | None:
-    """Return the number of the newest run that trained the same model on the same data; None if there is none.
+    """Return the number of the newest run of the same model, data and seed; None if there is none.
 
     Args:
         root: the folder that contains the folders `version_N`.
@@ -33,7 +34,9 @@ def earlier_run(root: Path, config: dict[str, Any]) -> int | None:
             known = yaml.safe_load((root / f"version_{number}" / CONFIG).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             continue
-        if isinstance(known, dict) and all(known.get(part) == config.get(part) for part in ("model", "data")):
+        if isinstance(known, dict) and all(
+            known.get(part) == config.get(part) for part in ("model", "data", "seed_everything")
+        ):
             return number
     return None
 
