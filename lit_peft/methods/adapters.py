@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
@@ -247,18 +247,31 @@ def active_adapter(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[None]:
+def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Make an adapter the active one in the block, and restore the previous one afterwards.
+
+    Args:
+        model: a model with adapters.
+        name: the adapter; None for the base model, bit for bit.
+
+    Raises:
+        LitPeftError: there is no adapter of that name.
+    """
+    previous = adapters_of(model).active
+    set_adapter(model, name)
+    try:
+        yield
+    finally:
+        set_adapter(model, previous)
+
+
+def disable_adapter(model: nn.Module) -> AbstractContextManager[None]:
     """Provide the base model, bit for bit, in the block, and restore the active adapter afterwards.
 
     Args:
         model: a model with or without adapters.
     """
-    previous = adapters_of(model).active
-    set_adapter(model, None)
-    try:
-        yield
-    finally:
-        set_adapter(model, previous)
+    return use_adapter(model, None)
 
 
 def merge_adapter(model: Model) -> Model:
