@@ -262,7 +262,7 @@ class Campaign:
 
 
 def ask(port: int, seconds: float) -> str:
-    """Return what a server answers, once it is there."""
+    """Return what a server answers, once it is there; empty if it is not there in time."""
     body = json.dumps({"prompt": "the film was", "adapter": "a"}).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/generate", body, headers={"Content-Type": "application/json"}
@@ -270,7 +270,7 @@ def ask(port: int, seconds: float) -> str:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=30) as answer:
-            return str(json.load(answer)["text"])
+            return json.dumps(json.load(answer))
         time.sleep(0.2)
     return ""
 
