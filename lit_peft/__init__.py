@@ -44,6 +44,7 @@ _NAMES = {
     "supervised_loss": "lit_peft.tasks.supervised_loss",
     "trainable_parameters": "lit_peft.methods.attachment",
     "unmerge_adapter": "lit_peft.methods.adapters",
+    "use_adapter": "lit_peft.methods.adapters",
 }
 __all__ = sorted(_NAMES)
 __version__ = "0.1.0"

@@ -52,6 +52,7 @@ from lit_peft.methods.adapters import set_adapter as set_adapter
 from lit_peft.tasks.supervised_loss import supervised_loss as supervised_loss
 from lit_peft.methods.attachment import trainable_parameters as trainable_parameters
 from lit_peft.methods.adapters import unmerge_adapter as unmerge_adapter
+from lit_peft.methods.adapters import use_adapter as use_adapter
 
 __version__: str
 
@@ -106,4 +107,5 @@ __all__ = [
     "supervised_loss",
     "trainable_parameters",
     "unmerge_adapter",
+    "use_adapter",
 ]

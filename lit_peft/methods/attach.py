@@ -13,9 +13,11 @@ from lit_peft.methods.attachment import (
 )
 from lit_peft.methods.fast_path import fast_path_changes
 from lit_peft.methods.saving import SaveAdapter
+from lit_peft.methods.threads import exclusive
 from lit_peft.util.errors import LitPeftError
 
 
+@exclusive
 def attach(model: Model, settings: MethodSettings) -> Model:
     """Freeze a model and attach a method to it, in place.
 
@@ -56,6 +58,7 @@ def attach(model: Model, settings: MethodSettings) -> Model:
     return model
 
 
+@exclusive
 def detach(model: Model) -> Model:
     """Remove the method and restore the base model, bit for bit.
 
