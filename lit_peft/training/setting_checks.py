@@ -27,7 +27,8 @@ def check_settings(values: Mapping[str, Any]) -> None:
     if labels is not None and len(set(labels)) < max(len(labels), 1):
         raise LitPeftError(f"labels={brief(labels)}: give each class a different name, or leave it out.")
     for name in ("dtype", "adapter_dtype"):
-        if values[name] is not None and not isinstance(getattr(torch, values[name], None), torch.dtype):
+        found = getattr(torch, values[name] or "float32", None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise LitPeftError(f"{name}={values[name]!r} is not known: use 'float32', 'bfloat16' or 'float16'.")
     check_quantization(values["quantization"])
     check_generation(values["generation"] or {})
