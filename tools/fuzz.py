@@ -37,6 +37,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
+from fuzz_gguf import Gguf
 from models import GOLDEN, make, scramble
 
 import lit_peft
@@ -662,7 +663,13 @@ def _write_table(file: Path, content: Any) -> None:
         file.write_text("\n".join(lines) + "\n")
 
 
-READERS: dict[str, Any] = {"adapters": Adapters, "checkpoints": Checkpoints, "configs": Configs, "data": Data}
+READERS: dict[str, Any] = {
+    "adapters": Adapters,
+    "checkpoints": Checkpoints,
+    "configs": Configs,
+    "data": Data,
+    "gguf": Gguf,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ run
