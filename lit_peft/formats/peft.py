@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lit_peft.formats import peft_lora, peft_prefix, peft_prompt
 from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import read_extra, write_extra, write_json
-from lit_peft.formats.untrusted import read_tensors
+from lit_peft.formats.untrusted import SPARE_ELEMENTS, ElementLimit, read_tensors
 from lit_peft.methods.attach import attach, detach
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
 from lit_peft.util.errors import LitPeftError
@@ -100,7 +100,11 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
     stored = read_tensors(folder, "adapter_model.safetensors", "adapter_model.bin")
     if stored is None:
         raise LitPeftError(f"{folder} has no adapter_model.safetensors: give a folder that peft saved.")
-    attach(model, peft_format.settings(model, {**config, "lit_peft": read_extra(folder)}, stored))
+    settings = peft_format.settings(model, {**config, "lit_peft": read_extra(folder)}, stored)
+    # The network of P-Tuning, which peft does not store, has a few times the hidden size squared.
+    spare = SPARE_ELEMENTS if settings.method != "p_tuning" else sum(p.numel() for p in model.parameters())
+    with ElementLimit(stored, f"{folder}/adapter_config.json", max(spare, SPARE_ELEMENTS)):
+        attach(model, settings)
     try:
         peft_format.load_tensors(model, stored, folder)
     except BaseException:

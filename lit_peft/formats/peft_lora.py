@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.formats.files import copy_tensors
+from lit_peft.formats.untrusted import check_names
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.targets import default_targets, find_targets, first_fitting, pattern_values
@@ -83,6 +84,7 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             f"{_FILE}: init_lora_weights={brief(init)} changed the base weights in a way that cannot be reproduced: "
             "save the adapter with peft's path_initial_model_for_weight_conversion, or save the merged model."
         )
+    check_names(values.get("modules_to_save"), f"{_FILE}: modules_to_save")
     modules_to_save = _modules_to_save(model, values.get("modules_to_save") or (), stored)
     layers = values.pop("layers_to_transform", None)
     targets = find_targets(

@@ -28,7 +28,8 @@ def check_settings(values: Mapping[str, Any]) -> None:
     if labels is not None and len(set(labels)) < max(len(labels), 1):
         raise LitPeftError(f"labels={brief(labels)}: give each class a different name, or leave it out.")
     for name in ("dtype", "adapter_dtype"):
-        if values[name] is not None and not isinstance(getattr(torch, values[name], None), torch.dtype):
+        found = getattr(torch, values[name] or "float32", None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise LitPeftError(f"{name}={values[name]!r} is not known: use 'float32', 'bfloat16' or 'float16'.")
     if values["compile"] not in (True, False, "auto"):
         raise LitPeftError(f"compile={values['compile']!r} is not known: use True, False or 'auto'.")
