@@ -15,6 +15,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lit_peft.callbacks.adapter_ema import averaged
 from lit_peft.callbacks.adapter_folders import read_note, remove_folder, set_link, write_adapter_folder
+from lit_peft.callbacks.non_finite_guard import check_weights
+from lit_peft.callbacks.tensors import trained
 from torch import Tensor
 
 from lit_peft.training.lightning_internals import SelectiveCheckpoint
@@ -56,7 +58,8 @@ class AdapterCheckpoint(Callback):
             save.
 
     Raises:
-        LitPeftError: another run writes to the folder, or writing failed; existing folders are unchanged.
+        LitPeftError: another run writes to the folder, a trained weight is infinite or NaN, or writing failed; existing
+            folders are unchanged.
     """
 
     def __init__(
@@ -251,6 +254,7 @@ class _Keeper(SelectiveCheckpoint):  # checkpoints refer to it by this name
         }
         problem = ""
         with averaged(trainer, self._module), whole_parameters(trainer.strategy.model or self._module):
+            check_weights(trainer, trained(self._module).items(), "no folder of them is written")
             if trainer.is_global_zero:
                 try:
                     self._write_folder(Path(path), note)

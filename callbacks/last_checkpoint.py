@@ -161,8 +161,15 @@ def save_last(trainer: pl.Trainer, keeper: ModelCheckpoint) -> Path:
     """Write the last checkpoint of `keeper`, whose `dirpath` is known; return its path."""
     name = f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
     keeper.last_model_path = keeper.last_model_path or str(Path(str(keeper.dirpath)) / name)
-    trainer.save_checkpoint(keeper.last_model_path)
+    trainer.save_checkpoint(keeper.last_model_path, weights_only=False)
     return Path(keeper.last_model_path)
+
+
+def last_good(trainer: pl.Trainer) -> Path | None:
+    """Return the newest checkpoint of the run that is on the disk; None if there is none."""
+    keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    files = [Path(path) for keeper in keepers for path in _paths(keeper) if Path(path).is_file()]
+    return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
 
 
 # ---------------------------------------------------------------------------------- what a killed run left

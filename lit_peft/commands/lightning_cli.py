@@ -34,7 +34,7 @@ from lit_peft.callbacks import (
     RunBanner,
     TokenProgressBar,
 )
-from lit_peft.callbacks.last_checkpoint import last_keeper, save_last
+from lit_peft.callbacks.last_checkpoint import last_good, last_keeper, save_last
 from lit_peft.commands.setting_names import check_names
 from lit_peft.data.base import LitDataModule
 from lit_peft.formats.folder import write_adapter
@@ -204,7 +204,16 @@ class CLI(LightningCLI):
         return [best, *last]
 
     def after_fit(self) -> None:
-        """Report the metrics, write the best adapter, and suggest the next command. Every process must call this."""
+        """Report what there is now, and fail if training did. Every process must call this."""
+        self._report()
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        guards = (callback for callback in callbacks if isinstance(callback, NonFiniteGuard))
+        problem = next((guard.problem for guard in guards if guard.problem), None)
+        if problem:
+            raise LitPeftError(f"{problem} The last good checkpoint is {last_good(self.trainer)}.")
+
+    def _report(self) -> None:
+        """Print the metrics, write the best adapter, and suggest the next command."""
         trainer = self.trainer
         say = print if trainer.is_global_zero else (lambda *_: None)
         checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
