@@ -185,7 +185,7 @@ class NonFiniteGuard(Callback):
         self._look(trainer)
         check_weights(trainer, trained(pl_module).items(), "training has failed")
         if self.skipped:
-            rank_zero_warn(f"{self.skipped} steps were skipped because their gradient was not finite.")
+            rank_zero_warn(f"Steps that were skipped because their gradient was not finite: {self.skipped}.")
 
 
 def check_weights(trainer: pl.Trainer, tensors: Iterable[tuple[str, Tensor]], consequence: str) -> None:

@@ -38,7 +38,7 @@ class FiniteMetric(Metric):
 
     def compute(self) -> Tensor:
         """Return the metric, or NaN."""
-        return self.or_nan(super().compute())
+        return self.or_nan(super().compute())  # type: ignore[safe-super]
 
     def or_nan(self, value: Tensor) -> Tensor:
         """Return a value of the metric, or NaN if an output was not finite."""
