@@ -23,7 +23,6 @@ from lit_peft import LitPeftError, LoRASettings
 from lit_peft.nn.torch_internals import is_compiled
 from lit_peft.training import compile_setting
 
-
 QUICK = [("LoRA", "llama"), ("LoRA", "t5"), ("AdapterH", "llama"), ("PrefixTuning", "llama")]
 
 

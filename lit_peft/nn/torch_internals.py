@@ -144,6 +144,12 @@ def lerp_all_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) 
     torch._foreach_lerp_(list(tensors), list(ends), weight)
 
 
+def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each tensor into its target, in a few kernel launches."""
+    # As above.
+    torch._foreach_copy_(list(targets), list(sources))
+
+
 def computed_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Return the buffers that are not part of a `state_dict`, each as its module and its name."""
     # Only `state_dict` shows publicly which they are, and it gathers the weights of sharded models.

@@ -14,7 +14,7 @@ from lit_peft.methods.attachment import MethodSettings
 from lit_peft.models.tokenization import load_tokenizer
 from lit_peft.nn.torch_internals import DtypeKeepingDict
 from lit_peft.tasks import find_task
-from lit_peft.tasks.base import Batch, Generation
+from lit_peft.tasks.base import Batch, Generation, watch_output
 from lit_peft.training.accumulation import WeightedAccumulation
 from lit_peft.training.adapter_methods import AdapterMethods
 from lit_peft.training.building import build_empty_model, build_metrics, build_model, share_average_model
@@ -248,7 +248,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         # calls that processes make together, for the metrics that the others update.
         surplus = batch.pop("surplus", False)
         updated = copy.deepcopy(metrics) if surplus else metrics
-        with _loss_only(self):
+        with _loss_only(self), watch_output(self.model, updated):
             rows = self.task.evaluate(self.model, updated, batch, self._generation)
         if trainer_of(self) is not None:
             size = len(next(iter(batch.values())))
