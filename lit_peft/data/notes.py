@@ -33,10 +33,12 @@ class Notes:
 
     Args:
         streaming: the lines come from blocks of a stream; only the first of those that differ in numbers is kept.
+        silent: keep the lines without logging them.
     """
 
-    def __init__(self, streaming: bool = False) -> None:
+    def __init__(self, streaming: bool = False, silent: bool = False) -> None:
         self.streaming = streaming
+        self.silent = silent
         self._lines: dict[str, str] = {}
 
     def add(self, line: str, warn: bool = False) -> None:
@@ -52,6 +54,8 @@ class Notes:
         if self.streaming:
             line += " (in one block of the stream)"
         self._lines[key] = line
+        if self.silent:
+            return
         if warn or self.streaming:
             rank_zero_warn(line)
         else:

@@ -102,5 +102,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
         backend.no_padding()
         body = backend.to_str()
     template = getattr(tokenizer, "chat_template", None)
-    rest = (type(tokenizer).__name__, template, sorted(tokenizer.special_tokens_map.items(), key=str))
+    side = getattr(tokenizer, "truncation_side", "right")
+    rest = (type(tokenizer).__name__, template, side, sorted(tokenizer.special_tokens_map.items(), key=str))
     return hashlib.sha256(f"{body}\0{rest}".encode()).hexdigest()
