@@ -85,6 +85,8 @@ class LitDataModule(pl.LightningDataModule):
         limit_train: use at most this many training rows, drawn at random.
         limit_validation: the same, for validation.
         limit_test: the same, for testing.
+        validation_monitor: of several validation sets, the name of the one whose metrics are also logged without a name
+            (`val_loss`), which select the checkpoint, or 'mean'; unset: the first.
         validation_fraction: share of the training rows to validate on if `validation` is not given.
         test_fraction: share of the training rows to test on if `test` is not given.
         where: keep only rows whose columns have these values (a list: one of them); not for `predict`.
@@ -135,6 +137,7 @@ class LitDataModule(pl.LightningDataModule):
         limit_train: int | None = None,
         limit_validation: int | None = None,
         limit_test: int | None = None,
+        validation_monitor: str | None = None,
         validation_fraction: float = 0.1,
         test_fraction: float = 0.0,
         where: dict[str, Any] | None = None,
@@ -168,6 +171,7 @@ class LitDataModule(pl.LightningDataModule):
             "validation": limit_validation,
             "test": limit_test,
         }
+        self.validation_monitor = validation_monitor
         self.fractions: dict[Split, float] = {"test": test_fraction, "validation": validation_fraction}
         self.where = dict(where or {})
         self.padding_side = padding_side

@@ -115,6 +115,12 @@ def encode_split(data: Any, rows: Rows, split: Split) -> tuple[Any, dict[str, in
         groups = [("", None, rows)]
     if len(groups) == 1:
         return encode_to_length(data, rows, split), {groups[0][0]: -1} if groups[0][0] and not weights else {}, None
+    for name, _, part in groups:
+        if not len(part):
+            raise LitPeftError(
+                f"data.{split} {name!r} has no rows left (another split may have the same ones, see the lines above); "
+                "give it other rows, or leave it out."
+            )
     parts = [encode_to_length(data, part, split) for _, _, part in groups]
     sizes = [len(part) for part in parts]
     for (name, _, _), size in zip(groups, sizes, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_peft.data.source_settings import parse_setting
-from lit_peft.util.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError, closest
 
 
 def check_settings(data: Any) -> None:
@@ -29,6 +29,15 @@ def check_settings(data: Any) -> None:
             raise LitPeftError(f"data.{name} is {value}; it must be at least {least}.")
     for split, value in data.sources.items():
         parse_setting(value, split)
+    names = [found.name for found in parse_setting(data.sources["validation"], "validation") if found.name]
+    if data.validation_monitor is not None and data.validation_monitor not in (*names, "mean"):
+        raise LitPeftError(
+            f"data.validation_monitor is {data.validation_monitor!r}, which is neither 'mean' nor a set of "
+            f"data.validation; the closest are {closest(data.validation_monitor, names) or 'none: it names no sets'}."
+        )
+    refuse_unused(
+        "without several sets in data.validation", {"validation_monitor": data.validation_monitor and not names}
+    )
     if data.truncation_side not in data.truncation_sides:
         raise LitPeftError(
             f"data.truncation_side is {data.truncation_side!r}; {type(data).__name__} allows "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.files import column_values, read_hub, require_columns, stream_file
+from lit_peft.data.files import column_values, is_file, read_hub, require_columns, stream_file
 from lit_peft.data.joined import join_rows
 from lit_peft.data.notes import note_unused_columns
 from lit_peft.data.rows import Rows, Split
@@ -63,7 +63,7 @@ class HubDataset:
                     f"data.dataset {self.name!r} has no split 'train'; set data.train to one of its splits: "
                     f"{', '.join(map(repr, self.splits))}."
                 )
-        if value is not None and not names_files(value) and value not in self.splits:
+        if value is not None and not self.has(value) and not names_files(value):
             raise LitPeftError(
                 f"data.{split} {value!r} is neither a file nor a split of {self.name!r}; nearest: "
                 f"{closest(value, self.splits)}."
@@ -72,7 +72,7 @@ class HubDataset:
 
     def has(self, value: str) -> bool:
         """Tell whether what `find` returned is a split of the dataset rather than a file."""
-        return self.name is not None and not names_files(value)
+        return self.name is not None and not is_file(value) and value in self.splits
 
     def table(self, value: str, split: Split, limit: int | None = None) -> Dataset:
         """Return a split of the dataset as a table; of a streamed dataset, the first `limit` rows of it.
@@ -169,7 +169,11 @@ def pieces_of(data: Any, source: Source, split: Split) -> list[Piece]:
     if source.path.startswith(HUB_PREFIX):
         name, config, part = split_hub_name(source.path, f"data.{split}")
         hub = HubDataset(name, config, data.streaming)
-        found = hub.find(split, part)
+        if part is not None and part not in hub.splits:
+            raise LitPeftError(
+                f"data.{split} {source.path!r} is not a split of {name!r}; nearest: {closest(part, hub.splits)}."
+            )
+        found = part or hub.find(split, None)
         if found is None:
             raise LitPeftError(
                 f"data.{split} {source.path!r} has no split for {split}; add one of its splits: "

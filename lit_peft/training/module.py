@@ -27,6 +27,7 @@ from lit_peft.training.lightning_internals import (
     subclass_arguments,
     trainer_of,
 )
+from lit_peft.training.named_sets import NamedSets, metrics_attribute, set_names
 from lit_peft.training.optimizer import check_finite, make_optimizer, parameter_groups, schedule_for_run
 from lit_peft.training.precision import PreciseModule
 from lit_peft.training.randomness import run_seed, seed_all
@@ -36,7 +37,7 @@ from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import check_types
 
 
-class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
+class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, PreciseModule):
     """A frozen language model with a task head; the method that is mixed in trains a few parameters.
 
     Contains the training, validation, test and prediction steps, the optimizer, and checkpoints of only the trained
@@ -207,6 +208,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         """Add a batch to the validation metrics of its loader.
 
         The metrics of the first loader have plain names, e.g. `val_loss`; the others end in `/dataloader_idx_1`, ….
+        Those of sets with names end in the name; see `NamedSets`.
         """
         self._evaluate(batch, "val", dataloader_idx)
 
@@ -220,7 +222,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         return None if rows is None else {"rows": rows}
 
     def _evaluate(self, batch: Batch, stage: str, loader: int) -> list[dict[str, Any]] | None:
-        attribute = f"{stage}_metrics" + (f"_{loader}" if loader else "")
+        attribute, sets = metrics_attribute(stage, loader), set_names(self, stage)
         if not hasattr(self, attribute):
             setattr(self, attribute, build_metrics(self.task, self.model.config).to(self.device))
         metrics: Any = getattr(self, attribute)
@@ -236,13 +238,13 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
             for name, metric in ((name, metric) for name, metric in metrics.items() if updated[name].update_called):
                 monitored = stage == "val" and name == self.task.monitor[0].removeprefix("val_")
                 self.log(
-                    f"{stage}_{name}",
+                    f"{stage}_{name}/{sets[loader]}" if sets else f"{stage}_{name}",
                     metric,
                     on_step=False,
                     on_epoch=True,
-                    prog_bar=monitored and not loader,
+                    prog_bar=monitored and not loader and not sets,
                     batch_size=size,
-                    add_dataloader_idx=loader > 0,
+                    add_dataloader_idx=loader > 0 and not sets,
                     metric_attribute=f"{attribute}.{name}",
                 )
         return None if surplus else rows
