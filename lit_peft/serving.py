@@ -76,9 +76,9 @@ class AdapterAPI(litserve.LitAPI):
         """Load the base and every adapter, in the process that answers."""
         from lit_peft.formats.folder import load_adapter
         from lit_peft.methods.adapters import set_adapter
-        from lit_peft.models.tokenization import load_tokenizer
+        from lit_peft.models.tokenization import adapter_tokenizer
 
-        self.tokenizer = load_tokenizer(self.options.base, "--base", self.options.revision)
+        self.tokenizer = adapter_tokenizer(self.adapters.values(), self.options.base, "--base", self.options.revision)
         self.model = load_base_from_options(self.options).to(device)
         check_generates(self.model)
         # The new tokens follow the prompt's last one.

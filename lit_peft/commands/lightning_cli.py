@@ -104,6 +104,8 @@ class CLI(LightningCLI):
             data.init_args.base = config.model.init_args.get("base")
             if data.init_args.get("tokenizer") is None and data.init_args.get("revision", "not a setting") is None:
                 data.init_args.revision = config.model.init_args.get("revision")
+        if data is not None and data.get("init_args", {}).get("add_tokens", "not a setting") is None:
+            data.init_args.add_tokens = config.model.init_args.get("add_tokens")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Check model and data, then build the trainer with progress bar, banner and checkpoints."""

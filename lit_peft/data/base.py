@@ -90,6 +90,7 @@ class LitDataModule(pl.LightningDataModule):
         validation_fraction: share of the training rows to validate on if `validation` is not given.
         test_fraction: share of the training rows to test on if `test` is not given.
         where: keep only rows whose columns have these values (a list: one of them); not for `predict`.
+        add_tokens: new special tokens, as in the model; on the command line the model's when unset.
         padding_side: 'right' or 'left'; unset: right, and left for prompts to generate from.
         pad_to_multiple_of: round the length of each batch up to a multiple of this.
         revision: branch, tag or commit of `base`, for its tokenizer; on the command line the model's when unset.
@@ -141,6 +142,7 @@ class LitDataModule(pl.LightningDataModule):
         validation_fraction: float = 0.1,
         test_fraction: float = 0.0,
         where: dict[str, Any] | None = None,
+        add_tokens: list[str] | None = None,
         padding_side: Literal["right", "left"] | None = None,
         pad_to_multiple_of: int | None = None,
         revision: str | None = None,
@@ -174,6 +176,7 @@ class LitDataModule(pl.LightningDataModule):
         self.validation_monitor = validation_monitor
         self.fractions: dict[Split, float] = {"test": test_fraction, "validation": validation_fraction}
         self.where = dict(where or {})
+        self.add_tokens = add_tokens
         self.padding_side = padding_side
         self.pad_to_multiple_of = pad_to_multiple_of
         self.notes = Notes(streaming)

@@ -68,12 +68,15 @@ def choose_max_length(data: Any, rows: Rows | None) -> None:
     # A multiple of 8, as kernels like it.
     data.max_length = max(min(chosen + -chosen % 8, most), 2)
     if data.max_length < most:
-        data.notes.add(f"data.max_length is {data.max_length}: 99 % of the training examples have no more tokens.")
+        data.notes.add(
+            f"data.max_length is {data.max_length}: 99 % of the training examples have no more tokens.", once=True
+        )
     else:
         full = sum(length >= most for length in lengths)
         data.notes.add(
             f"data.max_length is {most}, {why}; {share_of(full, len(lengths), 'training examples')} have that many "
-            "tokens or more."
+            "tokens or more.",
+            once=True,
         )
 
 
@@ -118,8 +121,8 @@ def encode_split(data: Any, rows: Rows, split: Split) -> tuple[Any, dict[str, in
     for name, _, part in groups:
         if not len(part):
             raise LitPeftError(
-                f"data.{split} {name!r} has no rows left (another split may have the same ones, see the lines above); "
-                "give it other rows, or leave it out."
+                f"data.{split} {name!r} has no rows left: those that other splits have too were removed. Give it "
+                "other rows, or leave it out."
             )
     parts = [encode_to_length(data, part, split) for _, _, part in groups]
     sizes = [len(part) for part in parts]

@@ -41,22 +41,23 @@ class Notes:
         self.silent = silent
         self._lines: dict[str, str] = {}
 
-    def add(self, line: str, warn: bool = False) -> None:
+    def add(self, line: str, warn: bool = False, once: bool = False) -> None:
         """Add a line; a line that is there already is ignored.
 
         Args:
             line: the line.
             warn: emit it as a warning too.
+            once: the line is about all of the data, also when it is streamed.
         """
-        key = re.sub(r"[\d.,]+", "#", line) if self.streaming else line
+        key = re.sub(r"[\d.,]+", "#", line) if self.streaming and not once else line
         if key in self._lines:
             return
-        if self.streaming:
+        if self.streaming and not once:
             line += " (in one block of the stream)"
         self._lines[key] = line
         if self.silent:
             return
-        if warn or self.streaming:
+        if warn or (self.streaming and not once):
             rank_zero_warn(line)
         else:
             rank_zero_info(line)

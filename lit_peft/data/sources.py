@@ -190,7 +190,7 @@ def pieces_of(data: Any, source: Source, split: Split) -> list[Piece]:
         return [Piece(source.path if len(hub.splits) == 1 else f"{source.path}:{found}", source.columns, hub, found)]
     files, note = files_of(source.path, split)
     if note:
-        data.notes.add(note)
+        data.notes.add(note, once=True)
     return [Piece(file, source.columns) for file in files]
 
 

@@ -250,7 +250,7 @@ def check_first_rows(data: Any) -> None:
             f"{100 * weight / total:.3g} % from {pieces[0].name}{' and others' if len(pieces) > 1 else ''}"
             for weight, pieces in zip(reader.weights, reader.sources, strict=True)
         )
-        data.notes.add(f"data.train: each row is drawn with these probabilities: {', '.join(shares)}.")
+        data.notes.add(f"data.train: each row is drawn with these probabilities: {', '.join(shares)}.", once=True)
 
 
 def open_rows(data: Any) -> RowReader:

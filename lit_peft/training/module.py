@@ -65,6 +65,7 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
         supervised_loss: compute the loss of a causal LM only on the supervised tokens: the same loss in less time and
             memory.
+        add_tokens: new special tokens. Only their embeddings are trained, in addition to the method, and saved with it.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run code that a hub model brings with it. It can do anything on this machine.
     """
@@ -91,6 +92,7 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
+        add_tokens: list[str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
