@@ -45,10 +45,14 @@ from lit_peft.training.run_record import check_checkpoint_file
 from lit_peft.training.sharding import sharded_like, whole_parameters
 from lit_peft.util.disk import replace_folder, temporary_folder, write_failure, write_file
 from lit_peft.util.errors import LitPeftError
+from lit_peft.util.locks import FolderLock
 
 RUNS = "lit_peft_runs"
 # Epochs of a run whose length is not set; Lightning would train 1,000.
 DEFAULT_EPOCHS = 3
+
+# The locks of the run's folder that this process has.
+_locks: list[FolderLock] = []
 
 
 class SaveConfig(SaveConfigCallback):
@@ -114,6 +118,8 @@ class CLI(LightningCLI):
             data.init_args.base = config.model.init_args.get("base")
             if data.init_args.get("tokenizer") is None and data.init_args.get("revision", "not a setting") is None:
                 data.init_args.revision = config.model.init_args.get("revision")
+        if data is not None and data.get("init_args", {}).get("add_tokens", "not a setting") is None:
+            data.init_args.add_tokens = config.model.init_args.get("add_tokens")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Check model and data, then build the trainer with progress bar, banner and checkpoints."""

@@ -20,10 +20,6 @@ class Parser(LightningArgumentParser):
         raise LitPeftError(_readable(message)) from ex
 
 
-# The locks of the run's folder that this process has.
-_locks: list[FolderLock] = []
-
-
 # Lines in which jsonargparse lists the types that it tried: they do not help a user.
 _NOISE = re.compile(r"Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|.*Does not validate against")
 

@@ -67,7 +67,11 @@ class CausalLMData(SupervisedData):
         if completion_column is None:
             refuse_unused(
                 "without data.completion_column, because a row is then the raw text in data.text_column",
-                {"prompt_template": prompt_template is not None, "prompt_column": prompt_column != "prompt"},
+                {
+                    "prompt_template": prompt_template is not None,
+                    "prompt_column": prompt_column != "prompt",
+                    "truncation_side 'left'": self.truncation_side == "left",
+                },
             )
         else:
             refuse_unused("with data.completion_column", {"text_column": text_column != "text"})

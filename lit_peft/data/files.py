@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_peft.data.datasets_internals import set_fingerprint
 from lit_peft.data.file_errors import file_error
 from lit_peft.data.json_rows import JSON_VERSION, json_rows, json_table
+from lit_peft.data.remote import inner_name, is_url, local_copy
 from lit_peft.models.sources import PACKAGE_PREFIX, cache_root, hub_error, resolve_packaged_file
 from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.type_checks import brief
@@ -30,8 +31,6 @@ LOADERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-# The column of a streamed row's number.
-ROW_NUMBER = "number of the row"
 # Part of the name of every cached table: raise it when a function that makes such a table changes its result.
 _TABLES_VERSION = 5
 # Of files with more columns than this only the used ones are read, in blocks of this many cells.
@@ -40,7 +39,8 @@ _WIDE, _CELLS = 1_000, 1_000_000
 _LONGEST_CELL = 2**28
 # Columns that a message names.
 _LISTED = 20
-_COMPRESSED_SUFFIXES = (".gz", ".zip", ".bz2", ".xz", ".zst")
+# Archives, which hold several files.
+_COMPRESSED_SUFFIXES = (".zip",)
 # How files that are not data files begin -> what they are, and what to do.
 _FOREIGN_FILES = {
     **dict.fromkeys(
@@ -54,7 +54,8 @@ _FOREIGN_FILES = {
 
 def is_file(value: str) -> bool:
     """Tell whether a setting names a file (by its prefix, suffix or existence) rather than a hub split."""
-    return value.startswith(PACKAGE_PREFIX) or Path(value).suffix.lower() in LOADERS or Path(value).is_file()
+    known = value.startswith(PACKAGE_PREFIX) or is_url(value) or Path(inner_name(value)).suffix.lower() in LOADERS
+    return known or Path(value).is_file()
 
 
 def resolve_file(value: str, field: str, suffixes: Collection[str]) -> Path:
@@ -68,7 +69,8 @@ def resolve_file(value: str, field: str, suffixes: Collection[str]) -> Path:
     Raises:
         LitPeftError: the file is missing, empty, compressed, or has another suffix.
     """
-    path = resolve_packaged_file(value, field) if value.startswith(PACKAGE_PREFIX) else Path(value).expanduser()
+    named = resolve_packaged_file(value, field) if value.startswith(PACKAGE_PREFIX) else value
+    path = local_copy(named, value, field)
     suffix = path.suffix.lower()
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "does not exist"
@@ -128,26 +130,36 @@ def stream_file(
     text_unit: str = "line",
     tsv: tuple[str, ...] | None = None,
     used: Mapping[str, bool] | None = None,
-) -> Any:
-    """Open a file for reading row by row; see `read_file` for the arguments.
+) -> Iterator[dict[str, Any]]:
+    """Read a file row by row; see `read_file` for the arguments.
 
-    Returns:
-        A `datasets.IterableDataset` with the row number, from 1, in the column `ROW_NUMBER`. Iterating over it raises
-        the errors of `read_file`.
+    Yields:
+        The rows as dictionaries.
+
+    Raises:
+        LitPeftError: as `read_file`, when the broken row is reached.
     """
-    import datasets
-
     path, loader, options = _loading_options(value, field, text_unit, tsv, used)
-    given = {"path": path.resolve(), "field": field, "value": value, "loader": loader, "options": options}
-    features = None
-    if loader != "json":
+    if loader == "json":
+        try:
+            yield from (row for row, _ in json_rows(path, f"{field} {value!r}"))
+        except Exception as exc:
+            raise file_error(path, field, value, loader, exc) from exc
+        return
+    blocks, found = None, False
+    while True:
+        # Block by block, because readers of several files take turns, and the context must not stay open in between.
         with _readable_errors(path, field, value, loader):
-            features = _open_stream(path, loader, options).features
-        features = datasets.Features(
-            {**(features or {"text": datasets.Value("string")}), ROW_NUMBER: datasets.Value("int64")}
-        )
-    rows = datasets.IterableDataset.from_generator(_numbered_rows, features=features, gen_kwargs=given)
-    return _rename_text(rows, loader, text_column)
+            # `iter(dataset)` would divide the rows among the workers.
+            blocks = blocks or iter(_open_stream(path, loader, options).iter(1_000))
+            block = next(blocks, None)
+        if block is None:
+            break
+        found = True
+        names = [text_column if loader == "text" and name == "text" else name for name in block]
+        yield from (dict(zip(names, row, strict=True)) for row in zip(*block.values(), strict=True))
+    if not found:
+        raise LitPeftError(f"{field} {value!r} has no rows; give a file with at least one row.")
 
 
 def _rename_text(rows: Any, loader: str, text_column: str) -> Any:
@@ -158,23 +170,6 @@ def _open_stream(path: Path, loader: str, options: dict[str, Any]) -> Any:
     import datasets
 
     return datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True, **options)
-
-
-def _numbered_rows(
-    path: Path, field: str, value: str, loader: str, options: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    with _readable_errors(path, field, value, loader):
-        if loader == "json":
-            rows = (row for row, _ in json_rows(path, f"{field} {value!r}"))
-        else:
-            # `iter(dataset)` would divide the rows among the workers.
-            blocks = _open_stream(path, loader, options).iter(1_000)
-            rows = (dict(zip(block, row, strict=True)) for block in blocks for row in zip(*block.values(), strict=True))
-        number = 0
-        for number, row in enumerate(rows, start=1):
-            yield {**row, ROW_NUMBER: number}
-        if not number:
-            raise LitPeftError(f"{field} {value!r} has no rows; give a file with at least one row.")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from lit_peft.data.even_shards import DropSurplus, EvenShards
-from lit_peft.data.sampling import ByBatch, SeededBatches
+from lit_peft.data.sampling import ByBatch, Mixture, SeededBatches
 from lit_peft.data.streaming import Stream
 from lit_peft.util.errors import LitPeftError
 
@@ -27,6 +27,7 @@ def training_loader(
     num_workers: int = 0,
     lengths: Sequence[int] | None = None,
     capacity: int | None = None,
+    mixture: Mixture | None = None,
 ) -> StatefulLoader:
     """Make the loader of training batches.
 
@@ -39,11 +40,12 @@ def training_loader(
         num_workers: number of worker processes.
         lengths: see `SeededBatches`.
         capacity: see `SeededBatches`.
+        mixture: see `SeededBatches`.
     """
     loader = StatefulLoader(
         ByBatch(examples),
         batch_size=None,
-        sampler=SeededBatches(len(examples), batch_size, seed, lengths, capacity, **_shard(trainer)),
+        sampler=SeededBatches(len(examples), batch_size, seed, lengths, capacity, mixture, **_shard(trainer)),
         collate_fn=collate,
         generator=torch.Generator().manual_seed(seed),
         **_worker_settings(num_workers),
@@ -214,6 +216,7 @@ class StatefulLoader(DataLoader[Any]):
             "data.batch_size times devices": sampler.batch_size * sampler.num_replicas,
             "data.group_by_length": int(sampler.lengths is not None and sampler.packs is None),
             "packing into rows of": sampler.capacity or 0,
+            **({} if sampler.mixture is None else {"the weights of data.train": sampler.mixture.digest}),
         }
 
 
@@ -279,4 +282,7 @@ class StreamLoader(DataLoader[Any]):
             "data.seed": stream.seed,
             "data.shuffle_buffer": stream.buffer,
             "data.batch_size times devices": stream.batch_size * stream.num_replicas,
+            "packing into rows of": stream.capacity or 0,
+            "the order of a stream": stream.ORDER,
+            **({} if stream.reader.weights is None else {"the weights of data.train": stream.reader.digest}),
         }

@@ -33,26 +33,31 @@ class Notes:
 
     Args:
         streaming: the lines come from blocks of a stream; only the first of those that differ in numbers is kept.
+        silent: keep the lines without logging them.
     """
 
-    def __init__(self, streaming: bool = False) -> None:
+    def __init__(self, streaming: bool = False, silent: bool = False) -> None:
         self.streaming = streaming
+        self.silent = silent
         self._lines: dict[str, str] = {}
 
-    def add(self, line: str, warn: bool = False) -> None:
+    def add(self, line: str, warn: bool = False, once: bool = False) -> None:
         """Add a line; a line that is there already is ignored.
 
         Args:
             line: the line.
             warn: emit it as a warning too.
+            once: the line is about all of the data, also when it is streamed.
         """
-        key = re.sub(r"[\d.,]+", "#", line) if self.streaming else line
+        key = re.sub(r"[\d.,]+", "#", line) if self.streaming and not once else line
         if key in self._lines:
             return
-        if self.streaming:
+        if self.streaming and not once:
             line += " (in one block of the stream)"
         self._lines[key] = line
-        if warn or self.streaming:
+        if self.silent:
+            return
+        if warn or (self.streaming and not once):
             rank_zero_warn(line)
         else:
             rank_zero_info(line)

@@ -40,6 +40,8 @@ _SETTINGS: dict[str, type[BottleneckSettings] | type[PrefixSettings]] = {
 
 def supports(attachment: Attachment) -> bool:
     """Return whether this is the default format: for bottlenecks, and prefixes that peft's does not support."""
+    if attachment.settings.trainable_token_indices:
+        return False
     if isinstance(attachment.settings, PrefixSettings):
         return peft_prefix.unsupported(attachment) is not None
     return isinstance(attachment.settings, BottleneckSettings)
@@ -118,6 +120,8 @@ def write(model: nn.Module, folder: Path, name: str = "default", extended: bool 
     settings = attachment.settings
     if not isinstance(settings, BottleneckSettings | PrefixSettings | LoRASettings):
         raise LitPeftError(f"{settings.method!r} cannot be written in AdapterHub's format: use format='peft'.")
+    if settings.trainable_token_indices:
+        raise LitPeftError("AdapterHub's format has no place for trainable_token_indices: leave format out.")
     if not re.fullmatch(r"[\w-]+", name):
         raise LitPeftError(f"name={name!r}: AdapterHub's names have only letters, digits, '_' and '-'.")
     base: Any = getattr(model, "config", None)

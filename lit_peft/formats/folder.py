@@ -110,6 +110,8 @@ def write_adapter(
         adapterhub.write(model, folder, name, extended=format is None)
     base = base_record.base_record(model)
     write_extra(folder, {base_record.KEY: base})
+    if attachment.tokenizer is not None:
+        attachment.tokenizer.save_pretrained(folder)
     write_card(model, folder, str(base["name"]))
 
 

@@ -115,7 +115,9 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
 
 def holds(attachment: Attachment) -> bool:
     """Whether peft has the method of what is attached."""
-    return any(kind.writes(attachment.settings) for kind in PEFT_FORMATS.values())
+    settings = attachment.settings
+    tokens = settings.trainable_token_indices and not peft_lora.writes(settings)
+    return not tokens and any(kind.writes(settings) for kind in PEFT_FORMATS.values())
 
 
 def write(model: nn.Module, folder: Path) -> None:
@@ -126,8 +128,11 @@ def write(model: nn.Module, folder: Path) -> None:
     """
     attachment = attachment_of(model)
     peft_format = next((known for known in PEFT_FORMATS.values() if known.writes(attachment.settings)), None)
-    if peft_format is None:
-        raise LitPeftError(f"{attachment.settings.method!r} cannot be written in peft's format: leave format out.")
+    if peft_format is None or not holds(attachment):
+        tokens = " with trainable_token_indices" if peft_format is not None else ""
+        raise LitPeftError(
+            f"{attachment.settings.method!r}{tokens} cannot be written in peft's format: leave format out."
+        )
     config = {
         "base_model_name_or_path": base_name_or_path(model) or None,
         "inference_mode": True,

@@ -8,6 +8,7 @@ from typing import Any
 from lit_peft.tasks.packed import check_method
 from lit_peft.training.lightning_internals import datamodule_of, trainer_of
 from lit_peft.training.run_record import RECORD, check_checkpoint, check_same_base, run_record, say, say_new_length
+from lit_peft.training.new_tokens import check_tokens
 from lit_peft.util.errors import LitPeftError
 
 
@@ -26,8 +27,10 @@ class DataChecks:
         """Refuse a data module whose batches the method or the task cannot use.
 
         Raises:
-            LitPeftError: the data is packed, and the method has virtual tokens or the task is not `causal_lm`.
+            LitPeftError: its new tokens are not the module's; or it is packed, and the method has virtual tokens or the
+                task is not `causal_lm`.
         """
+        check_tokens(self, data)
         if getattr(data, "packing", False):
             check_method(self.settings)
             if self.task.name != "causal_lm":

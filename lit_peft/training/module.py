@@ -29,6 +29,7 @@ from lit_peft.training.lightning_internals import (
     trainer_of,
 )
 from lit_peft.training.neftune import embedding_noise
+from lit_peft.training.named_sets import NamedSets, metrics_attribute, set_names
 from lit_peft.training.optimizer import check_finite, lightning_schedule, make_optimizer, parameter_groups
 from lit_peft.training.precision import PreciseModule
 from lit_peft.training.randomness import run_seed, seed_all
@@ -39,7 +40,7 @@ from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import check_types
 
 
-class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
+class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, PreciseModule):
     """A frozen language model with a task head; the method that is mixed in trains a few parameters.
 
     Contains the training, validation, test and prediction steps, the optimizer, and checkpoints of only the trained
@@ -71,6 +72,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
             memory.
         compile: compile each transformer layer for training, see `lit_peft.compile_layers`; `auto`: on GPUs, on one or
             with DDP.
+        add_tokens: new special tokens. Only their embeddings are trained, in addition to the method, and saved with it.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run code that a hub model brings with it. It can do anything on this machine.
         lr_scheduler_kwargs: its further arguments, e.g. `{min_lr_rate: 0.1}` or `{num_decay_steps: 0.2}`; numbers of
@@ -101,6 +103,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
         compile: bool | Literal["auto"] = "auto",
+        add_tokens: list[str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         lr_scheduler_kwargs: dict[str, Any] | None = None,
@@ -227,6 +230,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         """Add a batch to the validation metrics of its loader.
 
         The metrics of the first loader have plain names, e.g. `val_loss`; the others end in `/dataloader_idx_1`, ….
+        Those of sets with names end in the name; see `NamedSets`.
         """
         self._evaluate(batch, "val", dataloader_idx)
 
@@ -240,7 +244,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         return None if rows is None else {"rows": rows}
 
     def _evaluate(self, batch: Batch, stage: str, loader: int) -> list[dict[str, Any]] | None:
-        attribute = f"{stage}_metrics" + (f"_{loader}" if loader else "")
+        attribute, sets = metrics_attribute(stage, loader), set_names(self, stage)
         if not hasattr(self, attribute):
             setattr(self, attribute, build_metrics(self.task, self.model.config).to(self.device))
         metrics: Any = getattr(self, attribute)
@@ -256,13 +260,13 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
             for name, metric in ((name, metric) for name, metric in metrics.items() if updated[name].update_called):
                 monitored = stage == "val" and name == self.task.monitor[0].removeprefix("val_")
                 self.log(
-                    f"{stage}_{name}",
+                    f"{stage}_{name}/{sets[loader]}" if sets else f"{stage}_{name}",
                     metric,
                     on_step=False,
                     on_epoch=True,
-                    prog_bar=monitored and not loader,
+                    prog_bar=monitored and not loader and not sets,
                     batch_size=size,
-                    add_dataloader_idx=loader > 0,
+                    add_dataloader_idx=loader > 0 and not sets,
                     metric_attribute=f"{attribute}.{name}",
                 )
         return None if surplus else rows
