@@ -229,47 +229,46 @@ def _parsed(cell: Any) -> Any:
 def _read_message(number: int, message: Any) -> Any:
     if not isinstance(message, dict):
         return message
-    out = {key: value for key, value in message.items() if value is not None}
-    if "from" in out and "role" not in out:
+    out = dict(message)
+    if out.get("from") is not None and out.get("role") is None:
         speaker = str(out.pop("from"))
         if speaker not in (*_SPEAKERS, *_CALLS):
             known = closest(speaker, (*_SPEAKERS, *_CALLS))
             raise ValueError(f"message {number} is from {speaker!r}, which is unknown; use {known}")
-        out = {"role": speaker, "content": out.pop("value", None), **out}
+        out = {**out, "role": speaker, "content": out.pop("value", None)}
     role = out.get("role")
-    if role in _CALLS:
-        calls = _parsed(out.pop("content", None))
+    if role in _CALLS and "content" in out:
+        calls = _parsed(out["content"])
         calls = calls if isinstance(calls, list) else [calls]
         if not all(isinstance(call, dict) and call.get("name") for call in calls):
             raise ValueError(
-                f"message {number} is a {role} with {brief(message.get('value', message.get('content')))}; give "
+                f"message {number} is a {role} with {brief(out['content'])}; give "
                 '{"name": ..., "arguments": {...}} as JSON'
             )
-        return {**out, "role": "assistant", "content": "", "tool_calls": [_read_call({"function": c}) for c in calls]}
+        return {**out, "role": "assistant", "content": "", "tool_calls": [_read_call(call) for call in calls]}
     if role in _SPEAKERS:
         out["role"] = _SPEAKERS[role]
     if isinstance(out.get("function_call"), dict):  # OpenAI's older name for a single call
-        out["tool_calls"] = [{"function": out.pop("function_call")}]
+        out["tool_calls"] = [out.pop("function_call")]
     if isinstance(out.get("tool_calls"), list):
         out["tool_calls"] = [_read_call(call) for call in out["tool_calls"]]
     return out
 
 
 def _read_call(call: Any) -> Any:
-    """Return a tool call in the form of templates: with a type, a function and arguments as an object."""
+    """Return a tool call in the form of templates: with a function, whose arguments are an object."""
     if not isinstance(call, dict):
         return call
-    function = call["function"] if isinstance(call.get("function"), dict) else call
-    if "name" not in function:
-        return call
-    arguments = function.get("arguments", function.get("parameters"))
+    if not isinstance(call.get("function"), dict):
+        if "name" not in call:
+            return call
+        call = {"type": "function", "function": call}
+    function = dict(call["function"])
+    if "arguments" not in function:
+        function["arguments"] = function.pop("parameters", {})
     with contextlib.suppress(ValueError):  # what a model wrote may be learned even if it is not valid JSON
-        arguments = _parsed(arguments)
-    kept = {key: value for key, value in function.items() if key not in ("arguments", "parameters", "id", "type")}
-    rest = {key: value for key, value in call.items() if function is not call and key not in ("function", "type")}
-    if function is call and "id" in call:
-        rest["id"] = call["id"]
-    return {**rest, "type": "function", "function": {**kept, "arguments": {} if arguments is None else arguments}}
+        function["arguments"] = _parsed(function["arguments"])
+    return {**call, "function": function}
 
 
 def read_tools(tools: list[Any]) -> list[Any]:

@@ -163,6 +163,11 @@ class InstructionData(SupervisedData):
         self.optional_columns = self._optional_columns(form)
         if set(form.columns) <= set(table.column_names):
             style = self.style(form)
+            if style == "chat" and not getattr(self.tokenizer, "chat_template", None):
+                raise LitPeftError(
+                    f"{field} {source!r} has {form.describe()}, but the tokenizer of {self.base!r} has no chat "
+                    "template; set data.chat_template, or use the instruct version of the base model."
+                )
             by = "rendered by the tokenizer's chat template" if style == "chat" else f"in the form {style!r}"
             if form.kind != "alpaca" and self.messages_column is None:
                 self.notes.add(f"{field}: {form.describe()}, {by}.")
@@ -184,8 +189,7 @@ class InstructionData(SupervisedData):
             refuse_unused("with chats", {"template": self.template in TEMPLATES})
             return "chat"
         plain = "alpaca" if form.kind == "alpaca" else "plain"
-        has_template = getattr(self.tokenizer, "chat_template", None)
-        style = self.template or ("chat" if has_template else plain)
+        style = self.template or ("chat" if getattr(self.tokenizer, "chat_template", None) else plain)
         if style != "chat":
             given = {"chat_template": self.chat_template is not None, "learn": self.learn != "answers"}
             refuse_unused(f"with the form {style!r}", given)
@@ -247,11 +251,6 @@ class InstructionData(SupervisedData):
         form = self.form_of(rows.table)
         style = self.style(form)
         if style == "chat":
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise LitPeftError(
-                    f"{rows.field} has {form.describe()}, but the tokenizer of {self.base!r} has no chat template; set "
-                    "data.chat_template, or use the instruct version of the base model."
-                )
             names = [name for name in TEMPLATE_COLUMNS if name in rows.table.column_names]
             self._note_template(rows, split, form, names)
             return self.encode_supervised(
