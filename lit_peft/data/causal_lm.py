@@ -25,10 +25,10 @@ class CausalLMData(SupervisedData):
 
     With `completion_column`, a row is a prompt (`prompt_column`, or `prompt_template` filled from the row's columns)
     and its completion, and the loss is on the completion only. If the tokenizer has a chat template, both are rendered
-    by it, as the user's and the assistant's turn; `template: plain` keeps the plain text. Without the column, a row is raw text, split into consecutive
-    examples of `max_length` tokens, so that nothing is lost. An end-of-text token ends each row. Batches: `input_ids`,
-    `attention_mask`, `labels`, all [batch, length]; labels are -100 where there is no loss. Prediction reads prompts
-    (or the raw text), padded on the left.
+    by it, as the user's and the assistant's turn; `template: plain` keeps the plain text. Without the column, a row is
+    raw text, split into consecutive examples of `max_length` tokens, so that nothing is lost. An end-of-text token ends
+    each row. Batches: `input_ids`, `attention_mask`, `labels`, all [batch, length]; labels are -100 where there is no
+    loss. Prediction reads prompts (or the raw text), padded on the left.
 
     Args:
         text_column: column of the raw text.

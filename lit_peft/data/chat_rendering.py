@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ LEARN_FIELDS = ("weight", "train", "training")
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "PROBE"
+_PROBE_CHAT = (("user", "QUESTION"), ("assistant", "ANSWER"), ("user", "NEXT"))
 _TOOL = {"name": "probe", "description": "PROBE", "parameters": {"type": "object", "properties": {}}}
 
 
@@ -141,7 +142,7 @@ class ChatRenderer:
         """
         if learned and self.has_marks(extra) and all(messages[index]["role"] == "assistant" for index in learned):
             return [self._marked(messages, learned, **extra)]
-        turns = {index: self._turn(messages, index, **extra) for index in learned}
+        turns = {index: self._with_end(messages, index, **extra) for index in learned}
         out: list[Rendered] = []
         while turns:
             text = turns[max(turns)].whole
@@ -236,6 +237,33 @@ class ChatRenderer:
             )
         return Turn(self._open(before + tail), len(before), before + tail)
 
+    def _with_end(self, messages: list[dict[str, Any]], index: int, **extra: Any) -> Turn:
+        """Return a turn; if the template does not end it, with the token that begins the next one (as GLM's do)."""
+        turn = self._turn(messages, index, **extra)
+        if not self._borrowed_end or messages[index]["role"] != "assistant":
+            return turn
+        following = self._probe(*messages[: index + 2], **extra) if index + 1 < len(messages) else ""
+        rest = following.removeprefix(turn.text) if following.startswith(turn.text) else ""
+        end = self._first_special(rest) or self._borrowed_end
+        return replace(turn, text=turn.text + end, whole=turn.text + end)
+
+    @cached_property
+    def _borrowed_end(self) -> str:
+        """The token that begins a user's turn, if the template puts nothing after the assistant's text."""
+        chat = self.clean([{"role": role, "content": text} for role, text in _PROBE_CHAT])
+        found = self._probe(*chat)
+        if self._probe(*chat[:-1]).rstrip().endswith(_PROBE_CHAT[1][1]) and _PROBE_CHAT[1][1] in found:
+            return self._first_special(found.partition(_PROBE_CHAT[1][1])[2])
+        return ""
+
+    def _first_special(self, text: str) -> str:
+        """Return the special token with which a text begins; "" if there is none."""
+        text, skipped = text.lstrip(), {self.tokenizer.bos_token}
+        found = [
+            token for token in self.tokenizer.all_special_tokens if text.startswith(token) and token not in skipped
+        ]
+        return max(found, key=len, default="")
+
     def _open(self, whole: str) -> str:
         """Return the text of a chat without what the template puts at its end."""
         return whole.removesuffix(self._closing).rstrip()
@@ -297,9 +325,9 @@ class ChatRenderer:
 
     def end_of_turn(self) -> str | None:
         """Return what the template puts after the assistant's text; None if this cannot be found out."""
-        chat = self.clean([{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}])
-        _, answer, tail = self._probe(*chat).rpartition("ANSWER")
-        return tail.strip() if answer else None
+        chat = self.clean([{"role": role, "content": text} for role, text in _PROBE_CHAT[:2]])
+        _, answer, tail = self._probe(*chat).rpartition(_PROBE_CHAT[1][1])
+        return (tail.strip() or self._borrowed_end) if answer else None
 
 
 def _after_suffix(before: str, whole: str, least: int) -> str | None:

@@ -104,7 +104,11 @@ def find_form(columns: Mapping[str, Any], alpaca: Form, wanted: str | None, mess
             return _pair_form(pair, columns, alpaca)
     # A column of another name is still a chat if its cells can be nothing else.
     found = [name for name, value in columns.items() if isinstance(value, list) and looks_like_messages(value)]
-    return _chat_form(found[0], columns[found[0]], None, alpaca) if len(found) == 1 else alpaca
+    if len(found) == 1:
+        return _chat_form(found[0], columns[found[0]], None, alpaca)
+    # Prompts to continue have no answers.
+    pair = next((pair for pair in _PAIR_COLUMNS if pair[0] in columns), None)
+    return alpaca if pair is None else _pair_form(pair, columns, alpaca)
 
 
 def _chat_form(name: str, value: Any, wanted: str | None, alpaca: Form) -> Form:
@@ -231,11 +235,12 @@ def _read_message(number: int, message: Any) -> Any:
         return message
     out = dict(message)
     if out.get("from") is not None and out.get("role") is None:
-        speaker = str(out.pop("from"))
+        speaker = str(out["from"])
         if speaker not in (*_SPEAKERS, *_CALLS):
             known = closest(speaker, (*_SPEAKERS, *_CALLS))
             raise ValueError(f"message {number} is from {speaker!r}, which is unknown; use {known}")
-        out = {**out, "role": speaker, "content": out.pop("value", None)}
+        rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+        out = {**rest, "role": speaker, "content": message.get("value")}
     role = out.get("role")
     if role in _CALLS and "content" in out:
         calls = _parsed(out["content"])
