@@ -240,11 +240,15 @@ class CLI(LightningCLI):
             raise LitPeftError(problem)
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str], cli_class: type[CLI] = CLI) -> CLI:
     """Run `fit`, `validate`, `test` or `predict`.
 
     Args:
         arguments: the command and its options.
+        cli_class: what runs it.
+
+    Returns:
+        The object that ran it.
 
     Raises:
         LitPeftError: the input is wrong.
@@ -256,7 +260,7 @@ def run(arguments: list[str]) -> None:
     # A printed configuration with comments is worth keeping.
     arguments = ["--print_config=comments" if text == "--print_config" else text for text in arguments]
     sys.argv = [sys.argv[0], *arguments]
-    CLI(
+    return cli_class(
         BaseLM,
         LitDataModule,
         subclass_mode_model=True,

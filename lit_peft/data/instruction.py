@@ -24,6 +24,7 @@ from lit_peft.data.prompt_templates import TEMPLATES, fill_template, parse_histo
 from lit_peft.data.rows import RowError, Rows, Split, require_text, text_key
 from lit_peft.data.settings import refuse_unused
 from lit_peft.data.supervised import SupervisedData, encode_answers
+from lit_peft.models.sources import PACKAGE_PREFIX, resolve_packaged_file
 from lit_peft.models.tokenization import stop_tokens
 from lit_peft.util.errors import LitPeftError, closest, first_line
 from lit_peft.util.type_checks import brief
@@ -62,7 +63,7 @@ class InstructionData(SupervisedData):
             `llm_adapters` (see `fill_template`); or `plain`, the prompt alone. Unset: `chat` if there is a chat
             template, else `alpaca` for instructions and `plain` for prompts.
         messages_column: column of the messages; unset: it is found.
-        chat_template: the chat template, or a file with it, instead of the tokenizer's.
+        chat_template: the chat template, or a file with it (also `pkg:DISTRIBUTION/path`), instead of the tokenizer's.
         system_column: column of the system prompt; optional in rows and in files.
         history_column: column of the earlier instructions and answers; optional in rows and in files.
         format: `messages`, `sharegpt`, `prompt_completion` or `alpaca`; unset: it is found from the columns.
@@ -325,7 +326,7 @@ def _filled_columns(table: Dataset) -> list[str]:
 
 
 def read_template(value: str) -> str:
-    """Return a chat template, given as itself or as the path of its file.
+    """Return a chat template, given as itself or as the path of its file, which may be in an installed package.
 
     Raises:
         LitPeftError: it is neither, or the file cannot be read.
@@ -333,7 +334,11 @@ def read_template(value: str) -> str:
     if "{" in value:
         return value
     try:
+        if value.startswith(PACKAGE_PREFIX):
+            return resolve_packaged_file(value, "data.chat_template").read_text("utf-8")
         return Path(value).expanduser().read_text("utf-8")
+    except LitPeftError:
+        raise
     except (OSError, ValueError) as problem:
         raise LitPeftError(
             f"data.chat_template {value!r} is neither a template nor a readable file ({first_line(problem)}); give "
