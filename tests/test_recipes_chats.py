@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -84,3 +87,24 @@ def test_the_data_of_a_recipe_is_json(name: str) -> None:
     config = yaml.safe_load((ROOT / "configs" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (ROOT / config["data"]["init_args"]["train"]).read_text().splitlines()]
     assert len(rows) == 24 and len({json.dumps(row) for row in rows}) == 24
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_our_side_of_the_page_is_a_configuration(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    ours = re.findall(r'=== "lit_peft"\n\n    ```(\w+)\n(.*?)^    ```', page, flags=re.DOTALL | re.MULTILINE)
+    assert len(ours) == 6
+    kind, text = ours[number][0], textwrap.dedent(ours[number][1])
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    if kind == "yaml":
+        (tmp_path / "page.yaml").write_text(text, encoding="utf-8")
+        arguments = ["fit", "--config", str(tmp_path / "page.yaml")]
+    else:
+        arguments = shlex.split(text.replace("\\\n", " "))[1:]
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, "--print_config"])
+    assert done.value.code in (0, None)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["base"] == "BASE" and printed["data"]["init_args"]["train"].startswith("rows.")
