@@ -281,11 +281,15 @@ class CLI(LightningCLI):
             raise LitPeftError(problem)
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str], cli_class: type[CLI] = CLI) -> CLI:
     """Run `fit`, `validate`, `test` or `predict`.
 
     Args:
         arguments: the command and its options.
+        cli_class: what runs it.
+
+    Returns:
+        The object that ran it.
 
     Raises:
         LitPeftError: the input is wrong.
@@ -298,14 +302,14 @@ def run(arguments: list[str]) -> None:
     arguments = ["--print_config=comments" if text == "--print_config" else text for text in arguments]
     sys.argv = [sys.argv[0], *arguments]
     try:
-        _run()
+        return _run(cli_class)
     finally:
         while _locks:
             _locks.pop().release()
 
 
-def _run() -> None:
-    CLI(
+def _run(cli_class: type[CLI]) -> CLI:
+    return cli_class(
         BaseLM,
         LitDataModule,
         subclass_mode_model=True,

@@ -7,8 +7,8 @@ from typing import Any
 
 from lit_peft.tasks.packed import check_method
 from lit_peft.training.lightning_internals import datamodule_of, trainer_of
-from lit_peft.training.run_record import RECORD, check_checkpoint, check_same_base, run_record, say, say_new_length
 from lit_peft.training.new_tokens import check_tokens
+from lit_peft.training.run_record import RECORD, check_checkpoint, check_same_base, run_record, say, say_new_length
 from lit_peft.util.errors import LitPeftError
 
 

@@ -28,8 +28,8 @@ from lit_peft.training.lightning_internals import (
     subclass_arguments,
     trainer_of,
 )
-from lit_peft.training.neftune import embedding_noise
 from lit_peft.training.named_sets import NamedSets, metrics_attribute, set_names
+from lit_peft.training.neftune import embedding_noise
 from lit_peft.training.optimizer import check_finite, lightning_schedule, make_optimizer, parameter_groups
 from lit_peft.training.precision import PreciseModule
 from lit_peft.training.randomness import run_seed, seed_all
