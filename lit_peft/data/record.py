@@ -25,7 +25,7 @@ def data_record(data: Any, splits: Iterable[str] = ("train", "validation")) -> d
 
     The hash of a split is that of its examples: token ids, labels and references, in their order. It thus depends on
     the contents of the files (not on their paths), on the tokenizer and on the settings that make examples of rows. Of
-    a stream, the first 1,000 rows and the sizes of its files are hashed.
+    a stream, 1,000 rows, the first ones of each file, and the sizes of its files are hashed.
 
     Args:
         data: the data module, after `setup`.
@@ -138,13 +138,12 @@ def _to_list(value: Any) -> Any:
 
 
 def _stream_digest(data: Any) -> str:
-    """Return a hash of the first rows of a stream and of the sizes of its files."""
+    """Return a hash of the first rows of each file of a stream, and of the sizes of the files."""
     digest = hashlib.sha256()
-    # `iter(rows)` would divide the files among the workers of a loader.
-    for block in islice(open_rows(data).iter(STREAMED), 1):
-        digest.update(_plain({name: list(values) for name, values in block.items()}))
-    given = data.sources["train"]
-    for value in given if isinstance(given, (list, tuple)) else [given]:
-        if value is not None and Path(str(value)).is_file():
-            digest.update(str(Path(str(value)).stat().st_size).encode())
+    pieces = [piece for source in open_rows(data).sources for piece in source]
+    for piece in pieces:
+        for row in islice(piece.rows(data), max(STREAMED // len(pieces), 1)):
+            digest.update(_plain(row))
+        if Path(piece.name).is_file():
+            digest.update(str(Path(piece.name).stat().st_size).encode())
     return digest.hexdigest()[:16]
