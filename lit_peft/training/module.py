@@ -73,6 +73,8 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         lr_scheduler_kwargs: its further arguments, e.g. `{min_lr_rate: 0.1}` or `{num_decay_steps: 0.2}`; numbers of
             steps below 1 are shares of all steps.
         neftune_noise_alpha: strength of uniform noise on the input embeddings during training (NEFTune), e.g. 5.
+        adapter: folder of a trained adapter to start from, in the format of peft, of AdapterHub or our own. The method
+            and its settings must be the folder's; those that are unset are taken from it.
     """
 
     settings: MethodSettings
@@ -101,6 +103,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         trust_remote_code: bool = False,
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         neftune_noise_alpha: float | None = None,
+        adapter: str | None = None,
     ) -> None:
         super().__init__()
         values = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
