@@ -97,11 +97,12 @@ def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
         owner = name.rpartition(".")[0]
         inside = {f"{owner}.{inner}" for inner, _ in model.get_submodule(owner).named_parameters()}
         head.add(owner if inside <= new else name)
-    if module.hparams.adapter is not None and Path(module.hparams.adapter).is_dir():
+    adapter = module.hparams.adapter
+    if adapter is not None and not module.started and Path(adapter).is_dir():
         attach_from_folder(module, model, sorted(head))
     else:  # a folder that is gone is an error when the run starts, unless it is resumed from a checkpoint
         module.attach_method(model, sorted(head))
-        if module.hparams.adapter is not None:
+        if adapter is not None:
             fold_prompts(model)
     if module.hparams.adapter_dtype is not None:
         set_trained_dtype(attachment_of(model), getattr(torch, module.hparams.adapter_dtype))

@@ -53,8 +53,8 @@ class DataChecks:
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose run had other data, labels or settings; see `run_record.check_checkpoint`."""
         trainer = trainer_of(self)  # type: ignore[arg-type]
-        check_start(self, getattr(trainer, "ckpt_path", None), checkpoint)
-        self.started = True
+        if self.started:
+            check_start(self, getattr(trainer, "ckpt_path", None), checkpoint)
         if trainer is not None and trainer.state.fn is not None:
             stage, path = trainer.state.fn.value, trainer.ckpt_path
             for line in check_checkpoint(self, datamodule_of(self), checkpoint, path, stage):  # type: ignore[arg-type]

@@ -351,6 +351,8 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         Raises:
             LitPeftError: in a Trainer, the data, the labels or the settings are not those of the checkpoint's run.
         """
+        # The checkpoints that Lightning's tuners write for themselves are not those of a run.
+        self.started = self.started or RECORD in checkpoint
         self.configure_model()
         self.check_checkpoint(checkpoint)
         self._run_seed = checkpoint.get("run_seed", self._run_seed)
