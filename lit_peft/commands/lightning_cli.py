@@ -190,7 +190,10 @@ class CLI(LightningCLI):
         named = path is not None and path not in ("last", "best", "hpc") and "://" not in path
         if named and not path.startswith("registry") and not Path(path).exists():
             raise LitPeftError(f"ckpt_path={path!r} does not exist: give the checkpoint that `lit-peft fit` wrote.")
-        if path is None and self.subcommand != "fit":
+        adapter = self.model.hparams.adapter
+        if path is None and adapter is not None and not Path(adapter).is_dir():
+            raise LitPeftError(f"model.adapter={adapter!r} does not exist: give the folder of an adapter.")
+        if path is None and adapter is None and self.subcommand != "fit":
             rank_zero_warn(f"ckpt_path is not set, so {self.subcommand} uses an untrained adapter.")
 
     def _checkpoints(self, given: list[Any]) -> list[Any]:
