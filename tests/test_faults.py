@@ -28,7 +28,7 @@ def test_a_full_disk_leaves_no_part_of_a_row_in_the_log(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 3, limits[1]))
     try:
         with pytest.raises(OSError, match="too large"):
-            logger.save()
+            logger.experiment.save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before and hparams.read_bytes() == settings and logger.experiment.rows == 1
