@@ -17,6 +17,7 @@ _COMMANDS = {
     "validate": "compute the metrics on the validation data",
     "test": "compute the metrics on the test data",
     "predict": "write predictions for the rows of a file as JSON lines",
+    "data": "show examples with what is learned marked, and the figures of each split",
     "export": "write an adapter's folder from a training checkpoint",
     "merge": "merge a LoRA into its base and write a transformers folder",
     "info": "show what is in an adapter's folder or a checkpoint",
@@ -29,7 +30,7 @@ _COMMANDS = {
     "init": "write a commented configuration to start from",
 }
 # Commands with a module of their own in `lit_peft.commands`; the others belong to LightningCLI.
-_OWN = {"export", "merge", "info", "generate", "serve", "push", "pull", "compare", "doctor", "init"}
+_OWN = {"data", "export", "merge", "info", "generate", "serve", "push", "pull", "compare", "doctor", "init"}
 _EXAMPLES = """\
 examples:
   lit-peft fit --config configs/quickstart.yaml

@@ -105,11 +105,11 @@ class AdapterAPI(litserve.LitAPI):
         from lit_peft.formats.folder import load_adapter
         from lit_peft.methods.adapters import set_adapter
         from lit_peft.methods.prompt_room import prompt_room
-        from lit_peft.models.tokenization import load_tokenizer
+        from lit_peft.models.tokenization import adapter_tokenizer
 
         # LitServe logs an error of `setup` there before it stops.
         logging.getLogger("litserve.loops.loops").addFilter(_without_traceback)
-        self.tokenizer = load_tokenizer(self.options.base, "--base", self.options.revision)
+        self.tokenizer = adapter_tokenizer(self.adapters.values(), self.options.base, "--base", self.options.revision)
         self.model = load_base_from_options(self.options).to(device)
         check_generates(self.model)
         # Generated tokens must follow the prompt directly, so padding goes on the left.

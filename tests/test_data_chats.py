@@ -94,8 +94,10 @@ def test_what_the_template_does_not_read_is_noted(decoder: Path, tmp_path: Path)
     data.setup("fit")
     assert data.report() == [
         "data.train: column 'weight' not used.",
-        "data.max_length 256 exceeds the 64 tokens that " + repr(str(decoder)) + " was made for.",
+        "data.max_length is 16: 99 % of the training examples have no more tokens.",
         "data.train: the chat template does not read 'tools', 'tool_calls'.",
+        "data.train: 1 of 1 examples (100.0 %) with tool calls that the chat template leaves out, so they are not "
+        "learned: set data.chat_template to one for tools.",
     ]
 
 
@@ -126,16 +128,15 @@ def test_chats_without_a_learned_turn_are_skipped_and_counted(decoder: Path, tmp
         chats(decoder, lines(tmp_path / "b.jsonl", rows[0])).examples("train")
 
 
-@pytest.mark.parametrize("reads_parts", [False, True])
-def test_text_parts_are_text(reads_parts: bool, decoder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("needs_parts", [False, True])
+def test_text_parts_are_text(needs_parts: bool, decoder: Path, tmp_path: Path) -> None:
     template = PLAIN
-    if reads_parts:
-        loop = "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}"
-        template = PLAIN.replace("{{ m.content }}", loop + "{% endif %}")
+    if needs_parts:
+        template = PLAIN.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
     parts = [{"type": "text", "text": "the fi"}, {"type": "text", "text": "lm"}]
     file = lines(tmp_path / "a.jsonl", {"messages": chat(parts)}, {"messages": chat("the film")})  # type: ignore[arg-type]
     data = chats(decoder, file, template)
-    assert ChatRenderer(data.tokenizer).reads_parts is reads_parts
+    assert ChatRenderer(data.tokenizer).needs_parts is needs_parts
     first, second = data.examples("train")
     assert first == second and "the film" in data.tokenizer.decode(first["input_ids"])
 
@@ -148,7 +149,7 @@ def test_text_parts_are_text(reads_parts: bool, decoder: Path, tmp_path: Path) -
         ({"content": 5}, "message 2 has the content 5; give text"),
         ({"content": "good", "weight": 0.5}, r"message 2 has weight 0\.5; a turn is learned \(1\) or not \(0\)"),
         ({"content": "good", "train": "no"}, "message 2 has train 'no'"),
-        ({"content": None}, "message 2 lacks its role or content; it has 'role', 'content'"),
+        ({"content": None}, "message 2 lacks its role or content; it has 'role'"),
         ({"content": "x", "role": "user", "train": True}, "message 2 has train True and the role 'user'"),
     ],
 )
@@ -200,8 +201,27 @@ def test_a_template_with_a_mistake_is_reported(decoder: Path, tmp_path: Path) ->
     file = lines(tmp_path / "a.jsonl", {"messages": chat()})
     with pytest.raises(LitPeftError, match=r"row 1: the chat template cannot render this chat \(TemplateSyntaxError: "):
         chats(decoder, file, "{% for %}").examples("train")
+    length = "{{ 'good' if messages | length == 1 else 'bad' }}"
+    rewriting = PLAIN.replace("of {{ m.role }}", length)
     with pytest.raises(LitPeftError, match=r"row 1: the tokenizer's chat template renders a turn differently.*is good"):
-        chats(decoder, file, PLAIN + "{% if add_generation_prompt %}of it{% endif %}").examples("train")
+        chats(decoder, file, rewriting).examples("train")
+
+
+def test_an_answer_that_does_not_continue_the_generation_prompt_is_noted(decoder: Path, tmp_path: Path) -> None:
+    """As templates whose generation prompt begins with the reasoning that an answer lacks."""
+    file = lines(tmp_path / "a.jsonl", {"messages": chat()})
+    data = chats(decoder, file, PLAIN + "{% if add_generation_prompt %}of it{% endif %}")
+    assert learned(data) == "is good </s>"
+    line = "data.train: 1 of 1 examples (100.0 %) with an answer that does not continue the chat template's generation"
+    assert any(found.startswith(line) for found in data.report())
+
+
+def test_a_template_that_the_sandbox_refuses_gives_one_sentence(decoder: Path, tmp_path: Path) -> None:
+    file = lines(tmp_path / "a.jsonl", {"messages": chat()})
+    template = "{{ messages.append(1) }}" + PLAIN
+    with pytest.raises(LitPeftError, match=r"row 1: the chat template does something that is not allowed") as error:
+        chats(decoder, file, template).examples("train")
+    assert len(str(error.value).splitlines()) == 1 and "set data.chat_template" in str(error.value)
 
 
 def test_a_template_is_read_from_its_file(decoder: Path, tmp_path: Path) -> None:

@@ -173,10 +173,10 @@ def test_questions_in_several_parts_need_their_columns_named(decoder: Path, tmp_
         ReasoningData(base=str(decoder), test=str(tmp_path / "a.json")).setup("test")
 
 
-def test_chats_without_their_column_named_are_reported(decoder: Path, tmp_path: Path) -> None:
+def test_chats_without_their_column_named_need_a_chat_template(decoder: Path, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "good"}, {"role": "assistant", "content": "film"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"id": 1, "messages": chat}) + "\n")
     for streaming in (False, True):
         data = InstructionData(base=str(decoder), train=str(tmp_path / "a.jsonl"), streaming=streaming)
-        with pytest.raises(LitPeftError, match=r"chats in column 'messages': set data.messages_column to 'messages'"):
+        with pytest.raises(LitPeftError, match=r"has chats \(column 'messages'\), but .* has no chat template"):
             data.setup("fit")

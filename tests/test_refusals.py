@@ -20,7 +20,8 @@ from lit_peft.methods.baselines import FullFineTuningSettings, HeadOnlySettings
 from lit_peft.methods.rows import can_share
 from lit_peft.models.tokenization import require_fast, with_padding
 from lit_peft.nn.lora import LoRALinear
-from lit_peft.training.optimizer import make_optimizer, make_schedule
+from lit_peft.training.optimizer import make_optimizer
+from lit_peft.training.schedules import make_schedule
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,10 @@ def test_of_generation(generation: dict[str, Any], words: str | None) -> None:
         ("CausalLMData", {"prompt_template": "{"}),
         *(("CausalLMData", {"prompt_template": text}) for text in ("no column", "{a} {}", "")),
         ("InstructionData", {"template": "alpacca"}),
+        ("InstructionData", {"format": "chatml"}),
+        ("InstructionData", {"learn": "answer"}),
+        ("InstructionData", {"learn": []}),
+        ("ReasoningData", {"format": "messages"}),
         ("ReasoningData", {"max_new_tokens": 0}),
         ("ReasoningData", {"messages_column": "messages"}),
         ("ReasoningData", {"benchmark": "gsm9k"}),
@@ -106,9 +111,13 @@ def test_of_data(kind: str, values: dict[str, Any]) -> None:
         ("CausalLMData", {"text_column": "a", "completion_column": "c"}, "text_column", "completion_column"),
         ("CausalLMData", {"packing": True, "padding_side": "left"}, "padding_side", "packing"),
         ("CausalLMData", {"dataset_config": "en"}, "dataset_config", "dataset"),
-        ("InstructionData", {"chat_template": "x"}, "chat_template", "messages_column"),
+        ("InstructionData", {"chat_template": "x", "template": "alpaca"}, "chat_template", "alpaca"),
         ("InstructionData", {"template": "llm_adapters", "messages_column": "a"}, "template", "messages_column"),
-        ("ReasoningData", {"chat_template": "x"}, "chat_template", "messages_column"),
+        ("InstructionData", {"learn": "last_answer", "template": "plain"}, "learn", "plain"),
+        ("InstructionData", {"learn": "last_answer", "train_on_inputs": True}, "learn", "train_on_inputs"),
+        ("InstructionData", {"format": "sharegpt", "output_column": "a"}, "output_column", "sharegpt"),
+        ("InstructionData", {"format": "alpaca", "messages_column": "a"}, "messages_column", "alpaca"),
+        ("ReasoningData", {"chat_template": "x"}, "chat_template", "alpaca"),
         ("TextClassificationData", {"regression": True, "labels": ["0", "1"]}, "labels", "regression"),
         ("TextClassificationData", {"benchmark": "glue/stsb", "labels": ["0", "1"]}, "labels", "regression"),
         ("TextClassificationData", {"benchmark": "glue/cola", "text_column": "a"}, "text_column", "glue/cola"),

@@ -6,7 +6,10 @@ import string
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
+from lit_peft.data.chats import encode_chats
+from lit_peft.data.conversations import Form
 from lit_peft.data.encoding import tokenize
+from lit_peft.data.long_texts import token_ids
 from lit_peft.data.notes import drop_cut_column, note_missing_end
 from lit_peft.data.rows import Rows, Split, require_text, text_key
 from lit_peft.data.settings import refuse_unused
@@ -22,16 +25,19 @@ class CausalLMData(SupervisedData):
     """Next-token prediction on raw text, or on completions of prompts.
 
     With `completion_column`, a row is a prompt (`prompt_column`, or `prompt_template` filled from the row's columns)
-    and its completion, and the loss is on the completion only. Without it, a row is raw text, split into consecutive
-    examples of `max_length` tokens, so that nothing is lost. An end-of-text token ends each row. Batches: `input_ids`,
-    `attention_mask`, `labels`, all [batch, length]; labels are -100 where there is no loss. Prediction reads prompts
-    (or the raw text), padded on the left.
+    and its completion, and the loss is on the completion only. If the tokenizer has a chat template, both are rendered
+    by it, as the user's and the assistant's turn; `template: plain` keeps the plain text. Without the column, a row is
+    raw text, split into consecutive examples of `max_length` tokens, so that nothing is lost. An end-of-text token ends
+    each row. Batches: `input_ids`, `attention_mask`, `labels`, all [batch, length]; labels are -100 where there is no
+    loss. Prediction reads prompts (or the raw text), padded on the left.
 
     Args:
         text_column: column of the raw text.
         prompt_column: column of the prompt.
         prompt_template: the prompt with columns in braces, instead of `prompt_column`, e.g. `"{instruction}\\n"`.
         completion_column: column of the completion.
+        template: `chat`, for prompts and completions as turns of a chat; or `plain`. Unset: `chat` if the tokenizer
+            has a chat template and `prompt_template` is not set.
         **common: see `SupervisedData` and `LitDataModule`.
     """
 
@@ -41,12 +47,16 @@ class CausalLMData(SupervisedData):
         prompt_column: str = "prompt",
         prompt_template: str | None = None,
         completion_column: str | None = None,
+        template: str | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self.text_column = text_column
         self.completion_column = completion_column
         self.prompt_template = prompt_template
+        self.template = template
+        if template not in (None, "chat", "plain"):
+            raise LitPeftError(f"data.template {template!r} is not known: use 'chat' or 'plain'.")
         if prompt_template is None:
             # Not a template, because a column's name may contain braces.
             fields = [prompt_column]
@@ -66,7 +76,12 @@ class CausalLMData(SupervisedData):
         if completion_column is None:
             refuse_unused(
                 "without data.completion_column, because a row is then the raw text in data.text_column",
-                {"prompt_template": prompt_template is not None, "prompt_column": prompt_column != "prompt"},
+                {
+                    "prompt_template": prompt_template is not None,
+                    "prompt_column": prompt_column != "prompt",
+                    "truncation_side 'left'": self.truncation_side == "left",
+                    "template": template is not None,
+                },
             )
         else:
             refuse_unused("with data.completion_column", {"text_column": text_column != "text"})
@@ -88,7 +103,7 @@ class CausalLMData(SupervisedData):
     def check_rows(self, rows: Rows, split: Split) -> Rows:
         """Every row needs a text, or a completion."""
         if self.completion_column is None:
-            require_text(rows, [self.text_column])
+            require_text(rows, [self.text_column], longest=None)
         elif split != "predict":
             require_text(rows, [self.completion_column])
         if self.completion_column is not None:
@@ -98,6 +113,18 @@ class CausalLMData(SupervisedData):
     def encode(self, rows: Rows, split: Split) -> Any:
         """Tokens and labels, at most `max_length` per example."""
         if self.completion_column is not None:
+            as_chat = self.template == "chat"
+            has_template = bool(getattr(self.tokenizer, "chat_template", None))
+            if as_chat and not has_template:
+                raise LitPeftError(
+                    f"data.template is 'chat', but the tokenizer of {self.base!r} has no chat template; use 'plain'."
+                )
+            if self.template is None and self.prompt_template is None and has_template:
+                as_chat = True
+                self.notes.add(
+                    f"{rows.field}: prompts and completions, rendered by the tokenizer's chat template; data.template "
+                    "'plain' keeps the plain text."
+                )
             return self.encode_supervised(
                 rows,
                 split,
@@ -105,6 +132,7 @@ class CausalLMData(SupervisedData):
                 prompt_template=self.prompt_template,
                 prompt_columns=self._prompt_columns,
                 completion_column=self.completion_column,
+                as_chat=as_chat,
             )
         table = tokenize(
             rows,
@@ -135,7 +163,7 @@ def encode_text(
     For prompts, `cut` is the number of tokens that were cut.
     """
     texts = [str(text) for text in batch[text_column]]
-    rows = [strip_end_tokens(ids, tokenizer) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    rows = [strip_end_tokens(ids, tokenizer) for ids in token_ids(texts, tokenizer)]
     if prompts_only:
         cut = [max(0, len(ids) - max_length) for ids in rows]
         return {"input_ids": [ids[-max_length:] for ids in rows], "cut": cut}
@@ -171,10 +199,14 @@ def encode_completions(
     prompt_template: str | None,
     prompt_columns: list[str],
     completion_column: str,
+    as_chat: bool,
     prompts_only: bool,
     **settings: Any,
 ) -> dict[str, list[Any]]:
-    """Fill the template from the columns, and tokenize prompts and completions; see `encode_answers`."""
+    """Fill the template from the columns, and tokenize prompts and completions.
+
+    See `encode_answers` or, with `as_chat`, `encode_chats`.
+    """
     count = len(batch[prompt_columns[0]])
     # Empty cells become empty text; the number 0 does not.
     cells = [
@@ -186,4 +218,15 @@ def encode_completions(
     else:
         texts = [_fill_prompt_template(prompt_template, cell) for cell in cells]
     answers = None if prompts_only else [str(text) for text in batch[completion_column]]
+    if as_chat:
+        return encode_chats(
+            {"prompt": texts, "completion": answers or [None] * count},
+            tokenizer=tokenizer,
+            form=Form("prompt_completion", "prompt", "completion"),
+            template_columns=(),
+            filled_columns=(),
+            learn="answers",
+            prompts_only=prompts_only,
+            **settings,
+        )
     return encode_answers(texts, answers, tokenizer=tokenizer, prompts_only=prompts_only, **settings)

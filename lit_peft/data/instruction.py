@@ -7,20 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_peft.data.chat_rendering import ChatRenderer
 from lit_peft.data.chats import (
     TEMPLATE_COLUMNS,
-    ChatRenderer,
     chat_problem,
+    check_learn,
     encode_chats,
-    has_learned_turn,
+    learned_turns,
+    read_row,
     template_fields,
 )
+from lit_peft.data.conversations import Form, check_format, find_form
 from lit_peft.data.files import column_values
 from lit_peft.data.notes import share_of
 from lit_peft.data.prompt_templates import TEMPLATES, fill_template, parse_history
 from lit_peft.data.rows import RowError, Rows, Split, require_text, text_key
 from lit_peft.data.settings import refuse_unused
 from lit_peft.data.supervised import SupervisedData, encode_answers
+from lit_peft.models.sources import PACKAGE_PREFIX, resolve_packaged_file
 from lit_peft.models.tokenization import stop_tokens
 from lit_peft.util.errors import LitPeftError, closest, first_line
 from lit_peft.util.type_checks import brief
@@ -28,17 +32,25 @@ from lit_peft.util.type_checks import brief
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# A table's form is found from the first value of each column; this many rows are searched for one.
+_ROWS_TO_SEARCH = 100
+
 
 class InstructionData(SupervisedData):
-    """Instructions in Alpaca's form, or chats, with the loss on the answers only.
+    """Chats, or instructions and prompts with their answers, with the loss on the answers only.
 
-    Alpaca: a row has an instruction, an output and optionally an input, a system prompt (it replaces the first
-    sentences of Alpaca's prompt) and a history: earlier [instruction, answer] pairs, which are not learned.
+    Chats are messages of OpenAI's form (`{role, content}`, with text, text parts, tool calls and their results) or of
+    ShareGPT's (`{from, value}`). Prompts and completions are text, or messages. Instructions have Alpaca's form: an
+    instruction, an output and optionally an input, a system prompt and a history of earlier [instruction, answer]
+    pairs. The form is found from the columns, unless `format` or `messages_column` names it.
 
-    Chat: a row has messages, a list of `{role, content}`, which the tokenizer's chat template renders; content may be a
-    list of text parts. The loss is on the assistant's turns, including their end-of-turn tokens, except for messages
-    with `weight: 0` or `train: false`. A row's system prompt becomes the first message, and the columns `tools`,
-    `documents` and `chat_template_kwargs`, if the file has them, are given to the template.
+    Chats are rendered by the tokenizer's chat template, and so are prompts and instructions if there is one; `template`
+    keeps Alpaca's form. The loss is on what the model generates: the assistant's turns, with their reasoning, tool
+    calls and end-of-turn tokens (see `learn`), except for messages with `weight: 0`, `train: false` or `training:
+    false`. If the chat template marks the assistant's text with `{% generation %}`, the marks decide. If it renders
+    earlier turns differently, for example without their reasoning, a chat gives several examples, each of which ends
+    with a turn as the model generates it. A row's system prompt becomes the first message, and the columns `tools`,
+    `documents` and `chat_template_kwargs`, if the file has them, are given to the chat template.
 
     Batches: `input_ids`, `attention_mask`, `labels`, all [batch, length]; labels are -100 where there is no loss.
     Prediction reads prompts, padded on the left; of a chat, everything before the assistant's last turn.
@@ -47,11 +59,15 @@ class InstructionData(SupervisedData):
         instruction_column: column of the instruction.
         input_column: column of the input; optional in rows and in files.
         output_column: column of the answer.
-        template: `alpaca`, or `llm_adapters` (see `fill_template`).
-        messages_column: column of the messages; set it (usually to `messages`) for chats.
-        chat_template: the chat template, or a file with it, for tokenizers without one.
+        template: how instructions and prompts are rendered: `chat`, by the tokenizer's chat template; `alpaca`;
+            `llm_adapters` (see `fill_template`); or `plain`, the prompt alone. Unset: `chat` if there is a chat
+            template, else `alpaca` for instructions and `plain` for prompts.
+        messages_column: column of the messages; unset: it is found.
+        chat_template: the chat template, or a file with it (also `pkg:DISTRIBUTION/path`), instead of the tokenizer's.
         system_column: column of the system prompt; optional in rows and in files.
         history_column: column of the earlier instructions and answers; optional in rows and in files.
+        format: `messages`, `sharegpt`, `prompt_completion` or `alpaca`; unset: it is found from the columns.
+        learn: what is learned of a chat: `answers` (all turns of the assistant), `last_answer`, or a list of roles.
         **common: see `SupervisedData` and `LitDataModule`.
     """
 
@@ -60,11 +76,13 @@ class InstructionData(SupervisedData):
         instruction_column: str = "instruction",
         input_column: str = "input",
         output_column: str = "output",
-        template: str = "alpaca",
+        template: str | None = None,
         messages_column: str | None = None,
         chat_template: str | None = None,
         system_column: str = "system",
         history_column: str = "history",
+        format: str | None = None,
+        learn: str | list[str] = "answers",
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -76,22 +94,43 @@ class InstructionData(SupervisedData):
         self.chat_template = chat_template
         self.system_column = system_column
         self.history_column = history_column
+        self.format = format
+        self.learn = learn
         self._checked_end = False
-        alpaca_columns = (input_column, system_column, history_column)
-        self.optional_columns = alpaca_columns if messages_column is None else (system_column, *TEMPLATE_COLUMNS)
-        if messages_column is None:
-            refuse_unused("without data.messages_column", {"chat_template": chat_template is not None})
-        else:
-            instructions = {
-                "instruction_column": instruction_column != "instruction",
-                "input_column": input_column != "input",
-                "output_column": output_column != "output",
-                "template": template != "alpaca",
-                "history_column": history_column != "history",
-            }
+        check_format(format)
+        check_learn(learn)
+        alpaca = Form("alpaca", instruction_column, output_column, input_column, system_column, history_column)
+        self._alpaca = alpaca
+        # The form of each split's table, and of the one that was read last.
+        self._forms: dict[Split, Form] = {}
+        self._form = find_form({}, alpaca, format, messages_column)
+        # Until a table is read, it is not known whether its rows are rendered by a chat template.
+        self.optional_columns = self._form.optional
+        if template not in (None, "chat", *TEMPLATES):
+            raise LitPeftError(
+                f"data.template {template!r} is not known: use {closest(str(template), ('chat', *TEMPLATES))}."
+            )
+        refuse_unused(
+            f"with data.template {template!r}",
+            {
+                "chat_template": chat_template is not None and template in TEMPLATES,
+                "learn": learn != "answers" and template in TEMPLATES,
+            },
+        )
+        refuse_unused("with data.train_on_inputs", {"learn": learn != "answers" and self.train_on_inputs})
+        instructions = {
+            "instruction_column": instruction_column != "instruction",
+            "input_column": input_column != "input",
+            "output_column": output_column != "output",
+            "template": template not in (None, "chat"),
+            "history_column": history_column != "history",
+        }
+        if messages_column is not None:
             refuse_unused("with data.messages_column", instructions)
-        if template not in TEMPLATES:
-            raise LitPeftError(f"data.template {template!r} is not known: use {closest(template, TEMPLATES)}.")
+            wrong = format in ("alpaca", "prompt_completion")
+            refuse_unused(f"with data.format {format!r}", {"messages_column": wrong})
+        elif format in ("messages", "sharegpt"):
+            refuse_unused(f"with data.format {format!r}", instructions)
 
     @property
     def tokenizer(self) -> Any:
@@ -106,49 +145,82 @@ class InstructionData(SupervisedData):
         SupervisedData.tokenizer.fset(self, tokenizer)  # type: ignore[attr-defined]
 
     def columns(self, split: Split) -> dict[str, str | None]:
-        """The messages; or the instruction and, except for prediction, the output."""
-        if self.messages_column is not None:
-            return {"data.messages_column": self.messages_column}
-        needed: dict[str, str | None] = {"data.instruction_column": self.instruction_column}
+        """The columns of the messages; or of the prompt and, except for prediction, of the answer."""
+        form = self._forms.get(split, self._form)
+        if form.second is None:
+            return {"data.messages_column": form.first}
+        names = ("data.instruction_column", "data.output_column")
+        if form.kind == "prompt_completion":
+            names = ("data.format prompt_completion", "data.format prompt_completion, the answer")
+        needed: dict[str, str | None] = {names[0]: form.first}
         if split != "predict":
-            needed["data.output_column"] = self.output_column
+            needed[names[1]] = form.second
         return needed
 
     def prepare_table(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
-        """As `LitDataModule.prepare_table`.
-
-        Raises:
-            LitPeftError: the table has chats, and `messages_column` is not set.
-        """
-        if self.messages_column is None and self.instruction_column not in table.column_names and len(table):
-            chat = next((name for name, value in table[0].items() if not chat_problem(value, needs_answer=False)), None)
-            if chat is not None:
+        """As `LitDataModule.prepare_table`; it also finds the form of the rows, and notes it."""
+        form = self.form_of(table)
+        self._forms[split] = self._form = form
+        self.optional_columns = self._optional_columns(form)
+        if set(form.columns) <= set(table.column_names):
+            style = self.style(form)
+            if style == "chat" and not getattr(self.tokenizer, "chat_template", None):
                 raise LitPeftError(
-                    f"{field} {source!r} has no column {self.instruction_column!r} (data.instruction_column), but it "
-                    f"has chats in column {chat!r}: set data.messages_column to {chat!r}."
+                    f"{field} {source!r} has {form.describe()}, but the tokenizer of {self.base!r} has no chat "
+                    "template; set data.chat_template, or use the instruct version of the base model."
                 )
+            by = "rendered by the tokenizer's chat template" if style == "chat" else f"in the form {style!r}"
+            if form.kind != "alpaca" and self.messages_column is None:
+                self.notes.add(f"{field}: {form.describe()}, {by}.")
+            elif form.kind == "alpaca" and style == "chat" and self.template is None:
+                self.notes.add(f"{field}: {form.describe()}, {by}; data.template 'alpaca' keeps Alpaca's form.")
         return super().prepare_table(table, split, field, source)
 
+    def form_of(self, table: Dataset) -> Form:
+        """Return how the rows of a table write a conversation."""
+        values = {}
+        for name in table.column_names:
+            first = (table[index][name] for index in range(min(len(table), _ROWS_TO_SEARCH)))
+            values[name] = next((value for value in first if value is not None), None)
+        return find_form(values, self._alpaca, self.format, self.messages_column)
+
+    def style(self, form: Form) -> str:
+        """Return how rows of this form are rendered: see `template`."""
+        if form.has_messages:
+            refuse_unused("with chats", {"template": self.template in TEMPLATES})
+            return "chat"
+        plain = "alpaca" if form.kind == "alpaca" else "plain"
+        style = self.template or ("chat" if getattr(self.tokenizer, "chat_template", None) else plain)
+        if style != "chat":
+            given = {"chat_template": self.chat_template is not None, "learn": self.learn != "answers"}
+            refuse_unused(f"with the form {style!r}", given)
+        return style
+
     def duplicate_key(self, table: Dataset) -> Callable[[int], Hashable]:
-        """The instruction or the chat, with the optional columns."""
-        column = self.messages_column or self.instruction_column
-        return text_key(table, [column, *self._optional_columns_of(table)])
+        """The prompt or the chat, with the optional columns."""
+        form = self.form_of(table)
+        return text_key(table, [form.first, *self._optional_columns_of(table, form)])
 
     def check_rows(self, rows: Rows, split: Split) -> Rows:
         """Every row needs an answer; the messages of chats need a role and a content."""
-        if self.messages_column is None:
-            require_text(rows, [self.instruction_column])
+        form = self.form_of(rows.table)
+        if self.style(form) != "chat":
+            require_text(rows, [form.first])
             if split != "predict":
-                require_text(rows, [self.output_column])
+                require_text(rows, [form.second])
             return rows
-        chats = column_values(rows.table, self.messages_column)
-        for index in rows.indices:
-            problem = chat_problem(chats[index], needs_answer=not self.generates(split))
-            if problem:
-                raise LitPeftError(f"{rows.locate(index)}, column {self.messages_column!r}: {problem}.")
-        if self.generates(split) or self.train_on_inputs:
+        if not form.has_messages:
+            require_text(rows, [form.first])
+        needs_answer = not self.generates(split)
+        if needs_answer and form.second is not None and not form.has_messages:
+            require_text(rows, [form.second])
+        chats = self._chats(rows, form, needs_answer)
+        for index, messages in chats.items():
+            if problem := chat_problem(messages, needs_answer, self.learn):
+                raise LitPeftError(f"{rows.locate(index)}, column {form.first!r}: {problem}.")
+        if not needs_answer or self.train_on_inputs:
             return rows
-        kept = [index for index in rows.indices if has_learned_turn(chats[index])]
+        kept = [index for index, messages in chats.items() if learned_turns(messages, self.learn)]
         if not kept:
             raise LitPeftError(f"{rows.field} {rows.source!r}: no chat has a turn to learn; set a weight to 1.")
         if len(kept) < len(rows):
@@ -158,55 +230,64 @@ class InstructionData(SupervisedData):
             )
         return replace(rows, indices=kept)
 
+    def _chats(self, rows: Rows, form: Form, needs_answer: bool) -> dict[int, Any]:
+        """Return the messages of each row by its index.
+
+        Raises:
+            LitPeftError: names the first row that cannot be read.
+        """
+        names = [name for name in (*form.columns, *form.optional) if name in rows.table.column_names]
+        batch = {name: column_values(rows.table, name) for name in names}
+        filled = _filled_columns(rows.table)
+        found = {}
+        for index in rows.indices:
+            try:
+                found[index] = read_row(batch, index, form, filled, needs_answer or form.second is None)
+            except ValueError as problem:
+                raise LitPeftError(f"{rows.locate(index)}: {problem}.") from problem
+        return found
+
     def encode(self, rows: Rows, split: Split) -> Any:
         """Tokens and labels, at most `max_length` per example."""
-        import datasets
-
-        if self.messages_column is not None:
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise LitPeftError(
-                    f"data.messages_column is {self.messages_column!r}, but the tokenizer of {self.base!r} has no chat "
-                    "template; set data.chat_template, or use the instruct version of the base model."
-                )
-            columns = self._optional_columns_of(rows.table)
-            system_column = self.system_column if self.system_column in columns else None
-            columns = [column for column in columns if column != system_column]
-            self._note_template(rows, split, columns)
-            features = rows.table.features
+        form = self.form_of(rows.table)
+        style = self.style(form)
+        if style == "chat":
+            names = [name for name in TEMPLATE_COLUMNS if name in rows.table.column_names]
+            self._note_template(rows, split, form, names)
             return self.encode_supervised(
                 rows,
                 split,
                 encode_chats,
-                messages_column=self.messages_column,
-                template_columns=columns,
-                system_column=system_column,
-                filled_columns=[
-                    name
-                    for name in (self.messages_column, *columns)
-                    if not isinstance(features[name], (datasets.Json, datasets.Value))
-                ],
+                form=form,
+                template_columns=names,
+                filled_columns=_filled_columns(rows.table),
+                learn=self.learn,
             )
         return self.encode_supervised(
             rows,
             split,
             encode_instructions,
-            instruction_column=self.instruction_column,
-            input_column=self.input_column,
-            output_column=self.output_column,
-            template=self.template,
+            instruction_column=form.first,
+            input_column=form.input,
+            output_column=form.second,
+            template=style,
             system_column=self.system_column,
             history_column=self.history_column,
         )
 
-    def _optional_columns_of(self, table: Dataset) -> list[str]:
-        return [column for column in self.optional_columns if column in table.column_names]
+    def _optional_columns(self, form: Form) -> tuple[str, ...]:
+        return (*form.optional, *TEMPLATE_COLUMNS) if self.style(form) == "chat" else form.optional
 
-    def _note_template(self, rows: Rows, split: Split, columns: list[str]) -> None:
+    def _optional_columns_of(self, table: Dataset, form: Form) -> list[str]:
+        return [column for column in self._optional_columns(form) if column in table.column_names]
+
+    def _note_template(self, rows: Rows, split: Split, form: Form, columns: list[str]) -> None:
         """Note what the chat template does not read and, once, whether the model learns to stop."""
         renderer, table = ChatRenderer(self.tokenizer), rows.to_table()
         used = [column for column in columns if column != TEMPLATE_COLUMNS[-1] and any(column_values(table, column))]
-        fields = template_fields(column_values(table, str(self.messages_column)))
-        unused = renderer.unused_fields([*used, *fields])
+        used = ["tools" if column == "functions" else column for column in used]
+        fields = template_fields(self._chats(rows, form, not self.generates(split)).values())
+        unused = renderer.unused_fields(dict.fromkeys([*used, *fields]))
         if unused:
             self.notes.add(f"{rows.field}: the chat template does not read {', '.join(map(repr, unused))}.")
         if not self.generates(split) and not self._checked_end:
@@ -236,8 +317,16 @@ class InstructionData(SupervisedData):
             )
 
 
+def _filled_columns(table: Dataset) -> list[str]:
+    """Return the columns whose objects were given the members of all rows, filled with nulls."""
+    import datasets
+
+    plain = (datasets.Json, datasets.Value)
+    return [name for name, feature in table.features.items() if not isinstance(feature, plain)]
+
+
 def read_template(value: str) -> str:
-    """Return a chat template, given as itself or as the path of its file.
+    """Return a chat template, given as itself or as the path of its file, which may be in an installed package.
 
     Raises:
         LitPeftError: it is neither, or the file cannot be read.
@@ -245,7 +334,11 @@ def read_template(value: str) -> str:
     if "{" in value:
         return value
     try:
+        if value.startswith(PACKAGE_PREFIX):
+            return resolve_packaged_file(value, "data.chat_template").read_text("utf-8")
         return Path(value).expanduser().read_text("utf-8")
+    except LitPeftError:
+        raise
     except (OSError, ValueError) as problem:
         raise LitPeftError(
             f"data.chat_template {value!r} is neither a template nor a readable file ({first_line(problem)}); give "
@@ -258,8 +351,8 @@ def encode_instructions(
     *,
     tokenizer: Any,
     instruction_column: str,
-    input_column: str,
-    output_column: str,
+    input_column: str | None,
+    output_column: str | None,
     template: str,
     system_column: str,
     history_column: str,
@@ -282,10 +375,12 @@ def encode_instructions(
         except ValueError as problem:
             message = f"column {history_column!r} has {brief(cells[2])}: {problem}; correct it."
             raise RowError(row, message) from problem
-        if template != "alpaca" and (system or history):
+        if template == "llm_adapters" and (system or history):
             column = system_column if system else history_column
             raise RowError(row, f"data.template {template!r} has no place for column {column!r}; use 'alpaca'.")
         texts.append(fill_template(instruction, input_text, template, system, history))
     # Some files start answers with a line break or a space, but the template ends with its own.
-    answers = None if prompts_only else [str(text).lstrip() for text in batch[output_column]]
+    answers = None
+    if not prompts_only:
+        answers = [str(text) if template == "plain" else str(text).lstrip() for text in batch[output_column or ""]]
     return encode_answers(texts, answers, tokenizer=tokenizer, prompts_only=prompts_only, **settings)

@@ -13,7 +13,7 @@ _REQUEST = ". Write a response that appropriately completes the request."
 _INDENT = " " * 16
 _COMMENT = "  # noqa: E501"
 
-TEMPLATES = ("alpaca", "llm_adapters")
+TEMPLATES = ("alpaca", "llm_adapters", "plain")
 
 
 def fill_template(
@@ -29,10 +29,13 @@ def fill_template(
         instruction: what to do.
         input_text: what to do it with; "" for none.
         template: `alpaca`, or `llm_adapters`: the prompt of LLM-Adapters' `evaluate.py`, with the 16 spaces and the
-            comment of its source code in it, for adapters that were trained there.
+            comment of its source code in it, for adapters that were trained there; or `plain`: the texts alone.
         system: replaces the first sentences of Alpaca's prompt; "": keep them.
-        history: earlier instructions with their answers; only for `alpaca`.
+        history: earlier instructions with their answers; not for `llm_adapters`.
     """
+    if template == "plain":
+        before = [text for pair in history for text in pair]
+        return "\n\n".join(part for part in (system, *before, instruction, input_text) if part)
     opening = system or f"{_OPENING}{_INPUT if input_text else ''}{_REQUEST}"
     turns = [f"### Instruction:\n{asked}\n\n### Response:\n{answer}" for asked, answer in history]
     parts = [opening, *turns, f"### Instruction:\n{instruction}"]

@@ -55,16 +55,19 @@ class ReasoningData(InstructionData):
         max_new_tokens: int | None = None,
         **common: Any,
     ) -> None:
+        # LLM-Adapters' prompts, also for bases with a chat template.
+        common["template"] = common.get("template") or "alpaca"
         super().__init__(**common)
         self.benchmark = find_benchmark(benchmark) if benchmark is not None else None
         self.answer_column = answer_column
         if max_new_tokens is not None and max_new_tokens < 1:
             raise LitPeftError(f"data.max_new_tokens is {max_new_tokens}; it must be at least 1.")
         self.max_new_tokens = max_new_tokens or (256 if self.benchmark is None or self.benchmark in MATH else 32)
-        if self.messages_column is not None:
-            raise LitPeftError(
-                "data.messages_column is set, but ReasoningData reads instructions; use InstructionData for chats."
-            )
+        for name, value in {"messages_column": self.messages_column, "format": self.format}.items():
+            if value not in (None, "alpaca"):
+                raise LitPeftError(
+                    f"data.{name} is {value!r}, but ReasoningData reads instructions; use InstructionData for chats."
+                )
 
     def generates(self, split: Split) -> bool:
         """Tell whether a split's examples are prompts to continue: those of the test split are too."""

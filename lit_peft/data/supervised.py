@@ -15,6 +15,16 @@ from lit_peft.data.rows import RowError, Rows, Split
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
 
+# What the chat template may leave out of an answer, in words.
+_LEFT_OUT = {
+    "content": "an answer of which the chat template leaves out a part, so that part is not learned",
+    "reasoning": "reasoning that the chat template leaves out, so it is not learned",
+    "tool calls": "tool calls that the chat template leaves out, so they are not learned: set data.chat_template to "
+    "one for tools",
+    "generation prompt": "an answer that does not continue the chat template's generation prompt, so generation starts "
+    "differently from training",
+}
+
 
 class SupervisedData(LitDataModule):
     """Text for causal models with the loss on answers. What `max_length` cuts or drops is counted and reported.
@@ -25,6 +35,8 @@ class SupervisedData(LitDataModule):
             attends to another. Not for methods with virtual tokens.
         **common: see `LitDataModule`.
     """
+
+    cuts_tokens = True
 
     def __init__(self, train_on_inputs: bool = False, packing: bool = False, **common: Any) -> None:
         super().__init__(**common)
@@ -39,11 +51,6 @@ class SupervisedData(LitDataModule):
             raise LitPeftError(
                 "data.packing and data.padding_side 'left' are both set, but packed rows are padded on the right; "
                 "leave out padding_side (prompts to continue are still padded on the left)."
-            )
-        if packing and self.streaming:
-            raise LitPeftError(
-                "data.packing and data.streaming are both set, but packing needs the lengths of all examples before "
-                "training starts; leave out one of them."
             )
 
     def generates(self, split: Split) -> bool:
@@ -92,16 +99,33 @@ class SupervisedData(LitDataModule):
                 f"data.max_length is {self.max_length}, and no prompt of data.{split} leaves room for its answer; "
                 "raise it."
             )
-        if len(kept) < len(rows):
+        if len(table) > len(rows):
             self.notes.add(
-                f"data.{split}: {share_of(len(rows) - len(kept), len(rows), 'rows')} dropped, because data.max_length "
-                f"{self.max_length} leaves nothing of their answers."
+                f"data.{split}: {len(rows):,} chats give {len(table):,} examples, because the chat template renders "
+                "earlier answers differently; each is learned as it is when it is the last one."
             )
+        if len(kept) < len(table):
+            items = "rows" if len(table) == len(rows) else "examples"
+            self.notes.add(
+                f"data.{split}: {share_of(len(table) - len(kept), len(table), items)} dropped, because "
+                f"data.max_length {self.max_length} leaves nothing of their answers."
+            )
+        if "left_out" in table.column_names:
+            self._note_left_out(split, column_values(table, "left_out"))
+            table = table.remove_columns("left_out")
         self._note_cut_rows(split, [lengths[index] for index in kept], "end")
         supervised, lost = column_values(table, "supervised"), column_values(table, "lost")
         note_lost_labels(self.notes, split, lengths, supervised, lost, self.max_length)
-        table = table.select(kept) if len(kept) < len(rows) else table
+        table = table.select(kept) if len(kept) < len(table) else table
         return table.remove_columns(["length", "supervised", "lost", "kept"])
+
+    def _note_left_out(self, split: Split, found: list[str]) -> None:
+        for part in sorted({part for parts in found for part in parts.split(",") if part}):
+            count = sum(part in parts.split(",") for parts in found)
+            self.notes.add(
+                f"data.{split}: {share_of(count, len(found), 'examples')} with {_LEFT_OUT[part]}.",
+                warn=part != "generation prompt",
+            )
 
     def _note_cut_rows(self, split: Split, lengths: list[int], end: str) -> None:
         cuts = [length - self.max_length for length in lengths if length > self.max_length]

@@ -14,6 +14,7 @@ from lit_peft.methods.attachment import (
 from lit_peft.methods.fast_path import fast_path_changes
 from lit_peft.methods.saving import SaveAdapter
 from lit_peft.methods.threads import exclusive
+from lit_peft.methods.tokens import check_indices, train_tokens
 from lit_peft.util.errors import LitPeftError
 
 
@@ -47,6 +48,9 @@ def attach(model: Model, settings: MethodSettings) -> Model:
             attachment.make(change)
         if settings.modules_to_save:
             attachment.train_modules(settings.modules_to_save)
+        if settings.trainable_token_indices:
+            check_indices(settings.trainable_token_indices)
+            train_tokens(attachment, settings.trainable_token_indices)
         set_trained_dtype(attachment)
         if attachment.adapted and hasattr(model, "save_pretrained"):
             attachment.set("", "save_pretrained", SaveAdapter(model))
