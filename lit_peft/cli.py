@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from lit_peft.util.errors import LitPeftError, causes, closest
+from lit_peft.util.errors import LitPeftError, causes, closest, printable
 
 DEBUG_VARIABLE = "LIT_PEFT_DEBUG"
 
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; `sys.argv` when None.
 
     Returns:
-        The exit status: 0; 2 for wrong input, which is reported on stderr in one paragraph (with the traceback only by
-        `--debug` or `LIT_PEFT_DEBUG=1`); 130 when interrupted.
+        The exit status: 0; 2 for wrong input, and 1 for what the operating system refuses, which are reported on stderr
+        in one paragraph (with the traceback only by `--debug` or `LIT_PEFT_DEBUG=1`); 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--debug" in arguments:
@@ -83,6 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             ours = LitPeftError(f"A class in the configuration needs a package that is not installed: {missing}")
         print(f"lit-peft: error: {ours}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever reads the output, e.g. `head`, has enough. Python would complain when it flushes the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as problem:
+        # A disk that is full, a folder that may not be written, a file that may not be read.
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        print(f"lit-peft: error: {printable(str(problem))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
