@@ -1,4 +1,4 @@
-"""A slice of the campaign of killed processes and full disks, and the log on a full disk."""
+"""A slice of the campaign of killed processes and full disks, and what is said of a file that cannot be written."""
 
 from __future__ import annotations
 
@@ -8,11 +8,53 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
+import lit_peft
+from lit_peft.cli import main
 from lit_peft.training.run_folder import RunLogger
+from lit_peft.util.write_errors import write_error
+
+FULL = Path("/dev/full")  # every write to it fails with ENOSPC
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="Linux has /dev/full")
+def test_a_full_disk_is_recognized_whichever_library_wrote(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as python:
+        FULL.write_text("x")
+    # The library that closes its file afterwards hides the cause behind another error.
+    with pytest.raises(ValueError, match="closed") as hidden:
+        try:
+            raise python.value
+        finally:
+            raise ValueError("I/O operation on closed file")
+    said = write_error(python.value)
+    assert said is not None and "the disk is full" in said and write_error(hidden.value) == said
+    (tmp_path / "link.safetensors").symlink_to(FULL)
+    with pytest.raises(Exception, match="os error") as rust:
+        save_file({"x": torch.zeros(9)}, tmp_path / "missing" / "x.safetensors")
+    assert write_error(rust.value) is None  # os error 2: there is no such folder, which is a fault of another kind
+    assert "is full" in str(write_error(RuntimeError("Error while serializing: I/O error (os error 28)")))
+    assert write_error(KeyError("x")) is None and write_error(FileNotFoundError(2, "No such file")) is None
+
+
+def test_a_command_that_may_not_write_says_so(decoder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    import transformers
+
+    model = lit_peft.attach(transformers.AutoModelForCausalLM.from_pretrained(decoder), lit_peft.LoRASettings(r=2))
+    lit_peft.save_adapter(model, tmp_path / "adapter")
+    arguments = ["merge", "--base", str(decoder), "--adapter", str(tmp_path / "adapter"), "--output", "/sys/merged"]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "lit-peft: error: A file could not be written to /sys/" in said and "Traceback" not in said
+    monkeypatch.setenv("LIT_PEFT_DEBUG", "1")
+    with pytest.raises(OSError, match="/sys/"):
+        main(arguments)
 
 
 def test_a_full_disk_leaves_no_part_of_a_row_in_the_log(tmp_path: Path) -> None:
