@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_peft.training.lightning_internals import AppendingCSVLogger
-from lit_peft.util.disk import clear_folder, write_file
+from lit_peft.util.disk import clear_folder, write_failure, write_file
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.locks import FolderInUseError, FolderLock, lock_folder
 
@@ -92,6 +92,18 @@ def new_run(root: Path) -> tuple[int, FolderLock]:
 
 class RunLogger(AppendingCSVLogger):
     """A `CSVLogger` that keeps the log of the run that it resumes."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what was logged to the disk.
+
+        Raises:
+            LitPeftError: it cannot be written.
+        """
+        try:
+            super().save()
+        except OSError as error:
+            raise LitPeftError(write_failure("The log", Path(self.log_dir) / METRICS, error)) from error
 
     @rank_zero_only
     def rows(self) -> int:
