@@ -17,7 +17,7 @@ import pytest
 from test_resume import write_config
 
 from lit_peft.cli import main
-from lit_peft.training.run_folder import lock_run, new_run
+from lit_peft.training.run_folder import lock_run, new_run, unlock_runs
 from lit_peft.util import locks
 from lit_peft.util.disk import clear_folder, temporary_folder, whole_folder, write_file
 from lit_peft.util.errors import LitPeftError
@@ -117,15 +117,13 @@ def test_runs_that_start_at_once_get_their_own_folders(tmp_path: Path) -> None:
     (tmp_path / "version_4" / "config.yaml").touch()
     # Another run has created its folder, and written nothing yet.
     process = holder(tmp_path / "version_5")
-    number, lock = new_run(tmp_path)
-    assert number == 6
-    lock.release()
+    assert new_run(tmp_path) == 6
+    unlock_runs()
     end(process)
     # A folder in which nothing was written is taken by the next run.
     (tmp_path / "version_6").rmdir()
-    number, lock = new_run(tmp_path)
-    assert number == 5
-    lock.release()
+    assert new_run(tmp_path) == 5
+    unlock_runs()
 
 
 def test_two_processes_cannot_resume_one_run(
@@ -192,14 +190,14 @@ def test_the_next_start_of_a_run_clears_its_folder(tmp_path: Path) -> None:
     (run / ".adapter.tmp-xyz" / "file").touch()
     (run / ".adapter.old").mkdir()
     (run / ".adapter.old" / "file").touch()
-    lock = lock_run(run)
+    lock_run(run)
     # The old adapter was moved away, and no new one put in its place.
     assert sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()) == [
         ".lock",
         "adapter/file",
         "checkpoints/last.ckpt",
     ]
-    lock.release()
+    unlock_runs()
     process = holder(run)
     with pytest.raises(LitPeftError, match=f"process {process.pid}"):
         lock_run(run)

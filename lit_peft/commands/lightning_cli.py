@@ -40,11 +40,10 @@ from lit_peft.data.base import LitDataModule
 from lit_peft.formats.folder import write_adapter
 from lit_peft.training.checkpoint_io import AtomicCheckpointIO
 from lit_peft.training.module import BaseLM
-from lit_peft.training.run_folder import CONFIG, RunLogger, earlier_run, lock_run, new_run, newest_last
+from lit_peft.training.run_folder import CONFIG, RunLogger, earlier_run, lock_run, new_run, newest_last, unlock_runs
 from lit_peft.training.sharding import sharded_like, whole_parameters
 from lit_peft.util.disk import replace_folder, temporary_folder, write_failure, write_file
 from lit_peft.util.errors import LitPeftError, closest
-from lit_peft.util.locks import FolderLock
 
 RUNS = "lit_peft_runs"
 # Epochs of a run whose length is not set; Lightning would train 1,000.
@@ -58,10 +57,6 @@ class Parser(LightningArgumentParser):
         raise LitPeftError(_readable(message)) from ex
 
 
-# The locks of the run's folder that this process has.
-_locks: list[FolderLock] = []
-
-
 class SaveConfig(SaveConfigCallback):
     """Writes the run's `config.yaml` atomically: a run to resume is found by this file."""
 
@@ -72,7 +67,7 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit":
             # Its logger may have a folder that only now is known.
-            _locks.append(lock_run(self._folder))
+            lock_run(self._folder)
         text = self.parser.dump(self.config, skip_unset=False)
         write_file(self._folder / CONFIG, text.encode())
 
@@ -149,10 +144,8 @@ class CLI(LightningCLI):
         _check_writable(root)
         logger = config.trainer.logger
         if logger is None or logger is True:
-            writes = self.subcommand == "fit" and not config.trainer.fast_dev_run and _is_first_process()
-            if version is None and writes:
-                version, lock = new_run(root)
-                _locks.append(lock)
+            if version is None and self.subcommand == "fit" and not config.trainer.fast_dev_run:
+                version = new_run(root)
             kwargs["logger"] = RunLogger(root, name=None, version=version)
         plugins = config.trainer.plugins or []
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
@@ -170,9 +163,7 @@ class CLI(LightningCLI):
         version = earlier_run(root, plain)
         folders = [Path(c.dirpath) for c in callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
         if version is not None:
-            if _is_first_process():
-                # Before anything of that run is read.
-                _locks.append(lock_run(root / f"version_{version}"))
+            lock_run(root / f"version_{version}")  # before anything of that run is read
             folders.append(root / f"version_{version}" / "checkpoints")
         found = newest_last(folders)
         if found is None:
@@ -299,8 +290,7 @@ def run(arguments: list[str]) -> None:
     try:
         _run()
     finally:
-        while _locks:
-            _locks.pop().release()
+        unlock_runs()
 
 
 def _run() -> None:
@@ -317,11 +307,6 @@ def _run() -> None:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )
-
-
-def _is_first_process() -> bool:
-    # Known from the environment, before the Trainer exists. The others write nothing of their own accord.
-    return not getattr(rank_zero_only, "rank", 0)
 
 
 def _never_ends(trainer: Any) -> bool:
