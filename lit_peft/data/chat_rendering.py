@@ -213,17 +213,18 @@ class ChatRenderer:
         is_answer = messages[index]["role"] == "assistant"
         whole = self.render(messages[: index + 1], **extra).rstrip()
         try:
-            bare = self.render(messages[:index], **extra).removesuffix(self._closing) if index else None
+            before = self.render(messages[:index], is_answer, **extra) if index else None
         except Exception:  # some templates refuse a chat without a user's turn
-            bare = None
-        if bare is None:
+            before = None
+        if before is None:
             return Turn(self._open(whole), self._start_of_first(messages[index], whole, is_answer), whole)
-        before = self.render(messages[:index], True, **extra) if is_answer else bare
+        if not is_answer:
+            before = before.removesuffix(self._closing)
         if whole.startswith(before):
             # Some templates add no generation prompt after a tool's result, but a header before the answer.
             head = self._head if is_answer and whole.startswith(self._head, len(before)) else ""
             return Turn(self._open(whole), len(before + head), whole)
-        prompt = self._common(before, bare)
+        prompt = self._common(before, self.render(messages[:index], **extra).removesuffix(self._closing))
         # The generation prompt may begin an answer in a way that this one does not continue, such as with reasoning.
         if is_answer and (start := self._common(before, whole)) >= prompt:
             return Turn(self._open(whole), start, whole, continues_prompt=False)
