@@ -191,7 +191,7 @@ class ChatRenderer:
         text, spans = self.marks(messages[: last + 1], **extra)
         answers = [index for index, message in enumerate(messages[: last + 1]) if message["role"] == "assistant"]
         if answers == list(learned):
-            return Rendered(text, spans, list(learned))
+            return Rendered(text, self._to_ends(text, spans), list(learned))
         # The marks of a turn are those between the texts that end before it and before the next answer.
         counts = [len(self.marks(messages[:index], **extra)[1]) if index else 0 for index in answers] + [len(spans)]
         if counts != sorted(counts):
@@ -202,7 +202,20 @@ class ChatRenderer:
         kept = [
             span for at, index in enumerate(answers) if index in learned for span in spans[counts[at] : counts[at + 1]]
         ]
-        return Rendered(text, kept, list(learned))
+        return Rendered(text, self._to_ends(text, kept), list(learned))
+
+    def _to_ends(self, text: str, spans: list[Span]) -> list[Span]:
+        """Return marked spans with the end of turn that follows them; a model that does not learn it does not stop."""
+        mark, out = self._end, []
+        for start, end in spans:
+            rest = text[end:].lstrip()
+            is_outside = mark and rest.startswith(mark) and not text[start:end].rstrip().endswith(mark)
+            out.append((start, len(text) - len(rest) + len(mark)) if is_outside else (start, end))
+        return out
+
+    @cached_property
+    def _end(self) -> str:
+        return self.end_of_turn() or ""
 
     def _turn(self, messages: list[dict[str, Any]], index: int, **extra: Any) -> Turn:
         """Return a turn in the text that ends with it.
@@ -217,7 +230,9 @@ class ChatRenderer:
         except Exception:  # some templates refuse a chat without a user's turn
             before = None
         if before is None:
-            return Turn(self._open(whole), self._start_of_first(messages[index], whole, is_answer), whole)
+            is_first = index == 0 and not is_answer
+            start = 0 if is_first else self._start_of_first(messages[index], whole, is_answer)
+            return Turn(self._open(whole), start, whole)
         if not is_answer:
             before = before.removesuffix(self._closing)
         if whole.startswith(before):
@@ -279,12 +294,12 @@ class ChatRenderer:
         return self.clean([{"role": "user", "content": "x"}])[0]
 
     def _start_of_first(self, message: dict[str, Any], text: str, is_answer: bool) -> int:
-        """Return where the first turn starts that the template can render."""
+        """Return where a turn starts if the template cannot render the messages before it."""
         if is_answer:
             return text.find(self._head) + len(self._head) if self._head in text else 0
         content = message["content"]
         content = (content[0]["text"] if isinstance(content, list) else content).strip()
-        return max(0, text.rfind(content)) if content else 0
+        return max(0, text.rfind(content))
 
     @cached_property
     def _closing(self) -> str:
