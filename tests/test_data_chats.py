@@ -366,4 +366,4 @@ def test_an_end_that_only_the_last_answer_has_is_learned_with_every_answer(decod
     messages = [*chat(), *chat("this story", "was bad")]
     data = chats(decoder, lines(tmp_path / "a.jsonl", {"messages": messages}), template)
     assert [learned(data, row) for row in range(len(data.examples("train")))] == ["is good </s>", "was bad </s>"]
-    assert any(line.startswith("data.train: 1 chats give 2 examples, because the chat") for line in data.report())
+    assert any(line.startswith("data.train: 1 chat(s) give 2 examples, because the chat") for line in data.report())
