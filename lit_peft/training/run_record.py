@@ -23,7 +23,7 @@ RECORD = "run"
 # Settings whose new value simply holds from now on: they change speed, memory or what is printed.
 _FREE = {
     *("dtype", "adapter_dtype", "attn_implementation", "gradient_checkpointing", "supervised_loss"),
-    *("trust_remote_code", "generation"),
+    *("trust_remote_code", "generation", "compile"),
 }
 # Settings without effect once training is over.
 _TRAINING_ONLY = {
