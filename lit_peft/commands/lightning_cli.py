@@ -151,6 +151,7 @@ class CLI(LightningCLI):
         keepers = []
         if config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run:
             keepers = self._checkpoints(given)
+        check_checkpoint_file(self.model, self.datamodule, config.get("ckpt_path"), str(self.subcommand))
         _check_writable(root)
         logger = config.trainer.logger
         if logger is None or logger is True:
@@ -161,7 +162,6 @@ class CLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        check_checkpoint_file(self.model, self.datamodule, config.get("ckpt_path"), str(self.subcommand))
         given = [callback for callback in given if callback not in keepers]
         return super().instantiate_trainer(callbacks=[*given, *extra, *keepers], plugins=plugins, **kwargs)
 
