@@ -84,7 +84,10 @@ def test_steps_below_one_are_shares_of_all_steps() -> None:
             "'min_lr_rat', which .* does not know: use 'min_lr_rate'",
         ),
         ({"lr_scheduler": "cosine_with_min_lr"}, "does not accept lr_scheduler_kwargs={}: .*min_lr"),
-        ({"lr_scheduler": "warmup_stable_decay"}, "num_decay_steps"),
+        (
+            {"lr_scheduler": "warmup_stable_decay"},
+            r"needs num_decay_steps: give lr_scheduler_kwargs, e.g. \{num_decay_steps: 0.2\}, a share",
+        ),
         (
             {"lr_scheduler": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 3, "decay_type": "x"}},
             "Unknown decay type: x",

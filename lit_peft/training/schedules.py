@@ -48,6 +48,10 @@ def check_schedule(name: str, arguments: Mapping[str, Any], warmup_steps: float,
     if unknown is not None:
         fix = f"use {closest(unknown, known)}" if known else "it has none, so leave lr_scheduler_kwargs out"
         raise LitPeftError(f"lr_scheduler_kwargs has {unknown!r}, which lr_scheduler={name!r} does not know: {fix}.")
+    lacking = next((argument for argument in _required(name) if argument not in arguments), None)
+    if lacking is not None:
+        example = f"{{{lacking}: 0.2}}, a share of all steps" if lacking.endswith("_steps") else f"{{{lacking}: …}}"
+        raise LitPeftError(f"lr_scheduler={name!r} needs {lacking}: give lr_scheduler_kwargs, e.g. {example}.")
     if name == PLATEAU and warmup_steps:
         raise LitPeftError(f"lr_scheduler={name!r} has no warmup: set warmup_steps to 0.")
     rate = learning_rate or 1.0
@@ -167,6 +171,14 @@ def _arguments_of(name: str) -> list[str]:
     """Return the arguments that `lr_scheduler_kwargs` may have for a schedule."""
     function = ReduceLROnPlateau if name == PLATEAU else _functions()[name]
     return [argument for argument in inspect.signature(function).parameters if argument not in _SET]
+
+
+def _required(name: str) -> list[str]:
+    """Return those of a schedule's arguments that have no default."""
+    parameters = inspect.signature(_functions()[name]).parameters.values()
+    usual = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    without = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+    return [argument for argument in usual if argument in without and argument not in _SET]
 
 
 def _unfit(name: str, arguments: Mapping[str, Any], problem: Exception) -> LitPeftError:

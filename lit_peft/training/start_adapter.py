@@ -68,7 +68,7 @@ def attach_from_folder(module: Any, model: nn.Module, head: list[str]) -> None:
         there, here = (tuple(found[name].shape) if name in found else "not there" for found in (stored, trained))
         raise LitPeftError(
             f"model.adapter={str(folder)!r} does not fit: {name} is {there} in the folder and {here} in this module; "
-            f"give the settings and the labels that the adapter was trained with."
+            "give the settings and the labels that the adapter was trained with."
         )
     with torch.no_grad():
         for name, value in stored.items():
@@ -156,8 +156,8 @@ def _matching(own: MethodSettings, stored: MethodSettings, folder: Path) -> Meth
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Return whether two values of a setting mean the same: the order of names does not matter."""
+    """Return whether two values of a setting mean the same, whatever the order of names; None is an empty one."""
     names = [value for value in (one, other) if isinstance(value, (list, tuple, set)) and not isinstance(value, str)]
     if len(names) == 2 and all(isinstance(name, str) for value in names for name in value):
         return set(one) == set(other)
-    return bool(one == other) or (not one and not other and type(one) is not bool and type(other) is not bool)
+    return bool(one == other) or all(value is None or value in ({}, [], ()) for value in (one, other))
