@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import inspect
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -217,16 +216,28 @@ class _AppendingWriter(ExperimentWriter):
             save_hparams_to_yaml(temporary, self.hparams)
 
     def save(self) -> None:
-        new, file = len(self.metrics), Path(self.metrics_file_path)
+        # Lightning's file is buffered, and what an error leaves in the buffer would be written when the file closes.
+        if not self.metrics:
+            return
+        file, text = Path(self.metrics_file_path), io.StringIO(newline="")
+        if self._record_new_keys() and file.is_file():
+            self._rewrite_with_new_header(self.metrics_keys)
+        writer = csv.DictWriter(text, self.metrics_keys)
         size = file.stat().st_size if file.is_file() else 0
-        try:
-            super().save()
-        except OSError:
-            # A full disk leaves a part of a row.
-            if file.is_file():
-                os.truncate(file, size)
-            raise
-        self.rows += new
+        if not size:
+            writer.writeheader()
+        writer.writerows(self.metrics)
+        with file.open("ab", buffering=0) as out:
+            left = memoryview(text.getvalue().encode())
+            try:
+                while left:
+                    left = left[out.write(left) :]
+            except OSError:
+                # A full disk takes a part of a row.
+                out.truncate(size)
+                raise
+        self.rows += len(self.metrics)
+        self.metrics = []
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         # Lightning empties the file first, so that a kill at this moment loses the log.
