@@ -367,4 +367,5 @@ def test_a_slice_of_the_campaign_finds_nothing() -> None:
         if kind == "gguf":
             pytest.importorskip("gguf")
         report = run(kind, count, seed=5)
-        assert not report.faults and report.tally["read"] and report.tally["refused"], report.faults
+        assert not report.faults, report.faults
+        assert report.tally["read"] + report.tally["refused"] == count and report.tally["refused"]
