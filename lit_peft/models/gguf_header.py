@@ -65,7 +65,7 @@ class _Header:
         sizes: dict[str, Any] = {}
         for _ in range(fields):
             name = self.string()
-            value = self.value(self.number("I"))
+            value = None if self.problem else self.value(self.number("I"))
             if self.problem:
                 return
             if isinstance(value, int) and name.count(".") == 1:
@@ -115,7 +115,10 @@ class _Header:
 
     def tensor(self) -> int:
         """Read the description of a tensor; return its largest size."""
-        name, dims = self.string(), self.number("I")
+        name = self.string()
+        if self.problem:
+            return 0
+        dims = self.number("I")
         if dims > MAX_DIMS:
             self.problem = f"its tensor {brief(name)} has {dims:,} dimensions"
             return 0
