@@ -84,6 +84,10 @@ class GracefulStop(Callback):
             signal.signal(number, handler)
         self._before = {}
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Before Lightning puts back what was there before its own handler.
+        self._restore_handlers()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore_handlers()
 

@@ -145,8 +145,8 @@ class LastCheckpoint(ModelCheckpoint):
         limit = 60 * (self.minutes or math.inf) * _SHARE
         if self._took > limit >= took:
             rank_zero_warn(
-                f"The last checkpoint took {self._took:.0f} s to write, so that it is written every "
-                f"{self._took / _SHARE / 60:.0f} minutes, not every {self.minutes:g}."
+                f"The last checkpoint took {self._took:.2g} s to write, so that it is written every "
+                f"{self._took / _SHARE / 60:.2g} minutes, not every {self.minutes:g}."
             )
 
 

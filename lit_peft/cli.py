@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from lit_peft.util.errors import LitPeftError, causes, closest
+from lit_peft.util.errors import LitPeftError, causes, closest, printable
 from lit_peft.util.write_errors import write_error
 
 DEBUG_VARIABLE = "LIT_PEFT_DEBUG"
@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; `sys.argv` when None.
 
     Returns:
-        The exit status: 0; 2 for wrong input or a file that cannot be written, which is reported on stderr in one
-        paragraph (with the traceback only by `--debug` or `LIT_PEFT_DEBUG=1`); 130 when interrupted.
+        The exit status: 0; 2 for wrong input, and 1 for what the operating system refuses, which are reported on stderr
+        in one paragraph (with the traceback only by `--debug` or `LIT_PEFT_DEBUG=1`); 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--debug" in arguments:
@@ -74,28 +74,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lit_peft.commands.lightning_cli import run
 
         run(arguments)
+    except BrokenPipeError:
+        # Whoever reads the output, e.g. `head`, has enough. Python would complain when it flushes the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as problem:
-        sentence = _sentence(problem)
-        if sentence is None or os.environ.get(DEBUG_VARIABLE):
+        wrong_input = _wrong_input(problem)
+        # A disk that is full, a folder that may not be written, a file that may not be read.
+        refused = write_error(problem) or (str(problem) if isinstance(problem, OSError) else None)
+        if (wrong_input is None and refused is None) or os.environ.get(DEBUG_VARIABLE):
             raise
-        print(f"lit-peft: error: {sentence}", file=sys.stderr)
-        return 2
+        print(f"lit-peft: error: {wrong_input or printable(str(refused))}", file=sys.stderr)
+        return 2 if wrong_input else 1
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def _sentence(problem: Exception) -> str | None:
-    """Return what to tell the user of an error; None for a fault of the program, which needs its traceback."""
+def _wrong_input(problem: Exception) -> str | None:
+    """Return what is wrong with the input; None if that is not the reason of the error."""
+    if not isinstance(problem, ValueError):
+        return None
     # jsonargparse wraps errors that a class raises in its __init__.
     ours = next((cause for cause in causes(problem) if isinstance(cause, LitPeftError)), None)
-    if ours is not None and isinstance(problem, ValueError):
-        return str(ours)
     missing = next((cause for cause in causes(problem) if isinstance(cause, ModuleNotFoundError)), None)
-    if missing is not None and isinstance(problem, ValueError):
+    if ours is None and missing is not None:
         # A logger, callback or plugin that the configuration names.
         return f"A class in the configuration needs a package that is not installed: {missing}"
-    return write_error(problem)
+    return None if ours is None else str(ours)
 
 
 def _usage() -> str:

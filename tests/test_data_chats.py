@@ -216,6 +216,20 @@ def test_an_answer_that_does_not_continue_the_generation_prompt_is_noted(decoder
     assert any(found.startswith(line) for found in data.report())
 
 
+@pytest.mark.parametrize("inside", ["{{ m.content }}", "{{ m.content }} </s>"])
+def test_marked_answers_are_learned_with_their_end(inside: str, decoder: Path, tmp_path: Path) -> None:
+    """Also if the marks leave it out."""
+    marked = "{% if m.role == 'assistant' %}{% generation %}" + inside + "{% endgeneration %}{% else %}"
+    rest = "" if "</s>" in inside else " </s>"
+    turn = "of {{ m.role }} " + marked + "{{ m.content }} </s>{% endif %}"
+    turn += "{% if m.role == 'assistant' %}" + rest + "{% endif %} "
+    template = PLAIN.replace("of {{ m.role }} {{ m.content }} </s> ", turn)
+    messages = [*chat(), *chat("this story", "was bad")]
+    data = chats(decoder, lines(tmp_path / "a.jsonl", {"messages": messages}), template)
+    assert ChatRenderer(data.tokenizer).has_marks({})
+    assert learned(data) == "is good </s> was bad </s>"
+
+
 def test_a_template_that_the_sandbox_refuses_gives_one_sentence(decoder: Path, tmp_path: Path) -> None:
     file = lines(tmp_path / "a.jsonl", {"messages": chat()})
     template = "{{ messages.append(1) }}" + PLAIN
@@ -343,3 +357,13 @@ def test_a_column_that_looks_like_a_part_of_the_example_is_noted(decoder: Path, 
     data = ReasoningData(base=str(decoder), train=lines(tmp_path / "a.jsonl", row), validation_fraction=0)
     data.setup("fit")
     assert data.report()[0] == "data.train: columns 'tools', 'weight' not used."
+
+
+def test_an_end_that_only_the_last_answer_has_is_learned_with_every_answer(decoder: Path, tmp_path: Path) -> None:
+    template = PLAIN.replace("{{ m.content }} </s> ", "{{ m.content }} ") + (
+        "{% if not add_generation_prompt %}</s>{% endif %}"
+    )
+    messages = [*chat(), *chat("this story", "was bad")]
+    data = chats(decoder, lines(tmp_path / "a.jsonl", {"messages": messages}), template)
+    assert [learned(data, row) for row in range(len(data.examples("train")))] == ["is good </s>", "was bad </s>"]
+    assert any(line.startswith("data.train: 1 chat(s) give 2 examples, because the chat") for line in data.report())

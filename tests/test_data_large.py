@@ -46,9 +46,9 @@ def test_the_unused_of_100_000_columns_are_not_read(
 def test_an_unknown_one_of_100_000_columns_is_still_answered_with_the_nearest(
     wide: Path, encoder: Path, new_cache: Path
 ) -> None:
-    data = TextClassificationData(base=str(encoder), train=str(wide), text_column="colum 77")
+    data = TextClassificationData(base=str(encoder), train=str(wide), text_column="columns 77")
     with pytest.raises(
-        LitPeftError, match=r"no column 'colum 77' \(data.text_column\); it has .*'column 77'"
+        LitPeftError, match=r"no column 'columns 77' \(data.text_column\); it has .*'column 77'"
     ) as raised:
         data.setup("fit")
     assert len(str(raised.value)) < 500

@@ -136,6 +136,38 @@ def test_a_checkpoint_within_a_step_resumes_with_its_validation(tmp_path: Path) 
     assert steps.events == [("validate", 2), ("train", 3), ("train", 4), ("validate", 4)]
 
 
+def test_a_validation_that_a_resumed_run_completed_is_not_run_again(tmp_path: Path) -> None:
+    """Killed and resumed twice at one step: before its validation, and after it."""
+
+    class Save(pl.Callback):
+        def __init__(self, name: str, mend: bool) -> None:
+            self.name, self.mend, self.validated = name, mend, 0
+
+        def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.validated += 1
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / self.name)
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 2 and self.name == "first":
+                trainer.save_checkpoint(tmp_path / "before")
+
+        def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+            if self.mend:
+                fence.validations_are_done(checkpoint["loops"]["fit_loop"])
+            if fence.is_within_step(trainer):
+                fence.validation_is_next(checkpoint["loops"]["fit_loop"])
+
+    validated = []
+    for mend in (True, False):
+        for name, resumed in (("first", None), ("after", "before"), ("end", "after")):
+            save = Save(name, mend)
+            fit(tmp_path, save, val_check_interval=2, ckpt_path=resumed and str(tmp_path / resumed))
+        validated.append(save.validated)
+    # Without it, Lightning validates at step 2 again.
+    assert validated == [1, 2]
+
+
 def test_a_resumed_checkpoint_is_not_saved_again_in_its_step(tmp_path: Path) -> None:
     class Resumed(pl.Callback):
         def __init__(self, mark: bool) -> None:

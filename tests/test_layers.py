@@ -232,7 +232,7 @@ def computed(kind: str) -> tuple[Any, Callable[[], torch.Tensor]]:
 
         def keys() -> torch.Tensor:
             prefix.start()
-            return prefix.layer(0, torch.zeros(1))[0]
+            return prefix.layer(prefix.slots[0], torch.zeros(1))[0]
 
         return prefix, keys
     encoder = PromptEncoder(4, 8, 3, kind=kind).eval()  # type: ignore[arg-type]

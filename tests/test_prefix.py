@@ -478,7 +478,7 @@ def test_the_table_is_the_papers_network_and_dropped_in_training(training: bool)
         torch.manual_seed(1)
         expected = [F.dropout(part, 0.3, training) for part in expected]
         torch.manual_seed(1)
-        key, value = prefix.extend(number, like, like + 1)
+        key, value = prefix.extend(prefix.slots[number], like, like + 1)
         for got, wanted, own in ((key, expected[0], like), (value, expected[1], like + 1)):
             close(got, torch.cat([wanted, own], 2))
 
@@ -517,11 +517,11 @@ def test_a_copy_of_a_prefix_computes_its_own_table() -> None:
     prefix = Prefix(2, [(2, 4)], projection_size=3, hidden_size=4)
     like = torch.randn(1, 2, 3, 4)
     with torch.no_grad():
-        prefix.layer(0, like)
+        prefix.layer(prefix.slots[0], like)
         copied = copy.deepcopy(prefix)
         assert copied._latest is None and copied._kept is None
         copied.embedding.add_(1.0)
-        assert not torch.equal(copied.layer(0, like)[0], prefix.layer(0, like)[0])
+        assert not torch.equal(copied.layer(copied.slots[0], like)[0], prefix.layer(prefix.slots[0], like)[0])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "opt", "bloom", "t5", "bart", "deberta-v2"])

@@ -32,7 +32,7 @@ import fuzz
 SHARES = {"adapters": 0.5, "checkpoints": 0.35, "data": 0.1, "configs": 0.03, "gguf": 0.02}
 # A process that is silent for so long hangs in native code; the machine may be busy with other things.
 SILENT_SECONDS = 60
-CHUNK = 2000
+CHUNK = 1000
 
 
 class Report:
@@ -84,6 +84,7 @@ def run(kind: str, count: int, seed: int = 0, keep: Path | None = None, first: i
         number = first
         while number < first + count:
             number = _chunk(reader, kind, root, seed, number, min(first + count, number + CHUNK), keep, report)
+            print(f"{kind}: {number - first:,} of {count:,} cases, {dict(report.tally)}", file=sys.stderr, flush=True)
     return report
 
 

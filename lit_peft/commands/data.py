@@ -144,7 +144,8 @@ def _split_lines(facts: SplitFacts) -> list[str]:
     lines.append(f"padding in batches of {facts.batch_size:,}: {100 * facts.padding:.1f} %")
     if facts.packed is not None:
         rows, share = facts.packed
-        lines.append(f"packed: {rows:,} rows of {facts.longest:,} tokens, {100 * share:.1f} % full")
+        count = "1 row" if rows == 1 else f"{rows:,} rows"
+        lines.append(f"packed: {count} of {facts.longest:,} tokens, {100 * share:.1f} % full")
     if facts.labels:
         total = sum(facts.labels.values())
         shown = list(facts.labels.items())[:_MOST_LABELS]

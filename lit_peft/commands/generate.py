@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_peft.commands.options import Options, adapter_folders, check_counts, check_generates, load_base_from_options
 from lit_peft.models.generation import check_generation
-from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.errors import LitPeftError, closest, first_line
 from lit_peft.util.type_checks import brief
 
 
@@ -106,9 +106,15 @@ def _encoded(tokenizer: Any, prompt: str, chat: bool) -> Mapping[str, Any]:
         raise LitPeftError("The prompt is empty: give a text with --prompt or on standard input.")
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as problem:  # jinja's errors, also of its sandbox, and those of what the template computes
+            raise LitPeftError(
+                f"--chat: the chat template of the tokenizer cannot be applied ({first_line(problem)}): leave --chat "
+                "out, or correct the template in the base's folder."
+            ) from problem
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[1]:

@@ -40,19 +40,24 @@ from lit_peft.data.base import LitDataModule
 from lit_peft.formats.folder import write_adapter
 from lit_peft.training.checkpoint_io import AtomicCheckpointIO
 from lit_peft.training.module import BaseLM
-from lit_peft.training.run_folder import CONFIG, DATA, RunLogger, earlier_run, lock_run, new_run, newest_last
+from lit_peft.training.run_folder import (
+    CONFIG,
+    DATA,
+    RunLogger,
+    earlier_run,
+    lock_run,
+    new_run,
+    newest_last,
+    unlock_runs,
+)
 from lit_peft.training.run_record import check_checkpoint_file
 from lit_peft.training.sharding import sharded_like, whole_parameters
 from lit_peft.util.disk import replace_folder, temporary_folder, write_failure, write_file
 from lit_peft.util.errors import LitPeftError
-from lit_peft.util.locks import FolderLock
 
 RUNS = "lit_peft_runs"
 # Epochs of a run whose length is not set; Lightning would train 1,000.
 DEFAULT_EPOCHS = 3
-
-# The locks of the run's folder that this process has.
-_locks: list[FolderLock] = []
 
 
 class SaveConfig(SaveConfigCallback):
@@ -65,7 +70,7 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit":
             # Its logger may have a folder that only now is known.
-            _locks.append(lock_run(self._folder))
+            lock_run(self._folder)
         text = self.parser.dump(self.config, skip_unset=False)
         write_file(self._folder / CONFIG, text.encode())
 
@@ -149,10 +154,8 @@ class CLI(LightningCLI):
         _check_writable(root)
         logger = config.trainer.logger
         if logger is None or logger is True:
-            writes = self.subcommand == "fit" and not config.trainer.fast_dev_run and _is_first_process()
-            if version is None and writes:
-                version, lock = new_run(root)
-                _locks.append(lock)
+            if version is None and self.subcommand == "fit" and not config.trainer.fast_dev_run:
+                version = new_run(root)
             kwargs["logger"] = RunLogger(root, name=None, version=version)
         plugins = config.trainer.plugins or []
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
@@ -171,9 +174,7 @@ class CLI(LightningCLI):
         version = earlier_run(root, plain)
         folders = [Path(c.dirpath) for c in callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
         if version is not None:
-            if _is_first_process():
-                # Before anything of that run is read.
-                _locks.append(lock_run(root / f"version_{version}"))
+            lock_run(root / f"version_{version}")  # before anything of that run is read
             folders.append(root / f"version_{version}" / "checkpoints")
         found = newest_last(folders)
         if found is None:
@@ -190,7 +191,10 @@ class CLI(LightningCLI):
         named = path is not None and path not in ("last", "best", "hpc") and "://" not in path
         if named and not path.startswith("registry") and not Path(path).exists():
             raise LitPeftError(f"ckpt_path={path!r} does not exist: give the checkpoint that `lit-peft fit` wrote.")
-        if path is None and self.subcommand != "fit":
+        adapter = self.model.hparams.adapter
+        if path is None and adapter is not None and not Path(adapter).is_dir():
+            raise LitPeftError(f"model.adapter={adapter!r} does not exist: give the folder of an adapter.")
+        if path is None and adapter is None and self.subcommand != "fit":
             rank_zero_warn(f"ckpt_path is not set, so {self.subcommand} uses an untrained adapter.")
 
     def _checkpoints(self, given: list[Any]) -> list[Any]:
@@ -304,8 +308,7 @@ def run(arguments: list[str], cli_class: type[CLI] = CLI) -> CLI:
     try:
         return _run(cli_class)
     finally:
-        while _locks:
-            _locks.pop().release()
+        unlock_runs()
 
 
 def _run(cli_class: type[CLI]) -> CLI:
@@ -322,11 +325,6 @@ def _run(cli_class: type[CLI]) -> CLI:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )
-
-
-def _is_first_process() -> bool:
-    # Known from the environment, before the Trainer exists. The others write nothing of their own accord.
-    return not getattr(rank_zero_only, "rank", 0)
 
 
 def _never_ends(trainer: Any) -> bool:

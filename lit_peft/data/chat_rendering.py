@@ -191,7 +191,7 @@ class ChatRenderer:
         text, spans = self.marks(messages[: last + 1], **extra)
         answers = [index for index, message in enumerate(messages[: last + 1]) if message["role"] == "assistant"]
         if answers == list(learned):
-            return Rendered(text, spans, list(learned))
+            return Rendered(text, self._to_ends(text, spans), list(learned))
         # The marks of a turn are those between the texts that end before it and before the next answer.
         counts = [len(self.marks(messages[:index], **extra)[1]) if index else 0 for index in answers] + [len(spans)]
         if counts != sorted(counts):
@@ -202,7 +202,20 @@ class ChatRenderer:
         kept = [
             span for at, index in enumerate(answers) if index in learned for span in spans[counts[at] : counts[at + 1]]
         ]
-        return Rendered(text, kept, list(learned))
+        return Rendered(text, self._to_ends(text, kept), list(learned))
+
+    def _to_ends(self, text: str, spans: list[Span]) -> list[Span]:
+        """Return marked spans with the end of turn that follows them; a model that does not learn it does not stop."""
+        mark, out = self._end, []
+        for start, end in spans:
+            rest = text[end:].lstrip()
+            is_outside = mark and rest.startswith(mark) and not text[start:end].rstrip().endswith(mark)
+            out.append((start, len(text) - len(rest) + len(mark)) if is_outside else (start, end))
+        return out
+
+    @cached_property
+    def _end(self) -> str:
+        return self.end_of_turn() or ""
 
     def _turn(self, messages: list[dict[str, Any]], index: int, **extra: Any) -> Turn:
         """Return a turn in the text that ends with it.
@@ -213,17 +226,20 @@ class ChatRenderer:
         is_answer = messages[index]["role"] == "assistant"
         whole = self.render(messages[: index + 1], **extra).rstrip()
         try:
-            bare = self.render(messages[:index], **extra).removesuffix(self._closing) if index else None
+            before = self.render(messages[:index], is_answer, **extra) if index else None
         except Exception:  # some templates refuse a chat without a user's turn
-            bare = None
-        if bare is None:
-            return Turn(self._open(whole), self._start_of_first(messages[index], whole, is_answer), whole)
-        before = self.render(messages[:index], True, **extra) if is_answer else bare
+            before = None
+        if before is None:
+            is_first = index == 0 and not is_answer
+            start = 0 if is_first else self._start_of_first(messages[index], whole, is_answer)
+            return Turn(self._open(whole), start, whole)
+        if not is_answer:
+            before = before.removesuffix(self._closing)
         if whole.startswith(before):
             # Some templates add no generation prompt after a tool's result, but a header before the answer.
             head = self._head if is_answer and whole.startswith(self._head, len(before)) else ""
             return Turn(self._open(whole), len(before + head), whole)
-        prompt = self._common(before, bare)
+        prompt = self._common(before, self.render(messages[:index], **extra).removesuffix(self._closing))
         # The generation prompt may begin an answer in a way that this one does not continue, such as with reasoning.
         if is_answer and (start := self._common(before, whole)) >= prompt:
             return Turn(self._open(whole), start, whole, continues_prompt=False)
@@ -278,12 +294,12 @@ class ChatRenderer:
         return self.clean([{"role": "user", "content": "x"}])[0]
 
     def _start_of_first(self, message: dict[str, Any], text: str, is_answer: bool) -> int:
-        """Return where the first turn starts that the template can render."""
+        """Return where a turn starts if the template cannot render the messages before it."""
         if is_answer:
             return text.find(self._head) + len(self._head) if self._head in text else 0
         content = message["content"]
         content = (content[0]["text"] if isinstance(content, list) else content).strip()
-        return max(0, text.rfind(content)) if content else 0
+        return max(0, text.rfind(content))
 
     @cached_property
     def _closing(self) -> str:

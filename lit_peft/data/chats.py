@@ -188,8 +188,10 @@ def encode_chats(
             if train_on_inputs:
                 muted = [index for index, message in enumerate(given) if not is_learned(message)]
                 spans = renderer.unlearned_spans(messages, muted, **extra)
-                add_rendered(out, tokenizer, renderer.render(messages, **extra), spans, max_length, inverted=True)
-                out["left_out"].append("")
+                text = renderer.render(messages, **extra)
+                add_rendered(out, tokenizer, text, spans, max_length, inverted=True)
+                missing = [name for m in messages if m["role"] == "assistant" for name in left_out(m, text)]
+                out["left_out"].append(",".join(dict.fromkeys(missing)))
                 continue
             for part in renderer.examples(messages, learned_turns(given, learn), **extra):
                 add_rendered(out, tokenizer, part.text, part.spans, max_length)

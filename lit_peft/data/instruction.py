@@ -170,10 +170,11 @@ class InstructionData(SupervisedData):
                     "template; set data.chat_template, or use the instruct version of the base model."
                 )
             by = "rendered by the tokenizer's chat template" if style == "chat" else f"in the form {style!r}"
-            if form.kind != "alpaca" and self.messages_column is None:
+            if style == "chat" and not form.has_messages and self.template is None:
+                kept = "'alpaca' keeps Alpaca's form" if form.kind == "alpaca" else "'plain' keeps the plain text"
+                self.notes.add(f"{field}: {form.describe()}, {by}; data.template {kept}.")
+            elif form.kind != "alpaca" and self.messages_column is None:
                 self.notes.add(f"{field}: {form.describe()}, {by}.")
-            elif form.kind == "alpaca" and style == "chat" and self.template is None:
-                self.notes.add(f"{field}: {form.describe()}, {by}; data.template 'alpaca' keeps Alpaca's form.")
         return super().prepare_table(table, split, field, source)
 
     def form_of(self, table: Dataset) -> Form:

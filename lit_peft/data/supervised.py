@@ -101,7 +101,7 @@ class SupervisedData(LitDataModule):
             )
         if len(table) > len(rows):
             self.notes.add(
-                f"data.{split}: {len(rows):,} chats give {len(table):,} examples, because the chat template renders "
+                f"data.{split}: {len(rows):,} chat(s) give {len(table):,} examples, because the chat template renders "
                 "earlier answers differently; each is learned as it is when it is the last one."
             )
         if len(kept) < len(table):

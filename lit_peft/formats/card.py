@@ -31,6 +31,8 @@ def write_card(model: nn.Module, folder: Path, base: str) -> None:
         value = getattr(settings, field.name)
         if value is not None and value != {} and value != ():
             lines.append(f"| {field.name} | {str(value)[:200].replace('|', chr(92) + '|')} |")
+    started_from = attachment_of(model).started_from
+    lines += ["", f"Training started from the adapter `{started_from}`."] if started_from else []
     lines += ["", f"{trainable_parameters(model):,} trained parameters in this folder.", "", "```python"]
     lines += ["import lit_peft", "", "model = lit_peft.load_adapter(model, FOLDER).eval()", "```", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

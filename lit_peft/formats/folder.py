@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
 from torch import nn
 
 from lit_peft.formats import adapterhub, base_record, own, peft
@@ -16,8 +17,8 @@ from lit_peft.formats.untrusted import read_json
 from lit_peft.methods.adapters import new_adapter
 from lit_peft.methods.attachment import Attachment, Model, attachment_of
 from lit_peft.nn.finite import non_finite_names
-from lit_peft.util.disk import whole_folder
-from lit_peft.util.errors import LitPeftError
+from lit_peft.util.disk import whole_folder, write_failure
+from lit_peft.util.errors import LitPeftError, first_line
 
 
 def load_adapter(model: Model, folder: str | Path, check_base: bool = True, name: str | None = None) -> Model:
@@ -120,14 +121,22 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `folder` when the block ends, or deleted if the block fails.
 
     Raises:
-        LitPeftError: `folder` exists and is not an empty folder.
+        LitPeftError: `folder` exists and is not an empty folder, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LitPeftError(f"{folder} exists and is not an empty folder: give a new one.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with whole_folder(folder) as temporary:
-        yield temporary
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise LitPeftError(f"{folder} exists and is not an empty folder: give a new one.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(folder) as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as problem:
+        name = getattr(problem, "filename", None)
+        if isinstance(name, str) and not Path(name).absolute().is_relative_to(folder.absolute().parent):
+            raise  # a file that the block reads
+        # safetensors has an error of its own for a full disk.
+        error = problem if isinstance(problem, OSError) else OSError(first_line(problem))
+        raise LitPeftError(write_failure("The folder", folder, error)) from problem
 
 
 def _check_trained_parameters(attachment: Attachment) -> None:

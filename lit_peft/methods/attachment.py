@@ -91,6 +91,7 @@ class Attachment:
         trained: paths of base parameters that are trained. A copy of each takes its place.
         unfrozen: names of the base parameters that required gradients before the method was attached.
         irreversible: why the method cannot be detached; None if it can.
+        started_from: name of the folder of the adapter that training started from; None if it started anew.
         last_seen: device and dtype of the base when `suspend` was last called.
         tokenizer: the tokenizer to save with the adapter, because it has new tokens; None: the base's own.
     """
@@ -102,6 +103,7 @@ class Attachment:
     trained: list[str] = field(default_factory=list)
     unfrozen: list[str] = field(default_factory=list)
     irreversible: str | None = None
+    started_from: str | None = None
     last_seen: tuple[torch.device, torch.dtype] | None = None
     tokenizer: Any = None
 

@@ -107,20 +107,19 @@ class LayerPrefix:
     Args:
         prefix: the prefix of all layers.
         index: the layer's index in it.
+
+    Attributes:
+        heads: the number of heads that have keys in the prefix.
     """
 
     def __init__(self, prefix: Prefix, index: int) -> None:
-        self.prefix, self.index = prefix, index
+        self.prefix, self.slot = prefix, prefix.slots[index]
+        self.heads = prefix.shapes[index][0]
 
     @property
     def length(self) -> int:
         """The number v of virtual tokens."""
         return self.prefix.num_virtual_tokens
-
-    @property
-    def heads(self) -> int:
-        """The number of heads that have keys in the prefix."""
-        return self.prefix.shapes[self.index][0]
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put the prefix in front of keys and values.
@@ -132,7 +131,7 @@ class LayerPrefix:
         Returns:
             Keys and values, shape (batch, heads, v + tokens, head_dim) each.
         """
-        return self.prefix.extend(self.index, key, value)
+        return self.prefix.extend(self.slot, key, value)
 
     def extend_mask(self, mask: Tensor) -> Tensor:
         """Extend an attention mask so that every query attends to the prefix.
@@ -363,7 +362,7 @@ class DisentangledAttention:
         return self._extended(output, 1)
 
     def _extended(self, output: Tensor, part: int) -> Tensor:
-        prefix = self.prefix.prefix.layer(self.prefix.index, output)[part]
+        prefix = self.prefix.prefix.layer(self.prefix.slot, output)[part]
         return torch.cat([prefix.transpose(1, 2).flatten(2), output], dim=1)
 
     def relative_bias(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from lit_peft.models.cache import cache_error, cache_root
 from lit_peft.models.folders import check_model_folder
@@ -105,7 +106,7 @@ def _write_model(file: Path, folder: Path) -> None:
 
     try:
         # Without `dequantize`, the model keeps its quantization config and save_pretrained refuses.
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             gguf_file=file.name,
             quantization_config=GgufConfig(dequantize=True),
@@ -113,6 +114,7 @@ def _write_model(file: Path, folder: Path) -> None:
             trust_remote_code=False,
             output_loading_info=True,
         )
+        model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise LitPeftError(f"base {str(file)!r} has no weights for {', '.join(missing[:3])}; download it again.")
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)

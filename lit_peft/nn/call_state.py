@@ -12,5 +12,9 @@ class CallState(threading.local):
     A subclass declares them with their initial values. A copy, pickled or not, starts with those.
     """
 
+    def __init__(self) -> None:
+        # Python calls this in each thread. `torch.compile` relies on attributes being there from the start.
+        self.__dict__.update({name: value for name, value in vars(type(self)).items() if not name.startswith("__")})
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()

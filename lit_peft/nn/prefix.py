@@ -21,11 +21,27 @@ from lit_peft.nn.call_state import CallState
 from lit_peft.nn.weights_state import weights_state
 from lit_peft.util.errors import LitPeftError
 
-Layers = list[tuple[Tensor, Tensor]]
+KeysAndValues = tuple[Tensor, Tensor]
 
 
-class _PrefixCall(CallState):
-    layers: Layers | None = None
+class _SlotCall(CallState):
+    pair: KeysAndValues | None = None
+
+
+class PrefixSlot:
+    """Where one attention layer finds its keys and values during a pass of the model.
+
+    Layers have a slot each and do not look up their number in a list: `torch.compile` would then compile every layer by
+    itself.
+    """
+
+    def __init__(self) -> None:
+        self.call = _SlotCall()
+        self.latest: KeysAndValues | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The computed keys and values belong to the graph of one pass, so they are neither copied nor saved.
+        return {"call": self.call, "latest": None}
 
 
 class Prefix(nn.Module):
@@ -87,10 +103,9 @@ class Prefix(nn.Module):
             self.up = nn.Linear(projection_size, width, **factory)
         self.embedding = nn.Parameter(torch.empty(num_virtual_tokens, hidden_size if self.up else width, **factory))
         nn.init.normal_(self.embedding, std=init_std)
-        self._call = _PrefixCall()
-        self._latest: Layers | None = None
+        self.slots = tuple(PrefixSlot() for _ in self.shapes)
         # Keys and values that were computed without gradients, and the state of the weights then.
-        self._kept: tuple[tuple[Any, ...], Layers] | None = None
+        self._kept: tuple[tuple[Any, ...], list[KeysAndValues]] | None = None
 
     def forward(self) -> Tensor:
         """Return the table of keys and values, shape (v, 2 · Σ heads · head_dim)."""
@@ -109,42 +124,42 @@ class Prefix(nn.Module):
         else:
             layers = self._split(self())
             self._kept = state, layers
-        self._call.layers = self._latest = layers
+        for slot, pair in zip(self.slots, layers, strict=True):
+            slot.call.pair = slot.latest = pair
 
-    def _split(self, table: Tensor) -> Layers:
+    def _split(self, table: Tensor) -> list[KeysAndValues]:
         widths = [heads * size for heads, size in self.shapes for _ in range(2)]
         parts = iter(table.split(widths, dim=-1))
         return [tuple(next(parts).unflatten(-1, shape).transpose(0, 1) for _ in range(2)) for shape in self.shapes]
 
-    def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(self, slot: PrefixSlot, like: Tensor) -> KeysAndValues:
         """Return the prefix's keys and values of one layer for a batch.
 
         Args:
-            number: the layer's number.
+            slot: the layer's slot, one of `slots`.
             like: a tensor of the batch, shape (batch, …), with the dtype to return.
 
         Returns:
             Keys and values, each of shape (batch, heads, v, head_dim).
         """
         # On a GPU, autograd computes checkpointed layers again in a thread of its own.
-        layers = self._call.layers or self._latest
-        if layers is None:
+        pair = slot.call.pair or slot.latest
+        if pair is None:
             self.start()
-            layers = self._call.layers
-        assert layers is not None
-        key, value = (part.to(like.dtype).expand(like.shape[0], -1, -1, -1) for part in layers[number])
+            pair = slot.latest
+        assert pair is not None
+        key, value = (part.to(like.dtype).expand(like.shape[0], -1, -1, -1) for part in pair)
         if self.training and self.dropout:
             key, value = F.dropout(key, self.dropout), F.dropout(value, self.dropout)
         return key, value
 
-    def extend(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, slot: PrefixSlot, key: Tensor, value: Tensor) -> KeysAndValues:
         """Return keys and values with the layer's prefix in front, each of shape (batch, heads, v + keys, head_dim)."""
-        first, second = self.layer(number, key)
+        first, second = self.layer(slot, key)
         return torch.cat([first, key], dim=2), torch.cat([second, value], dim=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The computed keys and values belong to the graph of one pass, so they are neither copied nor saved.
-        return {**self.__dict__, "_latest": None, "_kept": None}
+        return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
         return f"num_virtual_tokens={self.num_virtual_tokens}, layers={len(self.shapes)}, dropout={self.dropout}"

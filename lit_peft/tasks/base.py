@@ -43,6 +43,7 @@ class FiniteMetric(Metric):
 
     def or_nan(self, value: Tensor) -> Tensor:
         """Return a value of the metric, or NaN if an output was not finite."""
+        value = value if value.is_floating_point() else value.float()  # some are the integer 0 if undefined
         return torch.where(self.non_finite > 0, torch.full_like(value, float("nan")), value)
 
 

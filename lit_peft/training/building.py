@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from lit_peft.tasks.base import Task, float32_default
 from lit_peft.training.lightning_internals import replace_average_model, trainer_of
 from lit_peft.training.new_tokens import choose_rows, start_rows
 from lit_peft.training.sharding import shard
+from lit_peft.training.start_adapter import attach_from_folder, fold_prompts
 
 
 def build_model(module: Any) -> nn.Module:
@@ -96,8 +98,16 @@ def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
         owner = name.rpartition(".")[0]
         inside = {f"{owner}.{inner}" for inner, _ in model.get_submodule(owner).named_parameters()}
         head.add(owner if inside <= new else name)
+    adapter = module.hparams.adapter
     choose_rows(module, model)
-    module.attach_method(model, sorted(head))
-    start_rows(module, model)
+    if adapter is not None and not module.started and Path(adapter).is_dir():
+        attach_from_folder(module, model, sorted(head))
+    else:  # a folder that is gone is an error when the run starts, unless it is resumed from a checkpoint
+        module.attach_method(model, sorted(head))
+        start_rows(module, model)
+        if adapter is not None:
+            fold_prompts(model)
+    if module.hparams.add_tokens:
+        attachment_of(model).tokenizer = module.tokenizer
     if module.hparams.adapter_dtype is not None:
         set_trained_dtype(attachment_of(model), getattr(torch, module.hparams.adapter_dtype))

@@ -9,6 +9,7 @@ from lit_peft.tasks.packed import check_method
 from lit_peft.training.lightning_internals import datamodule_of, trainer_of
 from lit_peft.training.new_tokens import check_tokens
 from lit_peft.training.run_record import RECORD, check_checkpoint, check_same_base, run_record, say, say_new_length
+from lit_peft.training.start_adapter import check_start
 from lit_peft.util.errors import LitPeftError
 
 
@@ -22,6 +23,8 @@ class DataChecks:
     run: dict[str, Any] | None = None
     # What the checkpoint says that this run is resumed from.
     resumed: Mapping[str, Any] | None = None
+    # Whether the weights are those of a checkpoint, whatever `model.adapter` says.
+    started: bool = False
 
     def check_data(self, data: Any) -> None:
         """Refuse a data module whose batches the method or the task cannot use.
@@ -53,6 +56,8 @@ class DataChecks:
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose run had other data, labels or settings; see `run_record.check_checkpoint`."""
         trainer = trainer_of(self)  # type: ignore[arg-type]
+        if self.started:
+            check_start(self, getattr(trainer, "ckpt_path", None), checkpoint)
         if trainer is not None and trainer.state.fn is not None:
             stage, path = trainer.state.fn.value, trainer.ckpt_path
             for line in check_checkpoint(self, datamodule_of(self), checkpoint, path, stage):  # type: ignore[arg-type]
@@ -62,6 +67,8 @@ class DataChecks:
 
     def on_fit_start(self) -> None:
         check_stages(self, "train", "validation")
+        if self.hparams.adapter is not None and not self.started:
+            say(f"training starts from the weights in {self.hparams.adapter}", "adapter:")
         self.run = run_record(self)
         if self.resumed is not None:
             say_new_length(self, self.resumed, self.run)
@@ -86,6 +93,8 @@ def check_stages(module: Any, *stages: str) -> None:
         LitPeftError: a row is longer than the base's positions, a token is not in its vocabulary, or the data and the
             model number the labels differently.
     """
+    if not module.started:
+        check_start(module, None)
     data = datamodule_of(module)
     # Ranks that share a batch (tensor parallelism) have parts of the logits, which cannot be compared as they are.
     module.task.pads_right = getattr(data, "padding_side", "left") != "left" and module.device_mesh is None

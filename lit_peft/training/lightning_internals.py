@@ -5,18 +5,20 @@ from __future__ import annotations
 import csv
 import inspect
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from lit_peft.util.disk import write_file
+from lit_peft.util.disk import whole_file, write_file
 
 
 def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
@@ -208,9 +210,22 @@ class _AppendingWriter(ExperimentWriter):
         self.metrics_keys = header.split(",") if header else []
         self.rows = len(rows)
 
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        # Lightning writes them in place, and a full disk leaves a part of the file.
+        self.hparams.update(params)
+        with whole_file(Path(self.log_dir) / self.NAME_HPARAMS_FILE) as temporary:
+            save_hparams_to_yaml(temporary, self.hparams)
+
     def save(self) -> None:
-        new = len(self.metrics)
-        super().save()
+        new, file = len(self.metrics), Path(self.metrics_file_path)
+        size = file.stat().st_size if file.is_file() else 0
+        try:
+            super().save()
+        except OSError:
+            # A full disk leaves a part of a row.
+            if file.is_file():
+                os.truncate(file, size)
+            raise
         self.rows += new
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:

@@ -78,6 +78,8 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         lr_scheduler_kwargs: its further arguments, e.g. `{min_lr_rate: 0.1}` or `{num_decay_steps: 0.2}`; numbers of
             steps below 1 are shares of all steps.
         neftune_noise_alpha: strength of uniform noise on the input embeddings during training (NEFTune), e.g. 5.
+        adapter: folder of a trained adapter to start from, in the format of peft, of AdapterHub or our own. The method
+            and its settings must be the folder's; those that are unset are taken from it.
     """
 
     settings: MethodSettings
@@ -108,6 +110,7 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         trust_remote_code: bool = False,
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         neftune_noise_alpha: float | None = None,
+        adapter: str | None = None,
     ) -> None:
         super().__init__()
         values = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -362,6 +365,8 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         Raises:
             LitPeftError: in a Trainer, the data, the labels or the settings are not those of the checkpoint's run.
         """
+        # The checkpoints that Lightning's tuners write for themselves are not those of a run.
+        self.started = self.started or RECORD in checkpoint
         self.configure_model()
         self.check_checkpoint(checkpoint)
         self._run_seed = checkpoint.get("run_seed", self._run_seed)

@@ -39,16 +39,15 @@ def choose_rows(module: Any, model: nn.Module) -> None:
 
 
 def start_rows(module: Any, model: nn.Module) -> None:
-    """Let the rows of new tokens start from the mean, and keep the tokenizer for the adapter's folder."""
+    """Let the rows of new tokens start from the mean."""
     tokens = module.hparams.add_tokens
     if not tokens:
         return
-    data, attachment = datamodule_of(module), attachment_of(model)
-    name = getattr(data, "tokenizer_name", None) or module.hparams.base
+    name = getattr(datamodule_of(module), "tokenizer_name", None) or module.hparams.base
     before = load_tokenizer(name, "model.base", module.hparams.revision).get_vocab()
     ids = add_tokens(module.tokenizer, tokens)
-    start_from_mean(model, attachment, [index for token, index in zip(tokens, ids, strict=True) if token not in before])
-    attachment.tokenizer = module.tokenizer
+    new = [index for token, index in zip(tokens, ids, strict=True) if token not in before]
+    start_from_mean(model, attachment_of(model), new)
 
 
 def check_tokens(module: Any, data: Any) -> None:

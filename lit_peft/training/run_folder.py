@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_peft.training.lightning_internals import AppendingCSVLogger
-from lit_peft.util.disk import clear_folder, write_file
+from lit_peft.util.disk import clear_folder, write_failure, write_file
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.locks import FolderInUseError, FolderLock, lock_folder
 
@@ -50,31 +50,44 @@ def newest_last(folders: Iterable[Path]) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
-def lock_run(folder: Path) -> FolderLock:
+# The locks of runs that this process has.
+_locks: list[FolderLock] = []
+
+
+@rank_zero_only
+def lock_run(folder: Path) -> None:
     """Lock the folder of a run for this process, and remove what killed processes left half written in it.
+
+    Only the first of a run's processes does this, since the others write nothing of their own accord.
 
     Raises:
         LitPeftError: another process writes to the folder.
     """
     try:
-        lock = lock_folder(folder)
+        _locks.append(lock_folder(folder))
     except FolderInUseError as error:
         raise LitPeftError(
             f"{folder} is in use: {error.owner} is training that run. Wait until it ends, or stop it; or start a new "
             "run, without --ckpt_path last."
         ) from None
     clear_folder(folder)
-    return lock
 
 
-def new_run(root: Path) -> tuple[int, FolderLock]:
+def unlock_runs() -> None:
+    """Give back the locks of all runs."""
+    while _locks:
+        _locks.pop().release()
+
+
+@rank_zero_only
+def new_run(root: Path) -> int:
     """Create and lock the folder of a new run. Of runs that start at once, each gets its own.
 
     Args:
         root: the folder that contains the folders `version_N`.
 
     Returns:
-        N, and the lock.
+        N; on other processes than the first, None, and nothing is created.
     """
     known = [int(folder.name[8:]) for folder in root.glob("version_*") if folder.name[8:].isdecimal()]
     number = max(known, default=0)
@@ -85,13 +98,26 @@ def new_run(root: Path) -> tuple[int, FolderLock]:
             with contextlib.suppress(FolderInUseError):
                 lock = lock_folder(folder)
                 if not any(folder.glob("[!.]*")):
-                    return number, lock
+                    _locks.append(lock)
+                    return number
                 lock.release()
         number += 1
 
 
 class RunLogger(AppendingCSVLogger):
     """A `CSVLogger` that keeps the log of the run that it resumes."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what was logged to the disk.
+
+        Raises:
+            LitPeftError: it cannot be written.
+        """
+        try:
+            super().save()
+        except OSError as error:
+            raise LitPeftError(write_failure("The log", Path(self.log_dir) / METRICS, error)) from error
 
     @rank_zero_only
     def rows(self) -> int:

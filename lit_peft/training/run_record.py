@@ -154,9 +154,9 @@ def check_same_base(module: Any, checkpoint: Mapping[str, Any], path: Any) -> No
 
 
 @rank_zero_only
-def say(line: str) -> None:
-    """Print what differs from the run that is resumed, as a line of the banner."""
-    print(f"{'resumed:':<11}{line}", flush=True)
+def say(line: str, subject: str = "resumed:") -> None:
+    """Print a line of the banner: what differs from the run that is resumed, or what concerns another subject."""
+    print(f"{subject:<11}{line}", flush=True)
 
 
 def _new_run(path: Any) -> str:
