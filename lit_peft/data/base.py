@@ -33,7 +33,7 @@ from lit_peft.data.settings import check_settings
 from lit_peft.data.source_settings import Setting
 from lit_peft.data.sources import HubDataset, missing_split, read_rows, text_options
 from lit_peft.data.splits import hold_out, without_overlap
-from lit_peft.data.streaming import check_first_rows, make_stream
+from lit_peft.data.streaming import check_first_rows, make_stream, training_sample
 from lit_peft.data.tokenizers import adapted, tokenizer_of
 from lit_peft.models.tokenization import with_padding
 from lit_peft.util.errors import LitPeftError
@@ -108,7 +108,7 @@ class LitDataModule(pl.LightningDataModule):
     # One row of a txt file: "line", "paragraph" or "document".
     text_unit: str = "line"
     # An integer in any case: what is unset is chosen from the data.
-    max_length: Any = MaxLength()
+    max_length: Any = MaxLength(training_sample)
     # Whether the task cuts its examples itself, token by token, or lets the tokenizer do it.
     cuts_tokens: bool = False
     # The values of `truncation_side` that the task allows.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -29,16 +30,20 @@ _NO_LIMIT = 2**30
 
 
 class MaxLength:
-    """The attribute `max_length` of a data module, which is chosen when it is first needed if the setting is unset."""
+    """The attribute `max_length` of a data module, which is chosen when it is first needed if the setting is unset.
+
+    Args:
+        sample: returns training rows of a data module to measure; None if there are none.
+    """
+
+    def __init__(self, sample: Callable[[Any], Rows | None]) -> None:
+        self.sample = sample
 
     def __get__(self, data: Any, owner: Any = None) -> Any:
         if data is None:
             return self
         if data.known_length is None:
-            # It needs the functions here.
-            from lit_peft.data.streaming import training_sample
-
-            choose_max_length(data, training_sample(data))
+            choose_max_length(data, self.sample(data))
         return data.known_length
 
     def __set__(self, data: Any, value: int | None) -> None:

@@ -201,7 +201,7 @@ def read_rows(data: Any, split: Split) -> Rows | None:
         LitPeftError: a source is missing or broken, lacks a column, or no row is left.
     """
     sets = source_sets(data, split)
-    field, columns = f"data.{split}", data.columns(split)
+    field, columns = f"data.{split}", None
     where = {} if split == "predict" else data.where
     parts: list[Rows] = []
     groups: list[tuple[str, float | None, int]] = []
@@ -211,6 +211,14 @@ def read_rows(data: Any, split: Split) -> Rows | None:
             start = len(parts)
             for piece in pieces_of(data, source, split):
                 table = piece.table(data, split)
+                # A table may determine which columns are read.
+                before, columns = columns, data.columns(split)
+                if before not in (None, columns):
+                    raise LitPeftError(
+                        f"{field} {piece.name!r} has rows of another form than {parts[-1].source!r}: one has the "
+                        f"columns {_names(columns)}, and the other {_names(before)}. Rename the columns of one source "
+                        "({path: FILE, columns: {NEW: OLD}}), or convert the file."
+                    )
                 parts.append(select_rows(table, field, piece.name, columns, {}))
                 used = (*columns.values(), *data.optional_columns, *where)
                 note_unused_columns(data.notes, field, table.column_names, used)
@@ -221,6 +229,10 @@ def read_rows(data: Any, split: Split) -> Rows | None:
     if not parts:
         return None
     return keep_where(join_rows(parts, ", ".join(map(str, sets)), groups), where)
+
+
+def _names(columns: Mapping[str, str | None]) -> str:
+    return ", ".join(repr(name) for name in columns.values() if name is not None)
 
 
 def select_rows(
@@ -264,7 +276,9 @@ def text_options(data: Any, split: Split) -> dict[str, Any]:
     text_column = next((column for column in data.columns(split).values() if column), "text")
     # Prompts to continue are one per line, whatever the training text looks like.
     unit = "line" if split == "predict" else data.text_unit
-    optional = dict.fromkeys((*data.optional_columns, *MEANINGFUL_COLUMNS), False)
+    sets = parse_setting(data.sources[split], split)
+    renamed = [old for named in sets for source in named.sources for old in source.columns.values()]
+    optional = dict.fromkeys((*data.optional_columns, *MEANINGFUL_COLUMNS, *renamed), False)
     used = {**optional, **dict.fromkeys((*filter(None, data.columns(split).values()), *data.where), True)}
     return {"text_column": text_column, "text_unit": unit, "tsv": data.tsv, "used": used}
 
