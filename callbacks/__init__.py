@@ -12,6 +12,7 @@ _NAMES = {
     "ExactResume": "lit_peft.callbacks.exact_resume",
     "FrozenWeightsGuard": "lit_peft.callbacks.frozen_weights_guard",
     "GracefulStop": "lit_peft.callbacks.graceful_stop",
+    "LastCheckpoint": "lit_peft.callbacks.last_checkpoint",
     "LearningCurve": "lit_peft.callbacks.learning_curve",
     "NonFiniteGuard": "lit_peft.callbacks.non_finite_guard",
     "PrecisionReport": "lit_peft.callbacks.precision_report",

@@ -9,6 +9,7 @@ from lit_peft.callbacks.adapter_norms import AdapterNorms as AdapterNorms
 from lit_peft.callbacks.exact_resume import ExactResume as ExactResume
 from lit_peft.callbacks.frozen_weights_guard import FrozenWeightsGuard as FrozenWeightsGuard
 from lit_peft.callbacks.graceful_stop import GracefulStop as GracefulStop
+from lit_peft.callbacks.last_checkpoint import LastCheckpoint as LastCheckpoint
 from lit_peft.callbacks.learning_curve import LearningCurve as LearningCurve
 from lit_peft.callbacks.non_finite_guard import NonFiniteGuard as NonFiniteGuard
 from lit_peft.callbacks.precision_report import PrecisionReport as PrecisionReport
@@ -26,6 +27,7 @@ __all__ = [
     "ExactResume",
     "FrozenWeightsGuard",
     "GracefulStop",
+    "LastCheckpoint",
     "LearningCurve",
     "NonFiniteGuard",
     "PrecisionReport",

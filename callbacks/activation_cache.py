@@ -52,6 +52,8 @@ class ActivationCache(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the cut and replace the forward of the layers below it."""
+        if getattr(pl_module.hparams, "neftune_noise_alpha", None):
+            raise LitPeftError("ActivationCache would keep the noise of neftune_noise_alpha: leave one of them out.")
         stacks = layer_stacks(pl_module)
         layers = stacks[0]
         if len(stacks) != 1 or "position_bias" in arguments(layers[0].module):

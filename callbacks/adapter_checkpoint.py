@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lit_peft.callbacks.adapter_ema import averaged
-from lit_peft.callbacks.adapter_folders import clean_up, read_note, remove_folder, set_link, write_adapter_folder
+from lit_peft.callbacks.adapter_folders import read_note, remove_folder, set_link, write_adapter_folder
+from lit_peft.callbacks.non_finite_guard import check_weights
+from lit_peft.callbacks.tensors import trained
 from torch import Tensor
 
 from lit_peft.training.lightning_internals import SelectiveCheckpoint
 from lit_peft.training.run_folder import RunLogger
 from lit_peft.training.sharding import whole_parameters
-from lit_peft.util.disk import replace_folder, temporary_folder, write_failure
+from lit_peft.util.disk import clear_folder, replace_folder, temporary_folder, write_failure
 from lit_peft.util.errors import LitPeftError
+from lit_peft.util.locks import FolderInUseError, FolderLock, lock_folder
 
 
 class AdapterCheckpoint(Callback):
@@ -56,7 +58,8 @@ class AdapterCheckpoint(Callback):
             save.
 
     Raises:
-        LitPeftError: another run writes to the folder, or writing failed; existing folders are unchanged.
+        LitPeftError: another run writes to the folder, a trained weight is infinite or NaN, or writing failed; existing
+            folders are unchanged.
     """
 
     def __init__(
@@ -163,7 +166,7 @@ class _Keeper(SelectiveCheckpoint):  # checkpoints refer to it by this name
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self._lock: FileLock | None = None
+        self._lock: FolderLock | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
         self._doomed: list[str] = []
@@ -190,10 +193,11 @@ class _Keeper(SelectiveCheckpoint):  # checkpoints refer to it by this name
         if trainer.is_global_zero:
             try:
                 self._lock_folder(Path(str(self.dirpath)))
-            except (OSError, Timeout) as error:
+            except (OSError, FolderInUseError) as error:
                 problem = (
-                    f"dirpath={str(self.dirpath)!r} is in use by another run: give each run a folder of its own."
-                    if isinstance(error, Timeout)
+                    f"dirpath={str(self.dirpath)!r} is in use by another run ({error}): give each run a folder of its "
+                    "own."
+                    if isinstance(error, FolderInUseError)
                     else f"Adapters cannot be written to dirpath={str(self.dirpath)!r} ({error}): give another folder."
                 )
         problem = trainer.strategy.broadcast(problem)
@@ -203,12 +207,9 @@ class _Keeper(SelectiveCheckpoint):  # checkpoints refer to it by this name
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="adapter-checkpoint")
 
     def _lock_folder(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        # One lock for all callbacks of a process.
-        lock = FileLock(folder / ".lock", is_singleton=True)
-        lock.acquire(blocking=False)
-        self._lock = lock
-        clean_up(folder)
+        # All callbacks of a process share it.
+        self._lock = lock_folder(folder)
+        clear_folder(folder)
         self._find_orphans()
 
     def _find_orphans(self) -> None:
@@ -253,6 +254,7 @@ class _Keeper(SelectiveCheckpoint):  # checkpoints refer to it by this name
         }
         problem = ""
         with averaged(trainer, self._module), whole_parameters(trainer.strategy.model or self._module):
+            check_weights(trainer, trained(self._module).items(), "no folder of them is written")
             if trainer.is_global_zero:
                 try:
                     self._write_folder(Path(path), note)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from lit_peft.formats.folder import write_adapter
 from lit_peft.methods.attachment import attached_model
 from lit_peft.util.disk import sync
 from lit_peft.util.errors import LitPeftError
+from lit_peft.util.locks import process_mark
 
 NOTE = "adapter_checkpoint.json"
 
@@ -63,22 +63,9 @@ def read_note(folder: Path) -> dict[str, Any]:
     return note
 
 
-def clean_up(folder: Path) -> None:
-    """Restore or remove what a killed process left half done in the folder of folders."""
-    for leftover in folder.glob(".*.old"):
-        # The process was killed after it moved the old folder away, before or after it put the new one in place.
-        target = folder / leftover.name[1:].removesuffix(".old")
-        if target.exists():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.rename(target)
-    for leftover in folder.glob(".*.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 def set_link(link: Path, name: str) -> None:
     """Make `link` point to the folder `name` next to it, in one step."""
-    new = link.with_name(f".{link.name}.tmp-{os.getpid()}")
+    new = link.with_name(f".{link.name}.tmp-{process_mark()}")
     new.unlink(missing_ok=True)
     new.symlink_to(name, target_is_directory=True)
     new.replace(link)
@@ -88,6 +75,6 @@ def set_link(link: Path, name: str) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that readers see it whole or not at all."""
     if folder.is_dir():
-        hidden = folder.with_name(f".{folder.name}.tmp-gone")
+        hidden = folder.with_name(f".{folder.name}.tmp-{process_mark()}-gone")
         folder.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)

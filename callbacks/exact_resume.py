@@ -12,6 +12,7 @@ from lit_peft.training.lightning_internals import (
     log_row_of_step,
     validation_follows,
     validation_is_next,
+    validations_are_done,
 )
 from lit_peft.training.run_folder import RunLogger
 
@@ -38,6 +39,7 @@ class ExactResume(Callback):
         logger = _run_logger(trainer)
         if logger is not None:
             checkpoint[KEY] = {"rows": logger.rows(), "row": log_row_of_step(trainer) if within_a_step else None}
+        validations_are_done(checkpoint["loops"]["fit_loop"])
         if within_a_step and validation_follows(trainer):
             validation_is_next(checkpoint["loops"]["fit_loop"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -11,18 +12,20 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lit_peft.callbacks.last_checkpoint import last_keeper, save_last
 
 from lit_peft.training.lightning_internals import cluster_environment, request_stop
 
 
 class GracefulStop(Callback):
-    """On SIGTERM, or the first Ctrl-C, writes `last.ckpt` and stops; on SLURM's signal, writes it and requeues the job.
+    """On SIGTERM, SIGHUP or the first Ctrl-C, writes `last.ckpt` and stops; on SLURM's signal, also requeues the job.
 
     The signal only sets a flag. Training stops after an optimizer step, never during a validation, and all processes
     stop at the same step, so that a run can be resumed exactly from the checkpoint. The process ends with status 143
-    (SIGTERM) or 130 (Ctrl-C). A second Ctrl-C stops at once.
+    (SIGTERM), 129 (SIGHUP: the terminal was closed) or 130 (Ctrl-C). A second Ctrl-C stops at once. Under `nohup`,
+    which ignores SIGHUP, it remains ignored.
 
     The checkpoint is the last one of the Trainer's `ModelCheckpoint`; without one (`enable_checkpointing=False`), none
     is written. On SLURM, the requeued job also finds Lightning's own `hpc_ckpt_….ckpt`.
@@ -32,7 +35,9 @@ class GracefulStop(Callback):
         self._signal: int | None = None
         self._before: dict[int, Any] = {}
         self._requeue: Callable[..., Any] | None = None
+        self._requeue_signal = 0
         self._steps = 0
+        self._terminals: list[int] = []
 
     # ------------------------------------------------------------------------------------------ signals
 
@@ -42,12 +47,17 @@ class GracefulStop(Callback):
             return
         for number in (signal.SIGTERM, signal.SIGINT):
             self._handle(number)
+        # Windows has no such signal.
+        hang_up = getattr(signal, "SIGHUP", None)
+        if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
+            self._handle(hang_up)
+            self._terminals = [number for number in (1, 2) if os.isatty(number)]
         environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             # Lightning's handler would save in the middle of a step.
             number = environment.requeue_signal or signal.SIGUSR1
             self._handle(number)
-            self._requeue = self._before[number]
+            self._requeue, self._requeue_signal = self._before[number], number
 
     def _handle(self, number: int) -> None:
         self._before[number] = signal.signal(number, self._remember)
@@ -57,8 +67,17 @@ class GracefulStop(Callback):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
         self._signal = number
+        if number == getattr(signal, "SIGHUP", None):
+            self._leave_terminal()
         if number == signal.SIGINT:
             print("\nStopping after this step; Ctrl-C again stops at once.", flush=True)
+
+    def _leave_terminal(self) -> None:
+        # Writing to a terminal that was closed is an error, which would end the run before its checkpoint.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in self._terminals:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
 
     def _restore_handlers(self) -> None:
         for number, handler in self._before.items():
@@ -93,7 +112,7 @@ class GracefulStop(Callback):
             number = int(trainer.strategy.reduce(ours, reduce_op="max"))
         if not number:
             return
-        if self._requeue is not None and number not in (signal.SIGTERM, signal.SIGINT):
+        if self._requeue is not None and number == self._requeue_signal:
             self._signal = None
             self._save(trainer)
             self._requeue(number, None)
@@ -123,13 +142,5 @@ class GracefulStop(Callback):
 
     def _save(self, trainer: pl.Trainer) -> Path | None:
         """Write the last checkpoint and return its path; None if the Trainer keeps no checkpoints."""
-        keeper = next((found for found in trainer.checkpoint_callbacks if isinstance(found, ModelCheckpoint)), None)
-        return save_last(trainer, keeper) if keeper is not None and keeper.dirpath else None
-
-
-def save_last(trainer: pl.Trainer, keeper: ModelCheckpoint) -> Path:
-    """Write the last checkpoint of `keeper`, whose `dirpath` is known; return its path."""
-    name = f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
-    keeper.last_model_path = keeper.last_model_path or str(Path(str(keeper.dirpath)) / name)
-    trainer.save_checkpoint(keeper.last_model_path)
-    return Path(keeper.last_model_path)
+        keeper = last_keeper(trainer)
+        return save_last(trainer, keeper) if keeper is not None else None

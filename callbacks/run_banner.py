@@ -7,6 +7,7 @@ import math
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lit_peft.callbacks.last_checkpoint import LastCheckpoint
 
 from lit_peft.methods.attachment import trainable_parameters
 from lit_peft.models.experts import experts_left_out
@@ -44,6 +45,9 @@ class RunBanner(Callback):
             "length": _length(trainer) + (f" ({self.length_note})" if self.length_note else ""),
             "precision": f"{trainer.precision} on {trainer.world_size} × {device}",
             "results": results,
+            "last.ckpt": next(
+                (c.describe() for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), ""
+            ),
         }
         print("\n".join(f"{name + ':':<11}{value}" for name, value in lines.items() if value), flush=True)
         print_data_report(trainer)

@@ -27,6 +27,7 @@ _NAMES = {
     "add_adapter": "lit_peft.methods.adapters",
     "attach": "lit_peft.methods.attach",
     "combine_adapters": "lit_peft.methods.combine",
+    "compile_layers": "lit_peft.models.compiled_layers",
     "delete_adapter": "lit_peft.methods.adapters",
     "detach": "lit_peft.methods.attach",
     "disable_adapter": "lit_peft.methods.adapters",
@@ -36,12 +37,14 @@ _NAMES = {
     "merge": "lit_peft.methods.lora",
     "merge_adapter": "lit_peft.methods.adapters",
     "merge_and_unload": "lit_peft.methods.adapters",
+    "restore_layers": "lit_peft.models.compiled_layers",
     "row_adapters": "lit_peft.methods.rows",
     "save_adapter": "lit_peft.formats.folder",
     "set_adapter": "lit_peft.methods.adapters",
     "supervised_loss": "lit_peft.tasks.supervised_loss",
     "trainable_parameters": "lit_peft.methods.attachment",
     "unmerge_adapter": "lit_peft.methods.adapters",
+    "use_adapter": "lit_peft.methods.adapters",
 }
 __all__ = sorted(_NAMES)
 __version__ = "0.1.0"

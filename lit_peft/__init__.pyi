@@ -35,6 +35,7 @@ from lit_peft.methods.adapters import adapter_names as adapter_names
 from lit_peft.methods.adapters import add_adapter as add_adapter
 from lit_peft.methods.attach import attach as attach
 from lit_peft.methods.combine import combine_adapters as combine_adapters
+from lit_peft.models.compiled_layers import compile_layers as compile_layers
 from lit_peft.methods.adapters import delete_adapter as delete_adapter
 from lit_peft.methods.attach import detach as detach
 from lit_peft.methods.adapters import disable_adapter as disable_adapter
@@ -44,12 +45,14 @@ from lit_peft.formats.folder import load_adapter as load_adapter
 from lit_peft.methods.lora import merge as merge
 from lit_peft.methods.adapters import merge_adapter as merge_adapter
 from lit_peft.methods.adapters import merge_and_unload as merge_and_unload
+from lit_peft.models.compiled_layers import restore_layers as restore_layers
 from lit_peft.methods.rows import row_adapters as row_adapters
 from lit_peft.formats.folder import save_adapter as save_adapter
 from lit_peft.methods.adapters import set_adapter as set_adapter
 from lit_peft.tasks.supervised_loss import supervised_loss as supervised_loss
 from lit_peft.methods.attachment import trainable_parameters as trainable_parameters
 from lit_peft.methods.adapters import unmerge_adapter as unmerge_adapter
+from lit_peft.methods.adapters import use_adapter as use_adapter
 
 __version__: str
 
@@ -87,6 +90,7 @@ __all__ = [
     "add_adapter",
     "attach",
     "combine_adapters",
+    "compile_layers",
     "delete_adapter",
     "detach",
     "disable_adapter",
@@ -96,10 +100,12 @@ __all__ = [
     "merge",
     "merge_adapter",
     "merge_and_unload",
+    "restore_layers",
     "row_adapters",
     "save_adapter",
     "set_adapter",
     "supervised_loss",
     "trainable_parameters",
     "unmerge_adapter",
+    "use_adapter",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lit_peft.util.errors import LitPeftError, causes, closest
+from lit_peft.util.write_errors import write_error
 
 DEBUG_VARIABLE = "LIT_PEFT_DEBUG"
 
@@ -47,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; `sys.argv` when None.
 
     Returns:
-        The exit status: 0; 2 for wrong input, which is reported on stderr in one paragraph (with the traceback only by
-        `--debug` or `LIT_PEFT_DEBUG=1`); 130 when interrupted.
+        The exit status: 0; 2 for wrong input or a file that cannot be written, which is reported on stderr in one
+        paragraph (with the traceback only by `--debug` or `LIT_PEFT_DEBUG=1`); 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--debug" in arguments:
@@ -73,20 +74,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lit_peft.commands.lightning_cli import run
 
         run(arguments)
-    except ValueError as problem:
-        # jsonargparse wraps errors that a class raises in its __init__.
-        ours = next((cause for cause in causes(problem) if isinstance(cause, LitPeftError)), None)
-        missing = next((cause for cause in causes(problem) if isinstance(cause, ModuleNotFoundError)), None)
-        if (ours is None and missing is None) or os.environ.get(DEBUG_VARIABLE):
+    except Exception as problem:
+        sentence = _sentence(problem)
+        if sentence is None or os.environ.get(DEBUG_VARIABLE):
             raise
-        if ours is None and missing is not None:
-            # A logger, callback or plugin that the configuration names.
-            ours = LitPeftError(f"A class in the configuration needs a package that is not installed: {missing}")
-        print(f"lit-peft: error: {ours}", file=sys.stderr)
+        print(f"lit-peft: error: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _sentence(problem: Exception) -> str | None:
+    """Return what to tell the user of an error; None for a fault of the program, which needs its traceback."""
+    # jsonargparse wraps errors that a class raises in its __init__.
+    ours = next((cause for cause in causes(problem) if isinstance(cause, LitPeftError)), None)
+    if ours is not None and isinstance(problem, ValueError):
+        return str(ours)
+    missing = next((cause for cause in causes(problem) if isinstance(cause, ModuleNotFoundError)), None)
+    if missing is not None and isinstance(problem, ValueError):
+        # A logger, callback or plugin that the configuration names.
+        return f"A class in the configuration needs a package that is not installed: {missing}"
+    return write_error(problem)
 
 
 def _usage() -> str:

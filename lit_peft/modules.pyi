@@ -51,16 +51,23 @@ class FullFineTuning(FullFineTuningMixin, BaseLM):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
+        compile: bool | Literal["auto"] = "auto",
+        add_tokens: list[str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        neftune_noise_alpha: float | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
     ) -> None:
         """Build the module.
 
         Args:
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
+            trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
+                A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
             base, ...: see `BaseLM`.
         """
 
@@ -88,16 +95,23 @@ class HeadOnly(HeadOnlyMixin, BaseLM):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
+        compile: bool | Literal["auto"] = "auto",
+        add_tokens: list[str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        neftune_noise_alpha: float | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
     ) -> None:
         """Build the module.
 
         Args:
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
+            trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
+                A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
             base, ...: see `BaseLM`.
         """
 
@@ -125,10 +139,15 @@ class LoRA(LoRAMixin, BaseLM):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
+        compile: bool | Literal["auto"] = "auto",
+        add_tokens: list[str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        neftune_noise_alpha: float | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         r: int = 8,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
@@ -164,6 +183,8 @@ class LoRA(LoRAMixin, BaseLM):
             loraplus_lr_ratio: ratio of B's learning rate to A's (LoRA+, arXiv:2402.12354).
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
+            trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
+                A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
             base, ...: see `BaseLM`.
         """
 
@@ -191,10 +212,15 @@ class AdapterH(AdapterHMixin, BaseLM):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
+        compile: bool | Literal["auto"] = "auto",
+        add_tokens: list[str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        neftune_noise_alpha: float | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         reduction_factor: float | dict[str, float] | None = None,
         bottleneck_size: int | None = None,
         non_linearity: str | None = None,
@@ -250,6 +276,8 @@ class AdapterH(AdapterHMixin, BaseLM):
                 uses for the method.
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
+            trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
+                A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
             base, ...: see `BaseLM`.
         """
 
@@ -277,10 +305,15 @@ class AdapterP(AdapterPMixin, BaseLM):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
+        compile: bool | Literal["auto"] = "auto",
+        add_tokens: list[str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        neftune_noise_alpha: float | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         reduction_factor: float | dict[str, float] | None = None,
         bottleneck_size: int | None = None,
         non_linearity: str | None = None,
@@ -334,6 +367,8 @@ class AdapterP(AdapterPMixin, BaseLM):
                 uses for the method.
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
+            trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
+                A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
             base, ...: see `BaseLM`.
         """
 
@@ -361,10 +396,15 @@ class Parallel(ParallelMixin, BaseLM):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
+        compile: bool | Literal["auto"] = "auto",
+        add_tokens: list[str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        neftune_noise_alpha: float | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         reduction_factor: float | dict[str, float] | None = None,
         bottleneck_size: int | None = None,
         non_linearity: str | None = None,
@@ -417,6 +457,8 @@ class Parallel(ParallelMixin, BaseLM):
                 uses for the method.
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
+            trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
+                A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
             base, ...: see `BaseLM`.
         """
 
@@ -444,10 +486,15 @@ class PrefixTuning(PrefixTuningMixin, BaseLM):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
+        compile: bool | Literal["auto"] = "auto",
+        add_tokens: list[str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        neftune_noise_alpha: float | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         num_virtual_tokens: int = 30,
         prefix_projection: bool = True,
         prefix_projection_size: int | None = None,
@@ -481,6 +528,8 @@ class PrefixTuning(PrefixTuningMixin, BaseLM):
                 AdapterHub did.
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
+            trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
+                A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
             base, ...: see `BaseLM`.
         """
 
@@ -508,10 +557,15 @@ class PTuningV2(PTuningV2Mixin, BaseLM):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
+        compile: bool | Literal["auto"] = "auto",
+        add_tokens: list[str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        neftune_noise_alpha: float | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         num_virtual_tokens: int = 20,
         prefix_projection: bool = False,
         prefix_projection_size: int | None = None,
@@ -545,6 +599,8 @@ class PTuningV2(PTuningV2Mixin, BaseLM):
                 AdapterHub did.
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
+            trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
+                A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
             base, ...: see `BaseLM`.
         """
 
@@ -572,10 +628,15 @@ class PTuning(PTuningMixin, BaseLM):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
+        compile: bool | Literal["auto"] = "auto",
+        add_tokens: list[str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        neftune_noise_alpha: float | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         num_virtual_tokens: int = 20,
         prompt_token_id: int | None = None,
         positions: Literal["mask", "sequence"] = "mask",
@@ -602,6 +663,8 @@ class PTuning(PTuningMixin, BaseLM):
                 uses the first half.
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
+            trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
+                A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
             base, ...: see `BaseLM`.
         """
 
@@ -629,10 +692,15 @@ class PromptTuning(PromptTuningMixin, BaseLM):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
+        compile: bool | Literal["auto"] = "auto",
+        add_tokens: list[str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        neftune_noise_alpha: float | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         num_virtual_tokens: int = 20,
         prompt_token_id: int | None = None,
         positions: Literal["mask", "sequence"] = "mask",
@@ -662,5 +730,7 @@ class PromptTuning(PromptTuningMixin, BaseLM):
                 uses the first half.
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
+            trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
+                A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
             base, ...: see `BaseLM`.
         """

@@ -1,25 +1,44 @@
-"""A base and its adapters behind HTTP, by LitServe: requests for different adapters share one forward.
+"""A server for a base model and its adapters, built on LitServe. One forward pass serves several adapters.
 
-Needs the extra `serve`. `lit-peft serve` starts it; `AdapterAPI` is for a LitServe server of your own.
+Needs the extra `serve`. `lit-peft serve` starts the server; `make_server` and `AdapterAPI` are for servers of your own.
 """
 
-# No annotations from the future here: LitServe reads what a request is from the annotation itself.
+# Annotations are not postponed in this file: LitServe and FastAPI read the type of a request from them.
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import litserve
 import torch
-from fastapi.responses import JSONResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lit_peft.commands.options import base_options, check_generates, load_base_from_options
-from lit_peft.util.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError, closest, first_line
+from lit_peft.util.type_checks import brief
+
+# Text has 4 to 5 characters per token, and code about 10 with its indentation.
+_CHARACTERS_PER_TOKEN = 32
+# JSON may write a character with 12 bytes (two `\uXXXX`); the rest of a request is short.
+_BYTES_PER_CHARACTER, _OTHER_BYTES = 12, 64 * 1024
+logger = logging.getLogger("lit_peft.serving")
 
 
 class Request(BaseModel):
-    """What a client posts: the prompt, the adapter's name (the base's own answer when unset), and how much to write."""
+    """The body of a request.
 
-    # A misspelt name would have the base answer.
+    Args:
+        prompt: the text to continue.
+        adapter: the name of the adapter to use; None for the base model alone.
+        max_new_tokens: the maximum number of tokens to generate; None for the server's own limit, which also applies
+            to larger numbers.
+    """
+
+    # With a misspelled field, the base model would answer instead of the adapter.
     model_config = ConfigDict(extra="forbid")
 
     prompt: str = Field(min_length=1)
@@ -28,23 +47,27 @@ class Request(BaseModel):
 
 
 class AdapterAPI(litserve.LitAPI):
-    """Answers prompts with the adapters that they name.
+    """Generates text for prompts, each with the adapter that its request names.
 
-    LitServe gathers the requests of `batch_timeout` seconds; each row of that batch goes through its own adapter, in a
-    single forward. Prompts and prefixes, which make the whole batch longer, answer theirs after the others.
+    LitServe collects requests into batches. Adapters that can share a batch (see `lit_peft.row_adapters`) are computed
+    in one forward pass. Prompts and prefixes, which make every row longer, are computed in batches of their own. If a
+    batch fails, it is computed again in halves, so that only the requests that fail alone get an error.
 
     Args:
-        base: the base model, in any form that `lit-peft generate --base` takes.
+        base: the base model, in any form that `lit-peft generate --base` accepts.
         adapters: the adapters' folders by name.
-        max_new_tokens: tokens to write where a request does not say, and at most.
-        max_prompt_tokens: longer prompts are refused.
-        max_batch_size: requests in one batch at most.
-        batch_timeout: seconds to wait for further requests.
-        **options: further options of `lit-peft generate` that say how to load the base: `revision`, `task`,
-            `num_labels`, `dtype`, `quantization`, `force`.
+        max_new_tokens: the maximum number of tokens to generate, and the number for requests that give none.
+        max_prompt_tokens: the maximum number of tokens of a prompt. The model's positions may allow fewer.
+        max_batch_size: the maximum number of requests in a batch.
+        batch_timeout: how many seconds to wait for more requests before a batch is computed.
+        **options: other options of `lit-peft generate` for loading the base: `revision`, `task`, `num_labels`, `dtype`,
+            `quantization`, `force`.
+
+    Attributes:
+        max_prompt_characters: the maximum number of characters of a prompt, which is checked before it is tokenized.
 
     Raises:
-        LitPeftError: a number is out of range, or an option is not known.
+        LitPeftError: a number is out of range, or an option is unknown.
     """
 
     def __init__(
@@ -71,89 +94,252 @@ class AdapterAPI(litserve.LitAPI):
         self.options = base_options(base, **options)
         self.adapters = dict(adapters)
         self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
+        self.max_prompt_characters = _CHARACTERS_PER_TOKEN * max_prompt_tokens
 
     def setup(self, device: str) -> None:
-        """Load the base and every adapter, in the process that answers."""
+        """Load the base and all adapters. LitServe calls this in the process that runs the model.
+
+        Raises:
+            LitPeftError: one of them cannot be loaded, or `max_new_tokens` leaves no position for a prompt.
+        """
         from lit_peft.formats.folder import load_adapter
         from lit_peft.methods.adapters import set_adapter
-        from lit_peft.models.tokenization import load_tokenizer
+        from lit_peft.methods.prompt_room import prompt_room
+        from lit_peft.models.tokenization import adapter_tokenizer
 
-        self.tokenizer = load_tokenizer(self.options.base, "--base", self.options.revision)
+        # LitServe logs an error of `setup` there before it stops.
+        logging.getLogger("litserve.loops.loops").addFilter(_without_traceback)
+        self.tokenizer = adapter_tokenizer(self.adapters.values(), self.options.base, "--base", self.options.revision)
         self.model = load_base_from_options(self.options).to(device)
         check_generates(self.model)
-        # The new tokens follow the prompt's last one.
+        # Generated tokens must follow the prompt directly, so padding goes on the left.
         self.tokenizer.padding_side = "left"
         for name, folder in self.adapters.items():
             load_adapter(self.model, folder, check_base=not self.options.force, name=name)
         set_adapter(self.model, None)
         self.model.eval()
+        self.rooms = {name: prompt_room(self.model, name) for name in (None, *self.adapters)}
+        for adapter, room in self.rooms.items():
+            if not room.fits(1, self.max_new_tokens):
+                raise LitPeftError(
+                    f"--max_new_tokens {self.max_new_tokens} leaves no position for a prompt (adapter: {adapter}): the "
+                    f"model has {room.answer} positions beside the virtual tokens. Give a smaller number."
+                )
 
     def decode_request(self, request: Request) -> Request:
-        """Every check that needs the model is made in `predict`, where one bad request does not fail the others."""
+        """Return the request as it is. `predict` checks it, because an error here would fail the whole batch."""
         return request
 
     def batch(self, inputs: Sequence[Request]) -> list[Request]:
-        """A batch is the list of its requests."""
+        """Return the requests of a batch as a list."""
         return list(inputs)
 
     def unbatch(self, output: Sequence[Any]) -> Sequence[Any]:
-        """The answers are a list already."""
+        """Return the answers, which are a list already."""
         return output
 
     def predict(self, x: Request | list[Request]) -> Any:
-        """Each request's answer: `{"text": ..., "adapter": ...}`, or `{"error": ...}`."""
+        """Answer one request, or each request of a batch.
+
+        Returns:
+            `{"text": ..., "adapter": ...}` for each request, or `{"error": ..., "status": ...}` with an HTTP status.
+        """
         if isinstance(x, Request):
-            # LitServe does not batch where max_batch_size is 1.
+            # LitServe passes single requests if max_batch_size is 1.
             return self.predict([x])[0]
-        answers: list[dict[str, Any]] = [{"error": problem} if (problem := self._problem(each)) else {} for each in x]
-        for places in self._groups(x, [place for place, answer in enumerate(answers) if not answer]):
-            for place, text in zip(places, self._generate([x[place] for place in places]), strict=True):
-                answers[place] = {"text": text, "adapter": x[place].adapter}
+        found = [self._count_tokens(request) for request in x]
+        answers: list[dict[str, Any]] = [{"error": problem, "status": 422} for problem in found]
+        counts = {place: count for place, count in enumerate(found) if isinstance(count, int)}
+        for places in self._groups(x, counts):
+            for place, answer in zip(places, self._answers([x[place] for place in places]), strict=True):
+                answers[place] = answer
         return answers
 
     def encode_response(self, output: dict[str, Any]) -> Any:
-        """An error is one for its own client alone."""
-        return JSONResponse(output, status_code=422) if "error" in output else output
+        """Return the answer as JSON, with its HTTP status if it is an error."""
+        return json_response(output["status"], output["error"]) if "error" in output else output
 
-    def _problem(self, request: Request) -> str | None:
+    def _count_tokens(self, request: Request) -> int | str:
+        """Return the number of tokens of a prompt, or one sentence that says why it cannot be answered."""
         if request.adapter is not None and request.adapter not in self.adapters:
-            return f"There is no adapter {request.adapter!r}: there are {', '.join(self.adapters) or 'none'}."
-        count = len(self.tokenizer(request.prompt).input_ids)
+            known = f"the closest are {closest(request.adapter[:100], self.adapters)}" if self.adapters else "none"
+            return f"There is no adapter {brief(request.adapter)}: {known}."
+        if len(request.prompt) > self.max_prompt_characters:
+            return (
+                f"The prompt has {len(request.prompt)} characters; the maximum is {self.max_prompt_characters} "
+                f"({self.max_prompt_tokens} tokens)."
+            )
+        try:
+            count = len(self.tokenizer(request.prompt).input_ids)
+        except Exception as problem:  # tokenizers raise errors of many kinds
+            return f"The tokenizer cannot read the prompt ({first_line(problem)})."
         if count == 0:
-            return "The prompt has no tokens: the tokenizer knows none in its text."
+            return "The prompt has no tokens: the tokenizer knows none of its text."
         if count > self.max_prompt_tokens:
-            return f"The prompt has {count} tokens, and at most {self.max_prompt_tokens} are taken."
-        return None
+            return f"The prompt has {count} tokens; the maximum is {self.max_prompt_tokens}."
+        new_tokens = self._new_tokens(request)
+        longest = self.rooms[request.adapter].longest_prompt(new_tokens)
+        if longest is not None and count > longest:
+            return (
+                f"The prompt has {count} tokens; with max_new_tokens={new_tokens}, the model's positions allow at most "
+                f"{longest}."
+            )
+        return count
 
-    def _groups(self, requests: Sequence[Request], places: Sequence[int]) -> list[list[int]]:
-        """The rows that share a batch: all whose adapters can, and those of each other adapter."""
+    def _new_tokens(self, request: Request) -> int:
+        return min(request.max_new_tokens or self.max_new_tokens, self.max_new_tokens)
+
+    def _groups(self, requests: Sequence[Request], counts: Mapping[int, int]) -> list[list[int]]:
+        """Divide requests into batches whose adapters and lengths fit together.
+
+        Args:
+            requests: all requests.
+            counts: the number of tokens of those to answer, by their index.
+        """
         from lit_peft.methods.rows import can_share
 
-        groups: dict[str | None, list[int]] = {}
-        for place in places:
+        groups: dict[str | None, list[list[int]]] = {}
+        for place in counts:
             name = requests[place].adapter
             alone = name is not None and not can_share(self.model, name)
-            groups.setdefault(name if alone else None, []).append(place)
-        return list(groups.values())
+            batches = groups.setdefault(name if alone else None, [])
+            for batch in batches:
+                together = (*batch, place)
+                # Padding makes all prompts as long as the longest, and all rows get as many new tokens as one needs.
+                longest = max(counts[index] for index in together)
+                if self.rooms[name].fits(longest, max(self._new_tokens(requests[index]) for index in together)):
+                    batch.append(place)
+                    break
+            else:
+                batches.append([place])
+        return [batch for batches in groups.values() for batch in batches]
+
+    def _answers(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """Answer a batch. If it fails, answer its halves, down to single requests."""
+        try:
+            texts = self._generate(requests)
+        except Exception as problem:  # out of memory, or whatever a model raises for an unusual input
+            reason = first_line(problem)
+            level = logging.ERROR if len(requests) == 1 else logging.WARNING
+            logger.log(level, "A batch of %d requests failed: %s", len(requests), reason, exc_info=len(requests) == 1)
+        else:
+            return [{"text": text, "adapter": each.adapter} for text, each in zip(texts, requests, strict=True)]
+        # Outside the handler, whose traceback would keep the tensors of the failed batch.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(requests) == 1:
+            return [{"error": f"The model failed on this request ({reason}).", "status": 500}]
+        half = len(requests) // 2
+        return [*self._answers(requests[:half]), *self._answers(requests[half:])]
 
     @torch.inference_mode()
     def _generate(self, requests: Sequence[Request]) -> list[str]:
-        from lit_peft.methods.adapters import set_adapter
+        """Return the generated texts of a batch."""
+        from lit_peft.methods.adapters import use_adapter
         from lit_peft.methods.rows import can_share, row_adapters
 
         prompts, names = [each.prompt for each in requests], [each.adapter for each in requests]
-        wanted = [min(each.max_new_tokens or self.max_new_tokens, self.max_new_tokens) for each in requests]
+        new_tokens = [self._new_tokens(each) for each in requests]
         inputs = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.model.device)
         inputs.pop("token_type_ids", None)
-        settings = {"do_sample": False, "max_new_tokens": max(wanted), "pad_token_id": self.tokenizer.pad_token_id}
-        if all(name is None or can_share(self.model, name) for name in names):
-            with row_adapters(self.model, names):
-                out = self.model.generate(**inputs, **settings)
-        else:
-            set_adapter(self.model, names[0])
+        settings = {"do_sample": False, "max_new_tokens": max(new_tokens), "pad_token_id": self.tokenizer.pad_token_id}
+        shared = all(name is None or can_share(self.model, name) for name in names)
+        with row_adapters(self.model, names) if shared else use_adapter(self.model, names[0]):
             out = self.model.generate(**inputs, **settings)
-            set_adapter(self.model, None)
         start = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        rows = [row[start : start + count] for row, count in zip(out, wanted, strict=True)]
+        rows = [row[start : start + count] for row, count in zip(out, new_tokens, strict=True)]
         texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
+
+
+def make_server(api: AdapterAPI, **settings: Any) -> litserve.LitServer:
+    """Return a server that refuses large bodies before it parses them and answers every error with one sentence.
+
+    Args:
+        api: what to serve.
+        **settings: arguments of `litserve.LitServer`.
+
+    Returns:
+        The server; `run` starts it.
+    """
+    most = _BYTES_PER_CHARACTER * api.max_prompt_characters + _OTHER_BYTES
+    middlewares = [*settings.pop("middlewares", ()), (BodyLimit, {"max_bytes": most})]
+    server = litserve.LitServer(api, middlewares=middlewares, **settings)
+    server.app.add_exception_handler(RequestValidationError, _answer_invalid)
+    server.app.add_exception_handler(HTTPException, _answer_http_error)
+    return server
+
+
+class BodyLimit:
+    """ASGI middleware that reads the body of a request and answers 413 if it is larger than `max_bytes`.
+
+    Args:
+        app: the application behind it.
+        max_bytes: the maximum size of a body.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        chunks: list[bytes] = []
+        size, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":  # the client has gone
+                return None
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+            chunks.append(message.get("body", b""))
+            if size > self.max_bytes:
+                # The rest is read and dropped: many clients read no answer while they are sending.
+                chunks.clear()
+                if size > 64 * self.max_bytes:
+                    break
+        if size > self.max_bytes:
+            answer = json_response(413, f"The request is larger than {self.max_bytes} bytes.")
+            return await answer(scope, receive, send)
+        body: Message | None = {"type": "http.request", "body": b"".join(chunks), "more_body": False}
+
+        async def replay() -> Message:
+            nonlocal body
+            message, body = body, None
+            return await receive() if message is None else message
+
+        return await self.app(scope, replay, send)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Logging filter that keeps only the message of a `LitPeftError`."""
+    problem = record.exc_info[1] if record.exc_info else None
+    if isinstance(problem, LitPeftError):
+        record.msg, record.args, record.exc_info, record.exc_text = f"lit-peft: error: {problem}", (), None, None
+    return True
+
+
+def json_response(status: int, error: str) -> Response:
+    """Return an answer with an error. Its JSON is ASCII, so that it can quote any string."""
+    return Response(json.dumps({"error": error}), status, media_type="application/json")
+
+
+def _answer_invalid(request: Any, problem: Any) -> Response:
+    """Answer a body that is no `Request` with the first thing that is wrong."""
+    first = problem.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][1:])
+    if first["type"] == "extra_forbidden":
+        text = f"There is no field {brief(field)}: a request has {', '.join(Request.model_fields)}."
+    elif first["type"] == "json_invalid":
+        text = f"The body is not valid JSON: {first['ctx']['error']} at character {field}."
+    elif first["type"] == "missing":
+        text = f"{field or 'The body'} is missing."
+    elif first["type"] == "string_unicode":
+        text = f"{field or 'A name'} is not valid Unicode: it has half of a surrogate pair."
+    else:
+        text = f"{field or 'body'}={brief(first['input'])}: {first['msg']}."
+    return json_response(422, text)
+
+
+def _answer_http_error(request: Any, problem: Any) -> Response:
+    """Answer errors of LitServe and FastAPI in the form of all others."""
+    return json_response(problem.status_code, str(problem.detail))

@@ -101,10 +101,11 @@ def resumed(encoder: Path, reviews: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("compare")
     file = config(folder, encoder, reviews)
     results = folder / "out" / "results.jsonl"
-    plan, _ = module.read_plan(["--config", str(file)])
+    plan = module.check_plan(module.read_plan(["--config", str(file)])[0])
     results.parent.mkdir()
     cell = search_cells(plan, "LoRA")[0]
     head = {"cell": cell.key, "method": cell.method, "learning_rate": cell.learning_rate, "seed": cell.seed}
+    head["data_hash"] = cell.data_hash
     Results(results).add({**head, **measure.measure_in_process(cell)})
     before = results.read_bytes()
     # A line that a kill cut off.

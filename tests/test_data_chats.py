@@ -93,8 +93,8 @@ def test_what_the_template_does_not_read_is_noted(decoder: Path, tmp_path: Path)
     data = chats(decoder, lines(tmp_path / "a.jsonl", row))
     data.setup("fit")
     assert data.report() == [
-        "data.max_length 256 exceeds the 64 tokens that " + repr(str(decoder)) + " was made for.",
         "data.train: column 'weight' not used.",
+        "data.max_length is 16: 99 % of the training examples have no more tokens.",
         "data.train: the chat template does not read 'tools', 'tool_calls'.",
         "data.train: 1 of 1 examples (100.0 %) with tool calls that the chat template leaves out, so they are not "
         "learned: set data.chat_template to one for tools.",

@@ -278,16 +278,16 @@ def test_tokens_are_kept_for_the_next_run(encoder: Path, tmp_path: Path, monkeyp
     other = tmp_path / "tokenizer"
     AutoTokenizer.from_pretrained(encoder).save_pretrained(other)
     settings: list[tuple[Path, dict[str, Any], int]] = [
-        (file, {}, 1),
-        (file, {}, 1),
+        (file, {"max_length": 16}, 1),
+        (file, {"max_length": 16}, 1),
         (file, {"max_length": 9}, 2),
-        (file, {"tokenizer": str(other)}, 2),  # it is the same, in another place
+        (file, {"max_length": 16, "tokenizer": str(other)}, 2),  # it is the same, in another place
     ]
     for path, given, made in settings:
         data(encoder, path, **given).examples("train")
         assert len(calls) == made
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"awful"', '"awfull"'))
-    data(encoder, file, tokenizer=str(other)).examples("train")
+    data(encoder, file, max_length=16, tokenizer=str(other)).examples("train")
     assert len(calls) == 3
 
 

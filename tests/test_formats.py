@@ -72,7 +72,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {r"(\w|\w\w|.)+[!?]": 4}}, "rank_pattern has the regular expression '.*too long"),
     ({"rank_pattern": {rf"(a+)+{number}": 4 for number in range(3000)}, "r": 10**9}, "takes too long"),
     ({"rank_pattern": {f"q{number}": 4 for number in range(20_000)}}, "20,000 patterns"),
-    ({"exclude_modules": "q" * 10_000_000}, "10,000,000 characters"),
+    ({"exclude_modules": "q" * 3_000_000}, "3,000,000 characters"),
     ({"layers_pattern": r"(\w|\w\w|.)+[!?]", "layers_to_transform": [0]}, "layers_pattern has .*takes too long"),
     ({"target_modules": "(a+)+q_proj"}, "matches no module"),
     ({"target_modules": "../../etc/passwd"}, "matches no module"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from models import make
 from torch import nn
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_peft.nn.torch_internals import (
     DtypeKeepingDict,
     computed_buffers,
+    copy_all_,
     function_transforms_are_active,
     has_forward_hooks,
     is_compiled,
@@ -121,6 +124,12 @@ def test_tensors_move_towards_their_ends() -> None:
     tensors, ends = [torch.zeros(2), torch.ones(3)], [torch.ones(2), torch.full((3,), 3.0)]
     lerp_all_(tensors, ends, 0.25)
     assert torch.equal(tensors[0], torch.full((2,), 0.25)) and torch.equal(tensors[1], torch.full((3,), 1.5))
+
+
+def test_tensors_are_copied_together() -> None:
+    targets, sources = [torch.zeros(2), torch.zeros(3, 1)], [torch.ones(2), torch.full((3, 1), math.nan)]
+    copy_all_(targets, sources)
+    assert torch.equal(targets[0], torch.ones(2)) and bool(targets[1].isnan().all())
 
 
 def test_buffers_that_no_checkpoint_has_are_found() -> None:

@@ -26,6 +26,7 @@ from lit_peft.models.transformers_internals import (
     returns_its_product,
     set_own_loss_function,
     uses_attention_interface,
+    warns_without_mask,
 )
 
 
@@ -35,6 +36,10 @@ def test_auto_classes_say_which_configs_they_have_a_model_for() -> None:
     assert has_model_class("AutoModelForSeq2SeqLM", t5) and not has_model_class("AutoModelForMaskedLM", llama)
     assert has_model_class("AutoModelForMultipleChoice", bert)
     assert not has_model_class("AutoModelForCausalLM", None)
+
+
+def test_models_that_look_for_padding_without_a_mask() -> None:
+    assert warns_without_mask(make("gpt2")) and not warns_without_mask(make("llama"))
 
 
 def test_auto_classes_say_which_models_are_theirs() -> None:

@@ -318,7 +318,7 @@ def test_t5s_bias_where_adapterhub_moves_the_keys_alone(past: int) -> None:
     settings = PTuningV2Settings(num_virtual_tokens=3, positions="adapterhub")
     attention = lit_peft.attach(make("t5"), settings).encoder.block[0].layer[0].SelfAttention
     query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5 + past, 8)
-    attention.config.past = past
+    attention.config.call.past = past
     bias = attention.compute_bias(5, 5 + past, past_seen_tokens=past)
     expected = attention.compute_bias(5, 8 + past, past_seen_tokens=past)
     close(attention.config.extend_bias(bias, query, key), expected)
@@ -519,7 +519,7 @@ def test_a_copy_of_a_prefix_computes_its_own_table() -> None:
     with torch.no_grad():
         prefix.layer(0, like)
         copied = copy.deepcopy(prefix)
-        assert copied._layers is None and copied._state is None
+        assert copied._latest is None and copied._kept is None
         copied.embedding.add_(1.0)
         assert not torch.equal(copied.layer(0, like)[0], prefix.layer(0, like)[0])
 

@@ -20,7 +20,8 @@ from lit_peft.methods.baselines import FullFineTuningSettings, HeadOnlySettings
 from lit_peft.methods.rows import can_share
 from lit_peft.models.tokenization import require_fast, with_padding
 from lit_peft.nn.lora import LoRALinear
-from lit_peft.training.optimizer import make_optimizer, make_schedule
+from lit_peft.training.optimizer import make_optimizer
+from lit_peft.training.schedules import make_schedule
 
 
 @pytest.mark.parametrize(

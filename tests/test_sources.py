@@ -292,7 +292,13 @@ def test_another_content_is_another_conversion(gguf_file: Path, tmp_path: Path, 
 
 def test_gguf_files_that_cannot_be_converted(gguf_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
     bad = tmp_path / "bad.gguf"
-    for content, words in ((b"MZ..", "is not a GGUF file"), (gguf_file.read_bytes()[:400], "could not be converted")):
+    whole = gguf_file.read_bytes()
+    for content, words in (
+        (b"MZ..", "is not a GGUF file"),
+        (whole[:400], "its header is incomplete"),
+        (whole.replace(b"llama", b"lmama"), "could not be converted"),
+        (whole.replace(b"output_norm.weight", b"output_norX.weight"), "has no weights for model.norm.weight"),
+    ):
         bad.write_bytes(content)
         with pytest.raises(LitPeftError, match=words):
             convert_gguf(bad, tmp_path / "cache")

@@ -124,7 +124,6 @@ def test_other_files_and_datasets_stream(kind: str, decoder: Path, file: Path, t
 
 def test_settings_that_exclude_streaming_are_reported(decoder: Path, file: Path, encoder: Path, tmp_path: Path) -> None:
     for name, value in {
-        "packing": True,
         "group_by_length": True,
         "limit_train": 5,
         "test_fraction": 0.1,

@@ -37,6 +37,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
+from fuzz_gguf import Gguf
 from models import GOLDEN, make, scramble
 
 import lit_peft
@@ -44,8 +45,10 @@ from lit_peft import LitPeftError
 from lit_peft.util.errors import causes
 from lit_peft.util.memory import peak_memory, process_memory
 
-SECONDS = 20
-MEMORY = 2 * 2**30
+SOURCE = str(Path(__file__).parents[1])
+# Limits of each case: processor time, since the machine may do other things as well, and memory.
+SECONDS = 2
+MEMORY = 500 * 2**20
 # What takes the place of a value.
 ODD: list[Any] = [
     *(None, True, False, 0, -1, 1, 2, 3, 17, 2**31, -(2**63), 2**64, 10**30, 0.0, -0.5, 1e-9, 1e308, float("inf")),
@@ -79,7 +82,9 @@ class Watch:
             path = os.path.realpath(os.fsdecode(args[0]))
             flags = args[2] if isinstance(args[2], int) else 0
             writes = bool(flags & (os.O_WRONLY | os.O_RDWR)) or (isinstance(args[1], str) and args[1] != "r")
-            readable = () if writes else (sys.prefix, sys.base_prefix, "/dev", "/proc", "/etc/localtime", *sys.path[1:])
+            # Tracebacks and warnings read the source.
+            places = (sys.prefix, sys.base_prefix, "/dev", "/proc", "/etc/localtime", SOURCE, *sys.path[1:])
+            readable = () if writes else places
             if not path.startswith((*self.allowed, *readable, "/dev/null")) and (writes or not self.trusted):
                 self.seen.append(f"open {path} {args[1]} {flags}")
 
@@ -109,13 +114,13 @@ def limits() -> Iterator[None]:
         raise Hang
 
     before, hard = resource.getrlimit(resource.RLIMIT_AS)
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, ((process_memory("VmSize") or 0) + MEMORY, hard))
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (before, hard))
 
 
@@ -658,7 +663,13 @@ def _write_table(file: Path, content: Any) -> None:
         file.write_text("\n".join(lines) + "\n")
 
 
-READERS: dict[str, Any] = {"adapters": Adapters, "checkpoints": Checkpoints, "configs": Configs, "data": Data}
+READERS: dict[str, Any] = {
+    "adapters": Adapters,
+    "checkpoints": Checkpoints,
+    "configs": Configs,
+    "data": Data,
+    "gguf": Gguf,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ run
@@ -680,41 +691,55 @@ def fuzz(
         with contextlib.redirect_stderr(io.StringIO()):
             reader = READERS[kind](root / "originals")
         for number in range(first, first + count):
-            rng = random.Random(f"{kind} {seed} {number}")
             if tell and number % 500 == 0:
                 print(f"{number}: {dict(tally)}", file=sys.__stderr__, flush=True)
-            work = root / "case"
-            work.mkdir()
-            name, path, run = reader.case(work, rng)
-            fault = ""
-            with WATCH.over(root, trusted=reader.trusted) as seen, contextlib.redirect_stderr(io.StringIO()):
-                sys.stdout.truncate(0)
-                sys.stdout.seek(0)
-                try:
-                    with limits():
-                        tally[run()] += 1
-                except Hang:
-                    fault = f"takes longer than {SECONDS} s"
-                except BaseException as problem:
-                    last = traceback.extract_tb(problem.__traceback__)
-                    ours = next(
-                        (f for f in reversed(last) if "lit_peft" in f.filename or "fuzz" in f.filename), last[-1]
-                    )
-                    fault = f"{type(problem).__name__} at {Path(ours.filename).name}:{ours.lineno} {problem!s:.150}"
-            fault = fault or "; ".join(sorted(set(seen))[:3])
+            name, result, fault = one_case(reader, kind, root, seed, number, keep)
+            tally[result if result in ("read", "refused") else "fault"] += 1
             if fault:
-                tally["fault"] += 1
                 key = fault.split(" at ")[0] + fault.split(" at ")[-1].split(" ")[0]
-                if key not in faults:
-                    faults[key] = f"case {number} ({name}): {fault}"
-                    if keep is not None:
-                        target = keep / f"{kind}-{seed}-{number}"
-                        shutil.rmtree(target, ignore_errors=True)
-                        (shutil.copytree if path.is_dir() else _keep_file)(path, target)
+                faults.setdefault(key, f"case {number} ({name}): {fault}")
                 if len(faults) >= most:
                     break
-            shutil.rmtree(work)
     return tally, list(faults.values())
+
+
+def one_case(
+    reader: Any, kind: str, root: Path, seed: int, number: int, keep: Path | None = None
+) -> tuple[str, str, str]:
+    """Run one case.
+
+    Returns:
+        What was changed; `read`, `refused`, `hang`, `memory` or `other`; and the fault in words, or an empty string.
+    """
+    work = root / "case"
+    work.mkdir()
+    name, path, run = reader.case(work, random.Random(f"{kind} {seed} {number}"))
+    result, fault = "other", ""
+    with (
+        WATCH.over(root, trusted=reader.trusted) as seen,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        try:
+            with limits():
+                result = run()
+        except Hang:
+            result, fault = "hang", f"takes longer than {SECONDS} s"
+        except BaseException as problem:
+            # Native code has other words for it.
+            if isinstance(problem, MemoryError) or "allocate memory" in str(problem):
+                result = "memory"
+            last = traceback.extract_tb(problem.__traceback__)
+            ours = next((f for f in reversed(last) if "lit_peft" in f.filename or "fuzz" in f.filename), last[-1])
+            fault = f"{type(problem).__name__} at {Path(ours.filename).name}:{ours.lineno} {problem!s:.150}"
+    if seen and not fault:
+        result, fault = "other", "; ".join(sorted(set(seen))[:3])
+    if fault and keep is not None:
+        target = keep / f"{kind}-{seed}-{number}"
+        shutil.rmtree(target, ignore_errors=True)
+        (shutil.copytree if path.is_dir() else _keep_file)(path, target)
+    shutil.rmtree(work)
+    return name, result, fault
 
 
 def _keep_file(path: Path, target: Path) -> None:

@@ -7,16 +7,16 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from lit_peft.commands.measure import make_data, make_module, measure_in_process
+from lit_peft.commands.measure import hash_of_data, make_data, make_module, measure_in_process
 from lit_peft.commands.options import Options
 from lit_peft.commands.plan import Cell, Plan, make_cell, search_cells
 from lit_peft.commands.report import write_report
-from lit_peft.commands.results import RESULTS, Results, best_row, finished_rows, read_results
+from lit_peft.commands.results import RESULTS, Results, best_row, finished_rows, left_out, newest_data, read_results
 from lit_peft.methods.registry import METHODS
 from lit_peft.util.errors import LitPeftError, closest, first_line
 from lit_peft.util.type_checks import check_types
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> None:
     if report_only:
         _report_finished(plan)
         return
-    _check(plan)
+    plan = check_plan(plan)
     from filelock import FileLock, Timeout
 
     folder = Path(plan.output)
@@ -55,7 +55,9 @@ def run(arguments: Sequence[str]) -> None:
             f"output={plan.output!r} is in use by another comparison: wait for it, or give another folder."
         ) from None
     with lock:
-        rows = compare(plan, Results(folder / RESULTS))
+        results = Results(folder / RESULTS)
+        _say_left_out(plan, results.rows)
+        rows = compare(plan, results)
         names = write_report(folder, plan, rows)
     _print_report(folder, names)
 
@@ -65,10 +67,20 @@ def _report_finished(plan: Plan) -> None:
     folder = Path(plan.output)
     if not (folder / RESULTS).is_file():
         raise LitPeftError(f"output={plan.output!r} has no {RESULTS}: give the folder of a comparison.")
-    rows = finished_rows(plan, read_results(folder / RESULTS))
+    known = read_results(folder / RESULTS)
+    # The data itself may be on another machine, so its latest hash is taken.
+    plan = replace(plan, data_hash=newest_data(known))
+    rows = finished_rows(plan, known)
     if not rows:
         raise LitPeftError(f"{folder / RESULTS} has no finished run of this configuration: give the right --config.")
+    _say_left_out(plan, known)
     _print_report(folder, write_report(folder, plan, rows))
+
+
+def _say_left_out(plan: Plan, rows: Mapping[str, dict[str, Any]]) -> None:
+    """Print which finished runs are not compared because they had other data."""
+    if sentence := left_out(plan, rows):
+        print(sentence, flush=True)
 
 
 def _print_report(folder: Path, names: Sequence[str]) -> None:
@@ -145,6 +157,7 @@ def _row_of(cell: Cell, results: Results, progress: _Progress, device: int | Non
     progress.start(cell)
     start = time.perf_counter()
     head = {"cell": cell.key, "method": cell.method, "learning_rate": cell.learning_rate, "seed": cell.seed}
+    head["data_hash"] = cell.data_hash
     row = {**head, **measure_in_process(cell, device)}
     with _LOCK:
         results.add(row)
@@ -193,7 +206,7 @@ def read_plan(arguments: Sequence[str]) -> tuple[Plan, bool]:
     parser.add_argument("--limit_train", type=int, help="use at most this many training rows")
     parser.add_argument("--report_only", action="store_true", help="run nothing, only report the finished runs")
     options = parser.parse_args(list(arguments))
-    values = _read_yaml(Path(options.config), [item.name for item in fields(Plan)])
+    values = _read_yaml(Path(options.config), [item.name for item in fields(Plan) if item.name != "data_hash"])
     missing = [name for name in ("base", "task", "data") if name not in values]
     if missing:
         raise LitPeftError(f"{options.config} lacks {', '.join(missing)}: see configs/compare.yaml.")
@@ -235,8 +248,11 @@ def _read_yaml(file: Path, keys: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _check(plan: Plan) -> None:
+def check_plan(plan: Plan) -> Plan:
     """Check data, methods and the Trainer's arguments before anything is run or written.
+
+    Returns:
+        The plan with the hash of its data.
 
     Raises:
         LitPeftError: something is wrong with them.
@@ -260,3 +276,4 @@ def _check(plan: Plan) -> None:
             module.check()
         except LitPeftError as problem:
             raise LitPeftError(f"{method}: {problem}") from problem
+    return replace(plan, data_hash=hash_of_data(data))

@@ -53,9 +53,9 @@ def run(arguments: list[str]) -> None:
 
     from lit_peft.formats.folder import load_adapter
     from lit_peft.methods.adapters import set_adapter
-    from lit_peft.models.tokenization import load_tokenizer
+    from lit_peft.models.tokenization import adapter_tokenizer
 
-    tokenizer = load_tokenizer(options.base, "--base", options.revision)
+    tokenizer = adapter_tokenizer(folders.values(), options.base, "--base", options.revision)
     if options.chat and not getattr(tokenizer, "chat_template", None):
         raise LitPeftError(
             f"--chat: the tokenizer of {options.base!r} has no chat template; leave --chat out, or use an "

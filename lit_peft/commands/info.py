@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_peft.commands.options import Options
-from lit_peft.util.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError, printable
+from lit_peft.util.type_checks import brief
+
+# Files of strangers may have any number of settings and tensors, and names of any length.
+_MOST_LINES, _MOST_LETTERS = 200, 200
 
 
 def run(arguments: list[str]) -> None:
@@ -51,9 +55,12 @@ def run(arguments: list[str]) -> None:
         files = [file for file in path.iterdir() if file.is_file()]
     total = sum(tensor.numel() for tensor in tensors.values())
     facts.update(parameters=f"{total:,}", size=f"{sum(file.stat().st_size for file in files) / 2**20:.2f} MB")
-    for key, value in {**facts, **settings}.items():
-        if value not in (None, "", [], {}, False):
-            print(f"{key + ':':<22}{str(value)[:300]}")
+    shown = {key: value for key, value in {**facts, **settings}.items() if value not in (None, "", [], {}, False)}
+    for key, value in list(shown.items())[:_MOST_LINES]:
+        text = str(value)[:300] if isinstance(value, (str, Path)) else brief(value, 300)
+        print(f"{printable(str(key)[:_MOST_LETTERS]) + ':':<22}{printable(text)}")
+    if len(shown) > _MOST_LINES:
+        print(f"… {len(shown) - _MOST_LINES:,} more settings")
     print(_table(tensors))
 
 
@@ -61,11 +68,13 @@ def _table(tensors: Mapping[str, Any]) -> str:
     """Format the tensors as a table, with `*` in place of the layer number."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for name, tensor in tensors.items():
-        key = (re.sub(r"\.\d+\.", ".*.", name), str(tuple(tensor.shape)), str(tensor.dtype).removeprefix("torch."))
+        short = name if len(name) <= _MOST_LETTERS else f"{name[:_MOST_LETTERS]}…"
+        pattern = re.sub(r"\.\d+\.", ".*.", printable(short))
+        key = (pattern, brief(tuple(tensor.shape)), str(tensor.dtype).removeprefix("torch."))
         groups.setdefault(key, []).append(tensor.numel())
-    rows = [(*key, str(len(sizes)), f"{sum(sizes):,}") for key, sizes in groups.items()]
+    rows = [(*key, str(len(sizes)), f"{sum(sizes):,}") for key, sizes in list(groups.items())[:_MOST_LINES]]
     rows.insert(0, ("tensor", "shape", "dtype", "count", "parameters"))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n" + "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    more = [f"… {len(groups) - _MOST_LINES:,} more tensors"] if len(groups) > _MOST_LINES else []
+    return "\n" + "\n".join([*lines, *more])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import json
 import logging
-import re
 import shlex
 import shutil
 import sys
@@ -12,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -25,28 +24,35 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 import lit_peft.data
 import lit_peft.modules
-from lit_peft.callbacks import ExactResume, GracefulStop, PredictionWriter, RunBanner, TokenProgressBar
-from lit_peft.callbacks.graceful_stop import save_last
+from lit_peft.callbacks import (
+    ExactResume,
+    GracefulStop,
+    LastCheckpoint,
+    NonFiniteGuard,
+    PredictionWriter,
+    RunBanner,
+    TokenProgressBar,
+)
+from lit_peft.callbacks.last_checkpoint import last_good, last_keeper, save_last
+from lit_peft.commands.parser import Parser
 from lit_peft.commands.setting_names import check_names
 from lit_peft.data.base import LitDataModule
 from lit_peft.formats.folder import write_adapter
 from lit_peft.training.checkpoint_io import AtomicCheckpointIO
 from lit_peft.training.module import BaseLM
-from lit_peft.training.run_folder import CONFIG, RunLogger, earlier_run, newest_last
+from lit_peft.training.run_folder import CONFIG, DATA, RunLogger, earlier_run, lock_run, new_run, newest_last
+from lit_peft.training.run_record import check_checkpoint_file
 from lit_peft.training.sharding import sharded_like, whole_parameters
 from lit_peft.util.disk import replace_folder, temporary_folder, write_failure, write_file
-from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.locks import FolderLock
 
 RUNS = "lit_peft_runs"
 # Epochs of a run whose length is not set; Lightning would train 1,000.
 DEFAULT_EPOCHS = 3
 
-
-class Parser(LightningArgumentParser):
-    """Raises `LitPeftError` instead of printing the usage and exiting."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise LitPeftError(_readable(message)) from ex
+# The locks of the run's folder that this process has.
+_locks: list[FolderLock] = []
 
 
 class SaveConfig(SaveConfigCallback):
@@ -57,8 +63,16 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            # Its logger may have a folder that only now is known.
+            _locks.append(lock_run(self._folder))
         text = self.parser.dump(self.config, skip_unset=False)
         write_file(self._folder / CONFIG, text.encode())
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write what the run is trained on beside its configuration, once a checkpoint to resume has been accepted."""
+        if trainer.is_global_zero:
+            write_file(self._folder / DATA, json.dumps(pl_module.run["data"], indent=2).encode())
 
 
 class CLI(LightningCLI):
@@ -104,17 +118,21 @@ class CLI(LightningCLI):
             data.init_args.base = config.model.init_args.get("base")
             if data.init_args.get("tokenizer") is None and data.init_args.get("revision", "not a setting") is None:
                 data.init_args.revision = config.model.init_args.get("revision")
+        if data is not None and data.get("init_args", {}).get("add_tokens", "not a setting") is None:
+            data.init_args.add_tokens = config.model.init_args.get("add_tokens")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Check model and data, then build the trainer with progress bar, banner and checkpoints."""
+        config = self.config_init[self.subcommand]
+        root = Path(config.trainer.default_root_dir or RUNS)
+        given = config.trainer.callbacks or []
         self._check_checkpoint()
+        version = self._resumed_version(root, given)
         if self.datamodule is not None:
             self.datamodule.setup(str(self.subcommand))
         self.model.check_data(self.datamodule)
         self.model.take_labels(self.datamodule)
         self.model.check()
-        config = self.config_init[self.subcommand]
-        given = config.trainer.callbacks or []
         extra: list[Any] = [RunBanner(self.length_note)]
         if config.trainer.enable_progress_bar is not False:
             # In a log file, a bar that is updated at every step is mostly noise.
@@ -122,23 +140,27 @@ class CLI(LightningCLI):
         if self.subcommand in ("test", "predict"):
             extra.append(PredictionWriter(config.output))
         if self.subcommand == "fit":
-            for callback_class in (GracefulStop, ExactResume):
+            for callback_class in (GracefulStop, ExactResume, NonFiniteGuard):
                 if not any(isinstance(callback, callback_class) for callback in given):
                     extra.append(callback_class())
-        saves = config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run
-        if saves and not any(isinstance(callback, ModelCheckpoint) for callback in given):
-            extra.append(self._checkpoint())
-        root = Path(config.trainer.default_root_dir or RUNS)
+        keepers = []
+        if config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run:
+            keepers = self._checkpoints(given)
         _check_writable(root)
-        version = self._resumed_version(root, [*given, *extra])
         logger = config.trainer.logger
         if logger is None or logger is True:
+            writes = self.subcommand == "fit" and not config.trainer.fast_dev_run and _is_first_process()
+            if version is None and writes:
+                version, lock = new_run(root)
+                _locks.append(lock)
             kwargs["logger"] = RunLogger(root, name=None, version=version)
         plugins = config.trainer.plugins or []
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        return super().instantiate_trainer(callbacks=[*given, *extra], plugins=plugins, **kwargs)
+        check_checkpoint_file(self.model, self.datamodule, config.get("ckpt_path"), str(self.subcommand))
+        given = [callback for callback in given if callback not in keepers]
+        return super().instantiate_trainer(callbacks=[*given, *extra, *keepers], plugins=plugins, **kwargs)
 
     def _resumed_version(self, root: Path, callbacks: list[Any]) -> int | None:
         """For `--ckpt_path last`, find the newest last checkpoint of this run, and return the number of the run."""
@@ -149,11 +171,14 @@ class CLI(LightningCLI):
         version = earlier_run(root, plain)
         folders = [Path(c.dirpath) for c in callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
         if version is not None:
+            if _is_first_process():
+                # Before anything of that run is read.
+                _locks.append(lock_run(root / f"version_{version}"))
             folders.append(root / f"version_{version}" / "checkpoints")
         found = newest_last(folders)
         if found is None:
             rank_zero_only(print)(
-                f"No run of this model and data in {root} has a last checkpoint: training starts from the beginning."
+                f"No run of this model, data and seed in {root} has a last checkpoint: training starts anew."
             )
         if found is not None or config.trainer.logger in (None, True):
             config.ckpt_path = None if found is None else str(found)
@@ -168,13 +193,28 @@ class CLI(LightningCLI):
         if path is None and self.subcommand != "fit":
             rank_zero_warn(f"ckpt_path is not set, so {self.subcommand} uses an untrained adapter.")
 
-    def _checkpoint(self) -> ModelCheckpoint:
+    def _checkpoints(self, given: list[Any]) -> list[Any]:
+        """Return the best checkpoint's callback, unless one is given, and the last checkpoint's, given or not."""
+        last = [callback for callback in given if isinstance(callback, LastCheckpoint)] or [LastCheckpoint()]
+        if any(isinstance(callback, ModelCheckpoint) and callback not in last for callback in given):
+            return last
         validates = "validation" in getattr(self.datamodule, "rows", {})
         monitor, mode = self.model.task.monitor if validates else (None, "min")
-        return ModelCheckpoint(monitor=monitor, mode=mode, filename="best-{step}", save_last=True)
+        # A resumed run that comes again to a step that it had saved replaces its own file.
+        best = ModelCheckpoint(monitor=monitor, mode=mode, filename="best-{step}", enable_version_counter=False)
+        return [best, *last]
 
     def after_fit(self) -> None:
-        """Report the metrics, write the best adapter, and suggest the next command. Every process must call this."""
+        """Report what there is now, and fail if training did. Every process must call this."""
+        self._report()
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        guards = (callback for callback in callbacks if isinstance(callback, NonFiniteGuard))
+        problem = next((guard.problem for guard in guards if guard.problem), None)
+        if problem:
+            raise LitPeftError(f"{problem} The last good checkpoint is {last_good(self.trainer)}.")
+
+    def _report(self) -> None:
+        """Print the metrics, write the best adapter, and suggest the next command."""
         trainer = self.trainer
         say = print if trainer.is_global_zero else (lambda *_: None)
         checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
@@ -187,9 +227,10 @@ class CLI(LightningCLI):
             say(f"{name:<17} {value.item():.4f}")
         if best and checkpoint and checkpoint.monitor and checkpoint.best_model_score is not None:
             say(f"{'best ' + checkpoint.monitor:<18}{checkpoint.best_model_score.item():.4f}  ({best})")
-        if not best and checkpoint is not None and checkpoint.dirpath and checkpoint.save_last:
+        keeper = last_keeper(trainer)
+        if not best and keeper is not None and keeper.save_last:
             # Training ended before the first validation, so there is no best checkpoint.
-            best = str(save_last(trainer, checkpoint))
+            best = str(save_last(trainer, keeper))
             say(f"No validation was reached, so the weights of the last step are used ({best}).")
         if not best:
             return
@@ -260,6 +301,14 @@ def run(arguments: list[str], cli_class: type[CLI] = CLI) -> CLI:
     # A printed configuration with comments is worth keeping.
     arguments = ["--print_config=comments" if text == "--print_config" else text for text in arguments]
     sys.argv = [sys.argv[0], *arguments]
+    try:
+        return _run(cli_class)
+    finally:
+        while _locks:
+            _locks.pop().release()
+
+
+def _run(cli_class: type[CLI]) -> CLI:
     return cli_class(
         BaseLM,
         LitDataModule,
@@ -273,6 +322,11 @@ def run(arguments: list[str], cli_class: type[CLI] = CLI) -> CLI:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )
+
+
+def _is_first_process() -> bool:
+    # Known from the environment, before the Trainer exists. The others write nothing of their own accord.
+    return not getattr(rank_zero_only, "rank", 0)
 
 
 def _never_ends(trainer: Any) -> bool:
@@ -306,48 +360,3 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     warnings.filterwarnings("ignore", message=".*The dirpath has changed.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-
-
-# Lines in which jsonargparse lists the types that it tried: they do not help a user.
-_NOISE = re.compile(r"Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|.*Does not validate against")
-
-
-def _readable(message: str) -> str:
-    """Turn a message of jsonargparse into one paragraph that names the closest settings or classes."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    text = " ".join(line for line in lines if line and not _NOISE.match(line))
-    classes = [*_subclasses(BaseLM), *_subclasses(LitDataModule)]
-    missing = re.search(r"arguments are required: (.+)", text)
-    if missing:
-        options = ", ".join("--" + name.rpartition(".")[2] for name in missing[1].split(", "))
-        return (
-            f"{options} must be given on the command line or in a --config file, e.g. "
-            "`lit-peft fit --config configs/quickstart.yaml`."
-        )
-    optimization = re.search(r"(?:unrecognized arguments: --|does not accept option ')(optimizer|lr_scheduler)\b", text)
-    if optimization:
-        return (
-            f"{optimization[1]!r} is a setting of the model here: give --model.optimizer AdamW with "
-            "--model.learning_rate and --model.optimizer_args, and --model.lr_scheduler linear, cosine or constant "
-            "with --model.warmup_steps."
-        )
-    text = re.sub(r'Parser key "[^"]+": (?=Parser key )', "", text)
-    unknown = re.search(r"Option '([^']+)' is not accepted", text)
-    if unknown:
-        names = [name for cls in classes for name in inspect.signature(cls).parameters]
-        near = closest(unknown[1], names)
-        return f"{unknown[1]!r} is not a setting of this class: the closest are {near}."
-    unknown = re.search(r"Expected a dot import path string: (\S+)", text)
-    if unknown:
-        near = closest(unknown[1], [cls.__name__ for cls in classes])
-        return f"{unknown[1]!r} is not a known class: the closest are {near}."
-    unknown = re.search(r"does not accept option '([^'.]+)", text)
-    if unknown:
-        keys = ("model", "data", "trainer", "seed_everything", "ckpt_path")
-        return f"{unknown[1]!r} is not a key of the configuration: the closest are {closest(unknown[1], keys)}."
-    return text or message
-
-
-def _subclasses(cls: type[Any]) -> list[type[Any]]:
-    children: list[type[Any]] = cls.__subclasses__()
-    return [found for child in children for found in (child, *_subclasses(child))]

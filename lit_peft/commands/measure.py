@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import multiprocessing
 import tempfile
 from collections.abc import Mapping
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_peft.commands.plan import Cell
+from lit_peft.data.record import data_record
 from lit_peft.util.errors import LitPeftError, closest, first_line
 from lit_peft.util.memory import peak_memory, process_memory
 
@@ -41,6 +44,16 @@ def make_data(base: str, model: Mapping[str, Any], settings: Mapping[str, Any]) 
         return getattr(lit_peft.data, name)(**init)
     except TypeError as problem:
         raise LitPeftError(f"data.init_args do not fit {name}: {first_line(problem)}") from problem
+
+
+def hash_of_data(data: Any) -> str:
+    """Return a hash of the examples of all splits of a comparison's data module, after `setup("fit")`."""
+    if "test" in data.rows:
+        data.setup("test")
+    record = data_record(data, ("train", "validation", "test"))
+    facts = {split: known["hash"] for split, known in record["splits"].items()}
+    facts["labels"] = getattr(data, "label_names", None)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_module(cell: Cell) -> Any:
@@ -127,6 +140,10 @@ def measure(cell: Cell, device: int | None = None) -> dict[str, Any]:
     has_test = "test" in data.rows
     if has_test:
         data.setup("test")
+    if cell.data_hash and hash_of_data(data) != cell.data_hash:
+        raise LitPeftError(
+            "The data has changed since the comparison began: start it again to compare on the new data."
+        )
     # The rows have been drawn, the same for all runs; from here on the seed determines the order of training.
     data.seed += cell.seed
     module = make_module(cell)

@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> None:
 
     from lit_peft.formats.folder import load_adapter, new_folder
     from lit_peft.methods.lora import merge
-    from lit_peft.models.tokenization import load_tokenizer
+    from lit_peft.models.tokenization import adapter_tokenizer
 
     with new_folder(options.output) as folder:
         model = load_base_from_options(options)
@@ -35,5 +35,5 @@ def run(arguments: list[str]) -> None:
         model.save_pretrained(folder, max_shard_size=options.max_shard_size)
         # A base without a tokenizer can be merged, too.
         with contextlib.suppress(LitPeftError):
-            load_tokenizer(options.base, "--base", options.revision).save_pretrained(folder)
+            adapter_tokenizer([options.adapter], options.base, "--base", options.revision).save_pretrained(folder)
     print(f"merged: {options.output}")

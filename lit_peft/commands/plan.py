@@ -39,6 +39,7 @@ class Plan:
         devices: number of runs at the same time, each on its own device. On a CPU they share its cores.
         reach: a share of full fine-tuning's validation metric; the report says how long each method takes to get there.
         output: folder of the results.
+        data_hash: hash of the examples, which the command computes: runs on other data are other runs.
 
     Raises:
         LitPeftError: a value is out of range, or a method is unknown.
@@ -59,6 +60,7 @@ class Plan:
     devices: int = 1
     reach: float = 0.95
     output: str = "lit_peft_runs/compare"
+    data_hash: str = ""
 
     def __post_init__(self) -> None:
         for name in ("steps", "evaluations", "seeds", "trials", "devices"):
@@ -109,6 +111,7 @@ class Cell:
     steps: int
     evaluations: int
     seconds: float | None = None
+    data_hash: str = ""
 
     @property
     def accumulated_batches(self) -> int:
@@ -121,6 +124,8 @@ class Cell:
         values = {name: value for name, value in asdict(self).items() if value is not None}
         if self.seconds is not None:
             del values["steps"]
+        if not self.data_hash:  # as the runs of earlier versions were identified
+            del values["data_hash"]
         text = json.dumps(values, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -145,6 +150,7 @@ def make_cell(plan: Plan, method: str, learning_rate: float, seed: int) -> Cell:
         steps=plan.steps,
         evaluations=plan.evaluations,
         seconds=plan.seconds,
+        data_hash=plan.data_hash,
     )
 
 

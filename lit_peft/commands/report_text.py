@@ -100,9 +100,10 @@ def notes(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[str]:
     if plan.seconds is not None:
         taken = [row["steps"] for row in finished]
         steps = f"the steps that fit in {plan.seconds:g} s of training ({min(taken):,} to {max(taken):,})"
+    data = f", data with the hash {plan.data_hash}" if plan.data_hash else ""
     return [
         *([f"Not finished: {len(finished)} of {plan.total_cells} runs."] if len(finished) < plan.total_cells else []),
-        f"Base {plan.base}, task {plan.task}. Every run takes {steps} and reports the metric of its last step. "
+        f"Base {plan.base}, task {plan.task}{data}. Every run takes {steps} and reports the metric of its last step. "
         f"Learning rates tried for each method: {plan.trials}, chosen on validation with seed 0. Seeds: {plan.seeds}; "
         f"a seed determines the initialization and the order of the training data. "
         f"Evaluated on {first.get('rows', 0):,} rows, on {first.get('device', '?')}.",

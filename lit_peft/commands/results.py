@@ -63,6 +63,20 @@ def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return max(scored, key=lambda row: row["validation"] if row["mode"] == "max" else -row["validation"])
 
 
+def newest_data(rows: Mapping[str, dict[str, Any]]) -> str:
+    """Return the hash of the data of the latest run; an empty string for the runs of earlier versions, and for none."""
+    return str(list(rows.values())[-1].get("data_hash", "")) if rows else ""
+
+
+def left_out(plan: Plan, rows: Mapping[str, dict[str, Any]]) -> str:
+    """Return a sentence on the finished runs that are not compared, because they had other data; "" if none had."""
+    unknown = sum("data_hash" not in row for row in rows.values()) if plan.data_hash else 0
+    other = sum(row.get("data_hash", plan.data_hash) != plan.data_hash for row in rows.values())
+    parts = [f"{other} on other data"] if other else []
+    parts += [f"{unknown} of an earlier version, which does not say on what data"] if unknown else []
+    return f"Left out, and kept in {RESULTS}: {' and '.join(parts)}." if parts else ""
+
+
 def finished_rows(plan: Plan, rows: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return those of the given runs (by their key) that belong to the plan and did not fail."""
     found = []

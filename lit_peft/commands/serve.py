@@ -40,13 +40,14 @@ def run(arguments: list[str]) -> None:
     if find_spec("litserve") is None:
         raise LitPeftError("`lit-peft serve` needs LitServe: run `pip install 'lit-peft[serve]'`.")
 
-    import litserve
-
     from lit_peft.models.sources import resolve_base
-    from lit_peft.serving import AdapterAPI
+    from lit_peft.serving import AdapterAPI, make_server
 
     resolve_base(options["base"])
     host, port, accelerator, timeout = (options.pop(name) for name in ("host", "port", "accelerator", "timeout"))
     api = AdapterAPI(adapters=adapter_folders(options.pop("adapter")), **options)
-    server = litserve.LitServer(api, accelerator=accelerator, devices=1, timeout=timeout)
-    server.run(host=host, port=port, num_api_servers=1, generate_client_file=False)
+    server = make_server(api, accelerator=accelerator, devices=1, timeout=timeout)
+    try:
+        server.run(host=host, port=port, num_api_servers=1, generate_client_file=False)
+    except RuntimeError as problem:  # LitServe raises it when the process of the model could not start
+        raise LitPeftError(f"The server did not start; the reason is in the log above ({problem}).") from problem

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -15,6 +15,8 @@ from lit_peft.data.collate import PadCollator
 from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.encoding import longest_and_largest, token_counts
 from lit_peft.data.files import read_file
+from lit_peft.data.joined import limit_rows, slice_examples
+from lit_peft.data.lengths import MaxLength, encode_split
 from lit_peft.data.loaders import (
     Collate,
     StatefulLoader,
@@ -23,14 +25,17 @@ from lit_peft.data.loaders import (
     streaming_loader,
     training_loader,
 )
-from lit_peft.data.notes import Notes, note_unused_columns
-from lit_peft.data.packing import PackCollator
+from lit_peft.data.notes import Notes
+from lit_peft.data.packing import train_collator
 from lit_peft.data.rows import Rows, Split
+from lit_peft.data.sampling import Mixture
 from lit_peft.data.settings import check_settings
-from lit_peft.data.sources import HubDataset, missing_split, select_rows, text_options
-from lit_peft.data.splits import hold_out, sample_rows, without_overlap
+from lit_peft.data.source_settings import Setting
+from lit_peft.data.sources import HubDataset, missing_split, read_rows, text_options
+from lit_peft.data.splits import hold_out, without_overlap
 from lit_peft.data.streaming import check_first_rows, make_stream
-from lit_peft.models.tokenization import load_tokenizer, with_padding
+from lit_peft.data.tokenizers import adapted, tokenizer_of
+from lit_peft.models.tokenization import with_padding
 from lit_peft.util.errors import LitPeftError
 
 if TYPE_CHECKING:
@@ -55,16 +60,20 @@ class LitDataModule(pl.LightningDataModule):
 
     Args:
         base: the base model, whose tokenizer is used unless `tokenizer` is given.
-        train: training file (csv, tsv, json, jsonl, parquet, txt), 'pkg:DISTRIBUTION/path' for a file in an
-            installed package, or, with `dataset`, the name of a split.
-        validation: the same, for validation.
+        train: training file (csv, tsv, json, jsonl, parquet, txt; also compressed), glob, folder, URL,
+            'pkg:DISTRIBUTION/path' for a file in an installed package, 'hub:OWNER/NAME:CONFIGURATION:SPLIT' or, with
+            `dataset`, the name of a split; a list of these; or a mixture with weights, {a.jsonl: 0.7, b.jsonl: 0.3}.
+        validation: the same without weights, for validation; or several sets, {NAME: FILE, NAME: FILE}.
         test: the same, for testing.
         predict: the same, for prediction; its rows keep their order and need no answers.
         dataset: hub id of a dataset to take the splits from.
         dataset_config: configuration of that dataset.
         tokenizer: hub id, folder or packaged model whose tokenizer to use instead of the base model's.
         batch_size: examples per batch and device.
-        max_length: maximum number of tokens of an example; longer examples are cut, which is reported.
+        max_length: maximum number of tokens of an example; if unset, what 99 % of the training examples need, at most
+            2,048 and the model's maximum.
+        truncation_side: what happens to longer examples: they are cut at their end ('right') or start ('left'), or
+            training examples are dropped ('drop').
         num_workers: processes that prepare batches; 0: the main process.
         num_proc: processes that tokenize; unset: the main process. The result is cached on disk.
         group_by_length: batch training examples of similar lengths together, so that there is little padding.
@@ -76,9 +85,12 @@ class LitDataModule(pl.LightningDataModule):
         limit_train: use at most this many training rows, drawn at random.
         limit_validation: the same, for validation.
         limit_test: the same, for testing.
+        validation_monitor: of several validation sets, the name of the one whose metrics are also logged without a name
+            (`val_loss`), which select the checkpoint, or 'mean'; unset: the first.
         validation_fraction: share of the training rows to validate on if `validation` is not given.
         test_fraction: share of the training rows to test on if `test` is not given.
         where: keep only rows whose columns have these values (a list: one of them); not for `predict`.
+        add_tokens: new special tokens, as in the model; on the command line the model's when unset.
         padding_side: 'right' or 'left'; unset: right, and left for prompts to generate from.
         pad_to_multiple_of: round the length of each batch up to a multiple of this.
         revision: branch, tag or commit of `base`, for its tokenizer; on the command line the model's when unset.
@@ -95,21 +107,28 @@ class LitDataModule(pl.LightningDataModule):
     optional_columns: Sequence[str] = ()
     # One row of a txt file: "line", "paragraph" or "document".
     text_unit: str = "line"
+    # An integer in any case: what is unset is chosen from the data.
+    max_length: Any = MaxLength()
+    # Whether the task cuts its examples itself, token by token, or lets the tokenizer do it.
+    cuts_tokens: bool = False
+    # The values of `truncation_side` that the task allows.
+    truncation_sides: tuple[str, ...] = ("right", "left", "drop")
     # For tsv files in which quotes are part of the text, see `read_file`.
     tsv: tuple[str, ...] | None = None
 
     def __init__(
         self,
         base: str | None = None,
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: Setting = None,
+        validation: Setting = None,
+        test: Setting = None,
+        predict: Setting = None,
         dataset: str | None = None,
         dataset_config: str | None = None,
         tokenizer: str | None = None,
         batch_size: int = 16,
-        max_length: int = 256,
+        max_length: int | None = None,
+        truncation_side: Literal["right", "left", "drop"] = "right",
         num_workers: int = 0,
         num_proc: int | None = None,
         group_by_length: bool = False,
@@ -119,9 +138,11 @@ class LitDataModule(pl.LightningDataModule):
         limit_train: int | None = None,
         limit_validation: int | None = None,
         limit_test: int | None = None,
+        validation_monitor: str | None = None,
         validation_fraction: float = 0.1,
         test_fraction: float = 0.0,
         where: dict[str, Any] | None = None,
+        add_tokens: list[str] | None = None,
         padding_side: Literal["right", "left"] | None = None,
         pad_to_multiple_of: int | None = None,
         revision: str | None = None,
@@ -129,7 +150,7 @@ class LitDataModule(pl.LightningDataModule):
         super().__init__()
         self.base = base
         self.revision = revision
-        self.sources: dict[Split, str | None] = {
+        self.sources: dict[Split, Any] = {
             "train": train,
             "validation": validation,
             "test": test,
@@ -140,6 +161,7 @@ class LitDataModule(pl.LightningDataModule):
         self.tokenizer_name = tokenizer
         self.batch_size = batch_size
         self.max_length = max_length
+        self.truncation_side = truncation_side
         self.num_workers = num_workers
         self.num_proc = num_proc
         self.group_by_length = group_by_length
@@ -151,8 +173,10 @@ class LitDataModule(pl.LightningDataModule):
             "validation": limit_validation,
             "test": limit_test,
         }
+        self.validation_monitor = validation_monitor
         self.fractions: dict[Split, float] = {"test": test_fraction, "validation": validation_fraction}
         self.where = dict(where or {})
+        self.add_tokens = add_tokens
         self.padding_side = padding_side
         self.pad_to_multiple_of = pad_to_multiple_of
         self.notes = Notes(streaming)
@@ -160,8 +184,10 @@ class LitDataModule(pl.LightningDataModule):
         self.finished: set[int] = set()
         self._tokenizer: Any = None
         self.hub = HubDataset(dataset, dataset_config, streaming)
-        self._read: dict[Split, Rows | None] = {}
         self._encoded: dict[Split, Any] = {}
+        # The number of examples of each named set of a split, and how to mix the sources of the training examples.
+        self.sets: dict[Split, dict[str, int]] = {}
+        self._mixture: Mixture | None = None
         self._train_loader: StatefulLoader | StreamLoader | None = None
         self._loader_state: dict[str, Any] = {}
         check_settings(self)
@@ -219,47 +245,18 @@ class LitDataModule(pl.LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer, loaded on first use; set it to use one that is not on disk."""
         if self._tokenizer is None:
-            name = self.tokenizer_name or self.base
-            if name is None:
-                raise LitPeftError("Neither data.tokenizer nor data.base is set; name the base model.")
-            field = "data.tokenizer" if self.tokenizer_name else "data.base"
-            self._tokenizer = load_tokenizer(name, field, self.revision)
-            # A tokenizer without a known limit has a huge one.
-            limit = getattr(self._tokenizer, "model_max_length", None)
-            if limit is not None and self.max_length > limit:
-                self.notes.add(
-                    f"data.max_length {self.max_length} exceeds the {limit} tokens that {name!r} was made for."
-                )
+            self._tokenizer = tokenizer_of(self)
         return self._tokenizer
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
-        self._tokenizer = with_padding(tokenizer, str(getattr(tokenizer, "name_or_path", "")))
-
-    def _rows_of(self, split: Split) -> Rows | None:
-        """Read the rows that a split's setting names, once; None if it names nothing."""
-        if split in self._read:
-            return self._read[split]
-        value, rows = self.hub.find(split, self.sources[split]), None
-        if value is not None:
-            field, source = f"data.{split}", value
-            if self.hub.has(value):
-                table, source = self.hub.table(value, split, self.limits.get(split)), f"{self.dataset}:{value}"
-            else:
-                table = self.read(value, field, split)
-            table = self.prepare_table(table, split, field, source)
-            where = {} if split == "predict" else self.where
-            rows = select_rows(table, field, source, self.columns(split), where)
-            used = (*self.columns(split).values(), *self.optional_columns, *where)
-            note_unused_columns(self.notes, field, table.column_names, used)
-        self._read[split] = rows
-        return rows
+        self._tokenizer = adapted(with_padding(tokenizer, str(getattr(tokenizer, "name_or_path", ""))), self)
 
     @cached_property
     def rows(self) -> Mapping[Split, Rows]:
         """The rows of each split there is, before their values are checked."""
         splits: list[Split] = [split for split in self.sources if not (self.streaming and split == "train")]
-        found = {split: rows for split in splits if (rows := self._rows_of(split)) is not None}
+        found = {split: rows for split in splits if (rows := read_rows(self, split)) is not None}
         if "train" in found:
             if self.drops_overlap:
                 found["train"] = without_overlap(found, self.group_key, self.notes)
@@ -270,7 +267,7 @@ class LitDataModule(pl.LightningDataModule):
                 found.update(hold_out(train, fractions, *keys, self.seed, self.notes))
         for split, limit in self.limits.items():
             if split in found:
-                found[split] = replace(found[split], indices=sample_rows(found[split].indices, limit, self.seed))
+                found[split] = limit_rows(found[split], limit, self.seed)
         return found
 
     def report(self) -> list[str]:
@@ -315,9 +312,10 @@ class LitDataModule(pl.LightningDataModule):
                 check_first_rows(self)
                 continue
             # Prediction reads no other split, unless it needs the training labels.
-            rows = self._rows_of(split) if split == "predict" else self.rows.get(split)
+            rows = read_rows(self, split) if split == "predict" else self.rows.get(split)
             if rows is not None:
-                self._encoded[split] = self.encode(self.check_rows(rows, split), split)
+                self._encoded[split], self.sets[split], mixture = encode_split(self, rows, split)
+                self._mixture = mixture if split == "train" else self._mixture
             elif stage is not None and not (stage == "fit" and split == "validation"):
                 # Only training does without one of its splits.
                 raise LitPeftError(missing_split(self, split))
@@ -327,27 +325,32 @@ class LitDataModule(pl.LightningDataModule):
         if self.streaming:
             loader: StatefulLoader | StreamLoader = streaming_loader(make_stream(self), self.trainer, self.num_workers)
         else:
-            examples, collate = self.examples("train"), self.collator("train")
+            examples = self.examples("train")
             if getattr(self.trainer, "overfit_batches", 0):
-                return evaluation_loader(examples, collate, self.batch_size, self.num_workers)
-            settings = (self.batch_size, self.seed, self.trainer, self.num_workers)
-            if self.packing:
-                collate = PackCollator(self.tokenizer.pad_token_id, self.pad_to_multiple_of)
-                loader = training_loader(examples, collate, *settings, token_counts(examples), self.max_length)
-            else:
-                lengths = token_counts(examples) if self.group_by_length else None
-                loader = training_loader(examples, collate, *settings, lengths)
+                return evaluation_loader(examples, self.collator("train"), self.batch_size, self.num_workers)
+            lengths = token_counts(examples) if self.packing or self.group_by_length else None
+            loader = training_loader(
+                examples,
+                train_collator(self),
+                self.batch_size,
+                self.seed,
+                self.trainer,
+                self.num_workers,
+                lengths,
+                self.max_length if self.packing else None,
+                self._mixture,
+            )
         self._train_loader = loader
         if self._loader_state:
             loader.load_state_dict(self._loader_state)
         return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return batches of validation examples in order; an empty list if there are none."""
+        """Return batches of validation examples in order; a list if there are several sets, empty if there are none."""
         return _evaluation_batches(self, "validation") if "validation" in self.rows else []
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return batches of test examples in order."""
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return batches of test examples in order; a list if there are several sets."""
         return _evaluation_batches(self, "test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -381,6 +384,11 @@ def pad_collator(data: LitDataModule) -> PadCollator:
     return PadCollator(data.tokenizer.pad_token_id, data.padding_side or "right", data.pad_to_multiple_of)
 
 
-def _evaluation_batches(data: LitDataModule, split: Split) -> DataLoader[Any]:
-    processes = getattr(data.trainer, "world_size", 1)
-    return evaluation_loader(data.examples(split), data.collator(split), data.batch_size, data.num_workers, processes)
+def _evaluation_batches(data: LitDataModule, split: Split) -> DataLoader[Any] | list[Any]:
+    settings = (data.collator(split), data.batch_size, data.num_workers, getattr(data.trainer, "world_size", 1))
+    examples = data.examples(split)
+    if len(data.sets[split]) < 2:
+        return evaluation_loader(examples, *settings)
+    ends = list(accumulate(data.sets[split].values()))
+    parts = [slice_examples(examples, start, end) for start, end in pairwise([0, *ends])]
+    return [evaluation_loader(part, *settings) for part in parts]

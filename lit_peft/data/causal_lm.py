@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lit_peft.data.chats import encode_chats
 from lit_peft.data.conversations import Form
 from lit_peft.data.encoding import tokenize
+from lit_peft.data.long_texts import token_ids
 from lit_peft.data.notes import drop_cut_column, note_missing_end
 from lit_peft.data.rows import Rows, Split, require_text, text_key
 from lit_peft.data.settings import refuse_unused
@@ -78,6 +79,7 @@ class CausalLMData(SupervisedData):
                 {
                     "prompt_template": prompt_template is not None,
                     "prompt_column": prompt_column != "prompt",
+                    "truncation_side 'left'": self.truncation_side == "left",
                     "template": template is not None,
                 },
             )
@@ -101,7 +103,7 @@ class CausalLMData(SupervisedData):
     def check_rows(self, rows: Rows, split: Split) -> Rows:
         """Every row needs a text, or a completion."""
         if self.completion_column is None:
-            require_text(rows, [self.text_column])
+            require_text(rows, [self.text_column], longest=None)
         elif split != "predict":
             require_text(rows, [self.completion_column])
         if self.completion_column is not None:
@@ -161,7 +163,7 @@ def encode_text(
     For prompts, `cut` is the number of tokens that were cut.
     """
     texts = [str(text) for text in batch[text_column]]
-    rows = [strip_end_tokens(ids, tokenizer) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    rows = [strip_end_tokens(ids, tokenizer) for ids in token_ids(texts, tokenizer)]
     if prompts_only:
         cut = [max(0, len(ids) - max_length) for ids in rows]
         return {"input_ids": [ids[-max_length:] for ids in rows], "cut": cut}

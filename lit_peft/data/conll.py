@@ -13,6 +13,8 @@ from lit_peft.util.errors import LitPeftError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# Characters of a line; a word and its columns are much shorter.
+_LONGEST_LINE = 2**20
 SUFFIXES = (".conll", ".bio", ".iob", ".iob2", ".txt", ".tsv")
 
 
@@ -69,6 +71,11 @@ def _sentences(path: str, content: str, columns: dict[str, int], where: str) -> 
     any_row = False
     with Path(path).open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
+            if len(line) > _LONGEST_LINE:
+                raise LitPeftError(
+                    f"{where}: line {number} has {len(line):,} characters, and a line is one word with its columns: is "
+                    "this a CoNLL file?"
+                )
             cells = line.rstrip("\n").split("\t") if "\t" in line.strip() else line.split()
             if not line.strip() or cells[0] == "-DOCSTART-":
                 if any(rows.values()):

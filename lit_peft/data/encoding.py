@@ -106,6 +106,20 @@ def _refuse_empty_examples(encoded: Dataset, rows: Rows) -> None:
             )
 
 
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep `datasets` from drawing a progress bar."""
+    import datasets
+
+    had_bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
 def token_counts(examples: Any) -> list[int]:
     """Return the number of tokens of each example; of an example with several texts, that of the longest."""
     if not hasattr(examples, "with_format"):

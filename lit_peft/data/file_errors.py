@@ -20,8 +20,10 @@ def file_error(path: Path, field: str, value: str, loader: str, exc: BaseExcepti
         loader: "csv", "json", "parquet" or "text".
         exc: what reading it raised.
     """
-    if isinstance(exc, LitPeftError):
-        return exc
+    # `datasets` wraps what a generator of rows raises.
+    ours = next((link for link in causes(exc) if isinstance(link, LitPeftError)), None)
+    if ours is not None:
+        return ours
     where = f"{field} {value!r}"
     if loader == "parquet" and _is_empty_parquet(path):
         return LitPeftError(f"{where} has no rows; give a file with at least one row.")

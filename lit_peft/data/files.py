@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import difflib
 import hashlib
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_peft.data.datasets_internals import set_fingerprint
 from lit_peft.data.file_errors import file_error
 from lit_peft.data.json_rows import JSON_VERSION, json_rows, json_table
+from lit_peft.data.remote import inner_name, is_url, local_copy
 from lit_peft.models.sources import PACKAGE_PREFIX, cache_root, hub_error, resolve_packaged_file
 from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.type_checks import brief
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,11 +31,16 @@ LOADERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-# The column of a streamed row's number.
-ROW_NUMBER = "number of the row"
 # Part of the name of every cached table: raise it when a function that makes such a table changes its result.
 _TABLES_VERSION = 5
-_COMPRESSED_SUFFIXES = (".gz", ".zip", ".bz2", ".xz", ".zst")
+# Of files with more columns than this only the used ones are read, in blocks of this many cells.
+_WIDE, _CELLS = 1_000, 1_000_000
+# Characters of a cell; an unclosed quote makes one cell of the rest of the file.
+_LONGEST_CELL = 2**28
+# Columns that a message names.
+_LISTED = 20
+# Archives, which hold several files.
+_COMPRESSED_SUFFIXES = (".zip",)
 # How files that are not data files begin -> what they are, and what to do.
 _FOREIGN_FILES = {
     **dict.fromkeys(
@@ -45,7 +54,8 @@ _FOREIGN_FILES = {
 
 def is_file(value: str) -> bool:
     """Tell whether a setting names a file (by its prefix, suffix or existence) rather than a hub split."""
-    return value.startswith(PACKAGE_PREFIX) or Path(value).suffix.lower() in LOADERS or Path(value).is_file()
+    known = value.startswith(PACKAGE_PREFIX) or is_url(value) or Path(inner_name(value)).suffix.lower() in LOADERS
+    return known or Path(value).is_file()
 
 
 def resolve_file(value: str, field: str, suffixes: Collection[str]) -> Path:
@@ -59,7 +69,8 @@ def resolve_file(value: str, field: str, suffixes: Collection[str]) -> Path:
     Raises:
         LitPeftError: the file is missing, empty, compressed, or has another suffix.
     """
-    path = resolve_packaged_file(value, field) if value.startswith(PACKAGE_PREFIX) else Path(value).expanduser()
+    named = resolve_packaged_file(value, field) if value.startswith(PACKAGE_PREFIX) else value
+    path = local_copy(named, value, field)
     suffix = path.suffix.lower()
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "does not exist"
@@ -82,6 +93,7 @@ def read_file(
     text_column: str = "text",
     text_unit: str = "line",
     tsv: tuple[str, ...] | None = None,
+    used: Mapping[str, bool] | None = None,
 ) -> Dataset:
     """Read a csv, tsv, json, jsonl, parquet or txt file.
 
@@ -96,6 +108,9 @@ def read_file(
         text_unit: one row of a txt file: "line", "paragraph" (split at blank lines) or "document".
         tsv: set it for tsv files in which quotes are part of the text: the column names of files without a header
             line, or ().
+        used: the columns that are read if the file has them -> whether they are required. Of a csv or tsv file with
+            more than 1,000 columns, the table has only these, and those with a name near that of a required one which
+            is missing. None: all.
 
     Returns:
         The table, with at least one row.
@@ -103,7 +118,7 @@ def read_file(
     Raises:
         LitPeftError: the file is missing, empty, not UTF-8 or broken (with its line), or has an unknown suffix.
     """
-    path, loader, options = _loading_options(value, field, text_unit, tsv)
+    path, loader, options = _loading_options(value, field, text_unit, tsv, used)
     table: Dataset = _rename_text(_load(path, field, value, loader, options), loader, text_column)
     return table
 
@@ -114,26 +129,37 @@ def stream_file(
     text_column: str = "text",
     text_unit: str = "line",
     tsv: tuple[str, ...] | None = None,
-) -> Any:
-    """Open a file for reading row by row; see `read_file` for the arguments.
+    used: Mapping[str, bool] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Read a file row by row; see `read_file` for the arguments.
 
-    Returns:
-        A `datasets.IterableDataset` with the row number, from 1, in the column `ROW_NUMBER`. Iterating over it raises
-        the errors of `read_file`.
+    Yields:
+        The rows as dictionaries.
+
+    Raises:
+        LitPeftError: as `read_file`, when the broken row is reached.
     """
-    import datasets
-
-    path, loader, options = _loading_options(value, field, text_unit, tsv)
-    given = {"path": path.resolve(), "field": field, "value": value, "loader": loader, "options": options}
-    features = None
-    if loader != "json":
+    path, loader, options = _loading_options(value, field, text_unit, tsv, used)
+    if loader == "json":
+        try:
+            yield from (row for row, _ in json_rows(path, f"{field} {value!r}"))
+        except Exception as exc:
+            raise file_error(path, field, value, loader, exc) from exc
+        return
+    blocks, found = None, False
+    while True:
+        # Block by block, because readers of several files take turns, and the context must not stay open in between.
         with _readable_errors(path, field, value, loader):
-            features = _open_stream(path, loader, options).features
-        features = datasets.Features(
-            {**(features or {"text": datasets.Value("string")}), ROW_NUMBER: datasets.Value("int64")}
-        )
-    rows = datasets.IterableDataset.from_generator(_numbered_rows, features=features, gen_kwargs=given)
-    return _rename_text(rows, loader, text_column)
+            # `iter(dataset)` would divide the rows among the workers.
+            blocks = blocks or iter(_open_stream(path, loader, options).iter(1_000))
+            block = next(blocks, None)
+        if block is None:
+            break
+        found = True
+        names = [text_column if loader == "text" and name == "text" else name for name in block]
+        yield from (dict(zip(names, row, strict=True)) for row in zip(*block.values(), strict=True))
+    if not found:
+        raise LitPeftError(f"{field} {value!r} has no rows; give a file with at least one row.")
 
 
 def _rename_text(rows: Any, loader: str, text_column: str) -> Any:
@@ -144,23 +170,6 @@ def _open_stream(path: Path, loader: str, options: dict[str, Any]) -> Any:
     import datasets
 
     return datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True, **options)
-
-
-def _numbered_rows(
-    path: Path, field: str, value: str, loader: str, options: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    with _readable_errors(path, field, value, loader):
-        if loader == "json":
-            rows = (row for row, _ in json_rows(path, f"{field} {value!r}"))
-        else:
-            # `iter(dataset)` would divide the rows among the workers.
-            blocks = _open_stream(path, loader, options).iter(1_000)
-            rows = (dict(zip(block, row, strict=True)) for block in blocks for row in zip(*block.values(), strict=True))
-        number = 0
-        for number, row in enumerate(rows, start=1):
-            yield {**row, ROW_NUMBER: number}
-        if not number:
-            raise LitPeftError(f"{field} {value!r} has no rows; give a file with at least one row.")
 
 
 @contextlib.contextmanager
@@ -187,13 +196,13 @@ def _silent_datasets() -> Iterator[None]:
 
 
 def _loading_options(
-    value: str, field: str, text_unit: str, tsv: tuple[str, ...] | None
+    value: str, field: str, text_unit: str, tsv: tuple[str, ...] | None, used: Mapping[str, bool] | None
 ) -> tuple[Path, str, dict[str, Any]]:
     """Return the path, the loader of `datasets` and the loader's options."""
     path = resolve_file(value, field, LOADERS)
     loader = LOADERS[path.suffix.lower()]
     if loader == "csv":
-        return path, loader, _csv_options(path, field, value, tsv)
+        return path, loader, _csv_options(path, field, value, tsv, used)
     return path, loader, {"sample_by": text_unit} if loader == "text" else {}
 
 
@@ -238,8 +247,14 @@ def require_columns(table: Dataset, columns: dict[str, str | None], field: str, 
         if column is not None and column not in table.column_names:
             raise LitPeftError(
                 f"{field} {source!r} has no column {column!r} ({setting}); it has "
-                f"{', '.join(map(repr, table.column_names))}; nearest: {closest(column, table.column_names, n=1)}."
+                f"{_listed(table.column_names)}; nearest: {closest(column, table.column_names, n=1)}."
             )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the names of columns for a message: all, or the first twenty and the number of the others."""
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return ", ".join(map(repr, names[:_LISTED])) + more
 
 
 def column_values(table: Dataset, column: str) -> list[Any]:
@@ -294,14 +309,26 @@ def content_digest(path: Path) -> str:
     return digest.hexdigest()[:24]
 
 
-def _csv_options(path: Path, field: str, value: str, tsv: tuple[str, ...] | None) -> dict[str, Any]:
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
+    """Let Python's csv reader take cells of more than 128 kB, as pandas does."""
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_options(
+    path: Path, field: str, value: str, tsv: tuple[str, ...] | None, used: Mapping[str, bool] | None
+) -> dict[str, Any]:
     from datasets import Features, Value
 
     is_tsv = path.suffix.lower() == ".tsv"
     separator = "\t" if is_tsv else ","
     quoting: Literal[0, 3] = csv.QUOTE_NONE if is_tsv and tsv is not None else csv.QUOTE_MINIMAL
     try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
+        with open(path, encoding="utf-8-sig", newline="") as stream, _long_cells():
             header = next(csv.reader(stream, delimiter=separator, quoting=quoting), [])
             if len(header) == 1:
                 # Spreadsheets write semicolons where the decimal separator is a comma.
@@ -315,17 +342,30 @@ def _csv_options(path: Path, field: str, value: str, tsv: tuple[str, ...] | None
     has_header = not (is_tsv and tsv and len(header) == len(tsv) and not set(header) & set(tsv))
     header = header if has_header else list(tsv or ())
     if len(set(header)) < len(header) or not all(header):
-        repeated = sorted({name for name in header if header.count(name) > 1 or not name})
+        repeated = sorted(name for name, count in Counter(header).items() if count > 1 or not name)
         raise LitPeftError(
-            f"{field} {value!r}: the header line has empty or repeated column names ({repeated}); rename them."
+            f"{field} {value!r}: the header line has empty or repeated column names ({brief(repeated)}); rename them."
         )
     if len(first) > len(header):
         # pandas would silently use the surplus columns as an index and shift all others.
         raise LitPeftError(
             f"{field} {value!r}: the first row has {len(first)} cells under a header of {len(header)} "
-            f"({', '.join(map(repr, header))}); quote cells that contain {separator!r}."
+            f"({_listed(header)}); quote cells that contain {separator!r}."
         )
+    wide: dict[str, Any] = {}
+    if used is not None and len(header) > _WIDE:
+        # A field of the column `a` may be named as `a.b`.
+        parents = {name.partition(".")[0] for name in used}
+        known = set(header)
+        wanted = [name for name, needed in used.items() if needed and name not in known]
+        # So that an error about a column that the file lacks can name the nearest.
+        near = {near for name in wanted for near in difflib.get_close_matches(name, header)}
+        kept = [name for name in header if name in used or name in parents or name in near] or header[:_LISTED]
+        # Fewer rows at a time: pandas holds the cells of all columns until it drops the unused ones.
+        wide = {"usecols": kept, "chunksize": max(1, _CELLS // len(header))}
+        header = kept
     return {
+        **wide,
         "sep": separator,
         "encoding": "utf-8-sig",
         "keep_default_na": False,

@@ -26,6 +26,8 @@ _BOM = b"\xef\xbb\xbf"
 _BLOCK_ROWS, _BLOCK_BYTES = 2_000, 2**23
 # Characters of a list that are read at once. An error this near their end may be an object that continues after them.
 _CHARACTERS, _NEAR_END = 2**20, 16
+# Bytes of a line whose length is said when it is broken.
+_LONG = 2**20
 _END = object()
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -112,8 +114,9 @@ def _line_rows(path: Path, where: str, start: bytes) -> Iterator[tuple[dict[str,
                 if line.strip() == start and path.suffix.lower() == ".json":
                     yield _single_row(path, where)
                     return
+                size = f" ({len(raw):,} bytes; is a line break missing?)" if len(raw) > _LONG else ""
                 raise LitPeftError(
-                    f"{where}: line {number} is not valid JSON (column {exc.colno}: {exc.msg})."
+                    f"{where}: line {number}{size} is not valid JSON (column {exc.colno}: {exc.msg})."
                 ) from exc
             except RecursionError as exc:
                 raise LitPeftError(f"{where}: line {number} is nested too deeply.") from exc

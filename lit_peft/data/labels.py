@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from lit_peft.data.notes import Notes, share_of
+from lit_peft.data.rows import Rows
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
 
 Label = int | str
+# Numbers that hub datasets and training libraries write in place of a label.
+HIDDEN_LABELS = {-1: "a hidden label, as in GLUE's test files", -100: "a label to ignore"}
 
 
 def canonical_label(value: Any) -> Label | None:
@@ -39,6 +44,32 @@ def canonical_label(value: Any) -> Label | None:
         number = re.fullmatch(r"(0|-?[1-9]\d*)(\.0+)?", text)
         return int(number.group(1)) if number else text or None
     raise LitPeftError(f"{brief(value)} in data.label_column is not a class; labels are whole numbers or names.")
+
+
+def check_hidden_labels(rows: Rows, labels: Sequence[Any], notes: Notes, known: Collection[Any] | None) -> None:
+    """Refuse or note the numbers that stand for a label which is hidden or ignored: -1 in GLUE's test files, and -100.
+
+    Args:
+        rows: the rows of a split.
+        labels: the label of each row of the table, in the form of `canonical_label`.
+        notes: takes a line if -1 is counted as a class, because some of the rows have other labels.
+        known: the classes, if they were given; None: every label that occurs in training is one.
+
+    Raises:
+        LitPeftError: all rows have such a label, or some have and it is no class.
+    """
+    for number, meaning in HIDDEN_LABELS.items():
+        count = sum(labels[index] == number for index in rows.indices)
+        if not count:
+            continue
+        share = share_of(count, len(rows), "rows")
+        start = f"{rows.field} {rows.source!r}: {share} have the label {number}"
+        if count == len(rows):
+            raise LitPeftError(f"{start}, which stands for {meaning}: give a file with the labels.")
+        if number == -1 and (known is None or number in known):
+            notes.add(f"{start}, which is a class here. If it stands for {meaning}, remove these rows.", warn=True)
+            continue
+        raise LitPeftError(f"{start}, which stands for {meaning}: remove these rows, or give their labels.")
 
 
 def parse_number(value: Any) -> float | None:

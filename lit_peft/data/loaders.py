@@ -7,10 +7,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from lit_peft.data.even_shards import DropSurplus, EvenShards
-from lit_peft.data.sampling import ByBatch, SeededBatches
+from lit_peft.data.sampling import ByBatch, Mixture, SeededBatches
 from lit_peft.data.streaming import Stream
 from lit_peft.util.errors import LitPeftError
 
@@ -26,6 +27,7 @@ def training_loader(
     num_workers: int = 0,
     lengths: Sequence[int] | None = None,
     capacity: int | None = None,
+    mixture: Mixture | None = None,
 ) -> StatefulLoader:
     """Make the loader of training batches.
 
@@ -38,11 +40,12 @@ def training_loader(
         num_workers: number of worker processes.
         lengths: see `SeededBatches`.
         capacity: see `SeededBatches`.
+        mixture: see `SeededBatches`.
     """
     loader = StatefulLoader(
         ByBatch(examples),
         batch_size=None,
-        sampler=SeededBatches(len(examples), batch_size, seed, lengths, capacity, **_shard(trainer)),
+        sampler=SeededBatches(len(examples), batch_size, seed, lengths, capacity, mixture, **_shard(trainer)),
         collate_fn=collate,
         generator=torch.Generator().manual_seed(seed),
         **_worker_settings(num_workers),
@@ -138,6 +141,8 @@ def _processed_batches(trainer: pl.Trainer | None) -> int | None:
 def check_plan(state: Mapping[str, int], plan: Mapping[str, int]) -> None:
     """Check that a loader makes the same batches as the loader whose position is restored.
 
+    Between two epochs the batches may differ; a line is printed then.
+
     Args:
         state: the saved position, with the number of `batches` of the epoch that were trained on.
         plan: what the batches depend on now, by name.
@@ -146,12 +151,16 @@ def check_plan(state: Mapping[str, int], plan: Mapping[str, int]) -> None:
         LitPeftError: the position is in the middle of an epoch, and the batches differ.
     """
     for name, now in plan.items():
-        if state["batches"] and state.get(name) != now:
+        if state.get(name) == now:
+            continue
+        if state["batches"]:
             raise LitPeftError(
                 f"The checkpoint was written in the middle of an epoch with {name} {state.get(name)}, and now it is "
                 f"{now}, so the rest of the epoch is not known: give the data settings of that run, or a checkpoint "
                 "from the end of an epoch."
             )
+        if name in state:
+            rank_zero_only(print)(f"{'resumed:':<11}{name} was {state[name]} and is {now} now", flush=True)
 
 
 class StatefulLoader(DataLoader[Any]):
@@ -207,6 +216,7 @@ class StatefulLoader(DataLoader[Any]):
             "data.batch_size times devices": sampler.batch_size * sampler.num_replicas,
             "data.group_by_length": int(sampler.lengths is not None and sampler.packs is None),
             "packing into rows of": sampler.capacity or 0,
+            **({} if sampler.mixture is None else {"the weights of data.train": sampler.mixture.digest}),
         }
 
 
@@ -272,4 +282,7 @@ class StreamLoader(DataLoader[Any]):
             "data.seed": stream.seed,
             "data.shuffle_buffer": stream.buffer,
             "data.batch_size times devices": stream.batch_size * stream.num_replicas,
+            "packing into rows of": stream.capacity or 0,
+            "the order of a stream": stream.ORDER,
+            **({} if stream.reader.weights is None else {"the weights of data.train": stream.reader.digest}),
         }

@@ -19,7 +19,7 @@ _WARN_SHARE = 0.05
 # The maximum length that a warning suggests loses at most this share.
 _SUGGESTED_SHARE = 0.01
 # Columns that look like a part of the example; one that no setting reads is noted.
-_MEANINGFUL_COLUMNS = {
+MEANINGFUL_COLUMNS = {
     *("tools", "functions", "documents", "chat_template_kwargs", "system", "system_prompt", "history"),
     *("input", "context", "weight", "weights", "sample_weight", "loss_weight", "train", "is_impossible"),
     *("image", "images", "audio", "audios", "video", "videos"),
@@ -33,26 +33,31 @@ class Notes:
 
     Args:
         streaming: the lines come from blocks of a stream; only the first of those that differ in numbers is kept.
+        silent: keep the lines without logging them.
     """
 
-    def __init__(self, streaming: bool = False) -> None:
+    def __init__(self, streaming: bool = False, silent: bool = False) -> None:
         self.streaming = streaming
+        self.silent = silent
         self._lines: dict[str, str] = {}
 
-    def add(self, line: str, warn: bool = False) -> None:
+    def add(self, line: str, warn: bool = False, once: bool = False) -> None:
         """Add a line; a line that is there already is ignored.
 
         Args:
             line: the line.
             warn: emit it as a warning too.
+            once: the line is about all of the data, also when it is streamed.
         """
-        key = re.sub(r"[\d.,]+", "#", line) if self.streaming else line
+        key = re.sub(r"[\d.,]+", "#", line) if self.streaming and not once else line
         if key in self._lines:
             return
-        if self.streaming:
+        if self.streaming and not once:
             line += " (in one block of the stream)"
         self._lines[key] = line
-        if warn or self.streaming:
+        if self.silent:
+            return
+        if warn or (self.streaming and not once):
             rank_zero_warn(line)
         else:
             rank_zero_info(line)
@@ -76,7 +81,7 @@ def note_unused_columns(notes: Notes, field: str, columns: Collection[str], used
         columns: the columns of the table.
         used: the columns that are read.
     """
-    unused = [column for column in columns if column.lower() in _MEANINGFUL_COLUMNS and column not in used]
+    unused = [column for column in columns if column.lower() in MEANINGFUL_COLUMNS and column not in used]
     if unused:
         names = ", ".join(map(repr, unused))
         notes.add(f"{field}: column {names} not used." if len(unused) == 1 else f"{field}: columns {names} not used.")

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from lit_peft.data.collate import IGNORE
+from lit_peft.util.errors import LitPeftError
+
+_PACKED = {"input_ids", "labels", "token_type_ids"}
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -77,11 +80,15 @@ class PackCollator:
         """Collate a batch.
 
         Args:
-            packs: the examples of each row, with `input_ids` and `labels`, lists of int of the same length.
+            packs: the examples of each row, with `input_ids`, `labels` and optionally `token_type_ids`, lists of int of
+                the same length.
 
         Returns:
-            int64 `input_ids`, `labels` and `position_ids` [batch, length]. Labels are -100 on padding and on the first
-            token of each example, which the example before it must not predict.
+            int64 `input_ids`, `labels`, `position_ids` and, if given, `token_type_ids`, [batch, length]. Labels are
+            -100 on padding and on the first token of each example, which the example before it must not predict.
+
+        Raises:
+            LitPeftError: an example has something else for each token, which packed rows would lose.
         """
         longest = max(sum(len(example["input_ids"]) for example in examples) for examples in packs)
         if self.pad_to_multiple_of:
@@ -89,14 +96,30 @@ class PackCollator:
         shape = (len(packs), longest)
         ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE)
         positions = torch.zeros(shape, dtype=torch.long)
+        types = torch.zeros(shape, dtype=torch.long)
         for row, examples in enumerate(packs):
             start = 0
             for example in examples:
                 length = len(example["input_ids"])
+                if unknown := set(example) - _PACKED:
+                    raise LitPeftError(
+                        f"data.packing: the examples have {', '.join(map(repr, sorted(unknown)))}, which packed rows "
+                        "cannot hold; leave packing out."
+                    )
+                if "token_type_ids" in example:
+                    types[row, start : start + length] = torch.as_tensor(example["token_type_ids"])
                 ids[row, start : start + length] = torch.as_tensor(example["input_ids"])
                 labels[row, start + 1 : start + length] = torch.as_tensor(example["labels"])[1:]
                 positions[row, start : start + length] = torch.arange(length)
                 start += length
             # Padding counts as one more example.
             positions[row, start:] = torch.arange(longest - start)
-        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+        batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        return {**batch, "token_type_ids": types} if "token_type_ids" in packs[0][0] else batch
+
+
+def train_collator(data: Any) -> Any:
+    """Return the function that joins a data module's training examples, or lists of examples to pack, into a batch."""
+    if data.packing:
+        return PackCollator(data.tokenizer.pad_token_id, data.pad_to_multiple_of)
+    return data.collator("train")

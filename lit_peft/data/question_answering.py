@@ -49,6 +49,9 @@ class QuestionAnsweringData(LitDataModule):
         **common: see `LitDataModule`.
     """
 
+    # Long contexts become several windows.
+    truncation_sides = ("right",)
+
     def __init__(
         self,
         question_column: str = "question",

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation", "test", "predict"]
 
 
+# Characters of a text that is tokenized as a whole: beyond, it takes minutes, and gigabytes of memory.
+LONGEST_TEXT = 5_000_000
+
+
 class RowError(Exception):
     """A row of a batch is wrong; `tokenize` turns it into a `LitPeftError` that names the file and the row.
 
@@ -73,11 +77,14 @@ def text_key(table: Dataset, columns: Iterable[str | None]) -> Callable[[int], H
     return lambda index: tuple(normalize_text(str(column[index])) for column in values)
 
 
-def require_text(rows: Rows, columns: Iterable[str | None], may_be_empty: bool = False) -> None:
+def require_text(
+    rows: Rows, columns: Iterable[str | None], may_be_empty: bool = False, longest: int | None = LONGEST_TEXT
+) -> None:
     """Check that every row has text in each of these columns (None is skipped).
 
     Raises:
-        LitPeftError: a cell is empty (unless `may_be_empty`) or is not text; the message names the row.
+        LitPeftError: a cell is empty (unless `may_be_empty`), is not text, or has more than `longest` characters; the
+            message names the row.
     """
     for column in filter(None, columns):
         texts = column_values(rows.table, column)
@@ -87,4 +94,10 @@ def require_text(rows: Rows, columns: Iterable[str | None], may_be_empty: bool =
             if isinstance(texts[index], (dict, list, bytes)):
                 raise LitPeftError(
                     f"{rows.locate(index)}: column {column!r} has {brief(texts[index])}, which is not text; correct it."
+                )
+            if longest is not None and len(str(texts[index] or "")) > longest:
+                raise LitPeftError(
+                    f"{rows.locate(index)}: column {column!r} has a text of {len(str(texts[index])):,} characters, and "
+                    f"at most {longest:,} are read as one example: is a quote or a line break missing? Remove or split "
+                    "the row."
                 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,6 +32,8 @@ class SeededBatches(DistributedSampler[list[Any]]):
         lengths: tokens of each example, to batch examples of similar lengths or to pack them; None: neither.
         capacity: tokens of a packed row; a batch is then a list of lists. Every epoch has the same number of rows, and
             packs other examples of the same lengths together. None: no packing.
+        mixture: chooses the examples of each epoch from several sources; None: each example occurs once. Packed rows
+            keep the choice of the first epoch, so that their number stays the same.
         num_replicas: number of processes that share the examples; the first examples are repeated to make shares even.
         rank: index of this process.
     """
@@ -40,11 +45,17 @@ class SeededBatches(DistributedSampler[list[Any]]):
         seed: int,
         lengths: Sequence[int] | None = None,
         capacity: int | None = None,
+        mixture: Mixture | None = None,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
+        self.mixture = mixture
         self.lengths = None if lengths is None else torch.as_tensor(lengths)
-        self.packs = pack(lengths, capacity) if lengths is not None and capacity is not None else None
+        self.packs = None
+        if self.lengths is not None and capacity is not None:
+            if mixture is not None:
+                self.lengths = self.lengths[mixture.choose(0, seed)]
+            self.packs = pack(self.lengths.tolist(), capacity)
         # The number of things to order: examples, or packed rows.
         self.count = length if self.packs is None else len(self.packs)
         super().__init__(range(self.count), num_replicas, rank, seed=seed)  # type: ignore[arg-type]
@@ -65,15 +76,67 @@ class SeededBatches(DistributedSampler[list[Any]]):
         # A large factor, so that (seed, epoch + 1) differs from (seed + 1, epoch).
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(self.count, generator=generator)
+        chosen = None if self.mixture is None else self.mixture.choose(0 if self.packs else self.epoch, self.seed)
+        if chosen is not None and self.packs is None:
+            order = chosen[order]
         if self.lengths is not None and self.packs is None:
             order = bucket_by_length(order, self.lengths, self.batch_size * self.num_replicas, generator)
         share = torch.arange(self.rank, self.total_size, self.num_replicas) % max(self.count, 1)
         rows: list[Any] = order[share].tolist()
         if self.packs is not None and self.lengths is not None:
-            swapped = swap_equal_lengths(self.lengths, generator).tolist()
+            swap = swap_equal_lengths(self.lengths, generator)
+            swapped = (swap if chosen is None else chosen[swap]).tolist()
             rows = [[swapped[index] for index in self.packs[row]] for row in rows]
         batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         return iter(batches[self.start :])
+
+
+def weights_digest(*values: Sequence[float]) -> int:
+    """Return a number that differs for other values; it is the same in every process."""
+    return zlib.crc32(repr([[float(value) for value in part] for part in values]).encode())
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Examples of several sources, in shares that weights determine.
+
+    An epoch has as many examples as the sources together. A source with the share w has w times as many of them: some
+    of its examples, if it has more, and else each of them as often as any other, give or take one. The next epoch
+    continues where this one stopped, so that all examples of a large source come before any of them comes again.
+
+    Attributes:
+        sizes: number of examples of each source; they follow one another in the dataset.
+        weights: weight of each source, above 0; only their ratios count.
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of examples of each source in an epoch, at least 1."""
+        total, parts = sum(self.sizes), [sum(self.sizes) * weight / sum(self.weights) for weight in self.weights]
+        counts = [max(1, int(part)) for part in parts]
+        # The examples that rounding left, to those who lost most.
+        by_loss = sorted(range(len(parts)), key=lambda source: counts[source] - parts[source])
+        for source in by_loss[: max(0, total - sum(counts))]:
+            counts[source] += 1
+        return counts
+
+    @property
+    def digest(self) -> int:
+        """A number that differs for other sizes or weights."""
+        return weights_digest(self.sizes, self.weights)
+
+    def choose(self, epoch: int, seed: int) -> torch.Tensor:
+        """Return the example indices of an epoch, source by source."""
+        chosen = []
+        starts = [0, *accumulate(self.sizes)]
+        for source, (start, size, count) in enumerate(zip(starts, self.sizes, self.counts, strict=False)):
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + source + 1) % 2**63)
+            order = torch.randperm(size, generator=generator)
+            chosen.append(start + order[torch.arange(epoch * count, (epoch + 1) * count) % size])
+        return torch.cat(chosen)
 
 
 def bucket_by_length(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lit_peft.util.errors import LitPeftError
+from lit_peft.data.source_settings import parse_setting
+from lit_peft.util.errors import LitPeftError, closest
 
 
 def check_settings(data: Any) -> None:
@@ -16,7 +17,7 @@ def check_settings(data: Any) -> None:
     """
     minimum: dict[str, tuple[int | None, int]] = {
         "batch_size": (data.batch_size, 1),
-        "max_length": (data.max_length, 2),
+        "max_length": (data.known_length, 2),
         "num_workers": (data.num_workers, 0),
         "num_proc": (data.num_proc, 1),
         "shuffle_buffer": (data.shuffle_buffer, 1),
@@ -26,6 +27,22 @@ def check_settings(data: Any) -> None:
     for name, (value, least) in minimum.items():
         if value is not None and value < least:
             raise LitPeftError(f"data.{name} is {value}; it must be at least {least}.")
+    for split, value in data.sources.items():
+        parse_setting(value, split)
+    names = [found.name for found in parse_setting(data.sources["validation"], "validation") if found.name]
+    if data.validation_monitor is not None and data.validation_monitor not in (*names, "mean"):
+        raise LitPeftError(
+            f"data.validation_monitor is {data.validation_monitor!r}, which is neither 'mean' nor a set of "
+            f"data.validation; the closest are {closest(data.validation_monitor, names) or 'none: it names no sets'}."
+        )
+    refuse_unused(
+        "without several sets in data.validation", {"validation_monitor": data.validation_monitor and not names}
+    )
+    if data.truncation_side not in data.truncation_sides:
+        raise LitPeftError(
+            f"data.truncation_side is {data.truncation_side!r}; {type(data).__name__} allows "
+            f"{' or '.join(map(repr, data.truncation_sides))}."
+        )
     for split, fraction in data.fractions.items():
         if not 0 <= fraction < 1:
             raise LitPeftError(f"data.{split}_fraction is {fraction}; it must be at least 0 and less than 1.")

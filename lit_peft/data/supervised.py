@@ -36,6 +36,8 @@ class SupervisedData(LitDataModule):
         **common: see `LitDataModule`.
     """
 
+    cuts_tokens = True
+
     def __init__(self, train_on_inputs: bool = False, packing: bool = False, **common: Any) -> None:
         super().__init__(**common)
         self.train_on_inputs = train_on_inputs
@@ -49,11 +51,6 @@ class SupervisedData(LitDataModule):
             raise LitPeftError(
                 "data.packing and data.padding_side 'left' are both set, but packed rows are padded on the right; "
                 "leave out padding_side (prompts to continue are still padded on the left)."
-            )
-        if packing and self.streaming:
-            raise LitPeftError(
-                "data.packing and data.streaming are both set, but packing needs the lengths of all examples before "
-                "training starts; leave out one of them."
             )
 
     def generates(self, split: Split) -> bool:

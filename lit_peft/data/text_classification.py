@@ -15,7 +15,7 @@ from lit_peft.data.collate import PadCollator
 from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values, fingerprint, require_columns
-from lit_peft.data.labels import Label, canonical_label, parse_number
+from lit_peft.data.labels import Label, canonical_label, check_hidden_labels, parse_number
 from lit_peft.data.notes import drop_cut_column, share_of
 from lit_peft.data.rows import Rows, Split, require_text, text_key
 from lit_peft.data.settings import refuse_unused
@@ -219,10 +219,23 @@ class TextClassificationData(LitDataModule):
         """Every row needs a text and, except for prediction, a label."""
         require_text(rows, (self.text_column, self.text_pair_column))
         if split != "predict":
+            self._check_hidden_labels(rows, split)
             values = self._labels_of(rows)
             for index in rows.indices:
                 self._label(rows, values, index)
         return rows
+
+    def _check_hidden_labels(self, rows: Rows, split: Split) -> None:
+        if self.regression:
+            return
+        declared = getattr(rows.table.features[self.label_column], "names", None)
+        # Of declared classes the table has numbers, and the hidden ones are none of them.
+        labels = column_values(rows.table, self.label_column) if declared else self._labels_of(rows)
+        given = declared or self.labels
+        known = None if given is None else [] if declared else [canonical_label(label) for label in given]
+        if known is None and split != "train" and "train" in self.rows:
+            known = list(self._label_ids)
+        check_hidden_labels(rows, labels, self.notes, known)
 
     def encode(self, rows: Rows, split: Split) -> Any:
         """Tokens, cut to `max_length`, and the label's number."""

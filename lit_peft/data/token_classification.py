@@ -17,6 +17,7 @@ from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values
 from lit_peft.data.loaders import Collate
 from lit_peft.data.notes import drop_cut_column, note_lost_labels
+from lit_peft.data.remote import inner_name
 from lit_peft.data.rows import Rows, Split
 from lit_peft.models.tokenization import require_fast
 from lit_peft.util.errors import LitPeftError, closest
@@ -100,7 +101,7 @@ class TokenClassificationData(LitDataModule):
 
     def read(self, value: str, field: str, split: Split) -> Dataset:
         """Read a CoNLL file if the suffix is one of its suffixes, else a table."""
-        if Path(value).suffix.lower() not in SUFFIXES:
+        if Path(inner_name(value)).suffix.lower() not in SUFFIXES:
             return super().read(value, field, split)
         tags = None if split == "predict" else self.tags_column
         return read_conll(value, field, self.tokens_column, tags, self.token_position, self.tag_position)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lit_peft.formats import adapterhub_bottleneck, adapterhub_lora, adapterhub_prefix, peft_prefix
 from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import copy_tensors, write_json
-from lit_peft.formats.untrusted import check_sizes, read_tensors
+from lit_peft.formats.untrusted import ElementLimit, check_sizes, read_tensors
 from lit_peft.methods.adapter_h import AdapterHSettings
 from lit_peft.methods.adapter_p import AdapterPSettings
 from lit_peft.methods.attach import attach, detach
@@ -40,6 +40,8 @@ _SETTINGS: dict[str, type[BottleneckSettings] | type[PrefixSettings]] = {
 
 def supports(attachment: Attachment) -> bool:
     """Return whether this is the default format: for bottlenecks, and prefixes that peft's does not support."""
+    if attachment.settings.trainable_token_indices:
+        return False
     if isinstance(attachment.settings, PrefixSettings):
         return peft_prefix.unsupported(attachment) is not None
     return isinstance(attachment.settings, BottleneckSettings)
@@ -68,7 +70,9 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
     head = read_tensors(folder, "model_head.safetensors", "pytorch_model_head.bin") or {}
     settings, stored = _read_settings(config, stored, model, folder)
     _check_sizes(settings, stored, model, folder)
-    attach(model, settings)
+    limit = ElementLimit(stored, f"{folder}/adapter_config.json")
+    with limit:
+        attach(model, settings)
     is_foreign = "lit_peft" not in config
     if (
         is_foreign
@@ -77,7 +81,8 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
     ):
         # Early versions of AdapterHub have a prefix for each query head, and their configuration does not say so.
         detach(model)
-        attach(model, dataclasses.replace(settings, per_query_head=True))
+        with ElementLimit(stored, limit.where):
+            attach(model, dataclasses.replace(settings, per_query_head=True))
     try:
         attachment = attachment_of(model)
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -115,6 +120,8 @@ def write(model: nn.Module, folder: Path, name: str = "default", extended: bool 
     settings = attachment.settings
     if not isinstance(settings, BottleneckSettings | PrefixSettings | LoRASettings):
         raise LitPeftError(f"{settings.method!r} cannot be written in AdapterHub's format: use format='peft'.")
+    if settings.trainable_token_indices:
+        raise LitPeftError("AdapterHub's format has no place for trainable_token_indices: leave format out.")
     if not re.fullmatch(r"[\w-]+", name):
         raise LitPeftError(f"name={name!r}: AdapterHub's names have only letters, digits, '_' and '-'.")
     base: Any = getattr(model, "config", None)

@@ -108,7 +108,12 @@ def settings(
             raise LitPeftError(
                 f"{folder} does not fit this model: there is no linear layer for {brief(key)}, or no lora_B beside it."
             )
-        ranks[path], d_out = len(a), linear_features(model.get_submodule(path))[1]
+        ranks[path], (d_in, d_out) = len(a), linear_features(model.get_submodule(path))
+        if a.shape[1] != d_in:
+            raise LitPeftError(
+                f"{folder} does not fit this model: {brief(key)} has shape {tuple(a.shape)}, and its layer has {d_in} "
+                "inputs."
+            )
         if b.shape[0] != d_out or ranks[path] != r:
             fused_b = _fuse_blocks(b, ranks[path], r, fused)
             if fused_b is None:

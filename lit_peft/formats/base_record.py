@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from lit_peft.formats.files import read_extra
 from lit_peft.methods.attachment import attachment_of, base_name
+from lit_peft.methods.tokens import NAME as TOKEN_ROWS
+from lit_peft.methods.tokens import resized_parameters
 from lit_peft.models.hub import cached_commit
 from lit_peft.nn.linear import linear_features
 from lit_peft.nn.lora import LoRALayer
@@ -36,8 +38,15 @@ def base_record(model: nn.Module) -> dict[str, Any]:
     original values the model no longer has.
     """
     attachment = attachment_of(model)
-    trained = sorted(base_name(name) for name in attachment.saved)
+    trained = sorted({*map(base_name, attachment.saved), *resized_parameters(attachment)})
     return {**_record(_base_weights(model, attachment.adapted, trained), model), "trained": trained}
+
+
+def same_base(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Return whether two records of `base_record` are those of the same weights, whatever their names."""
+    one, other = recorded.get("sample") or {}, found.get("sample") or {}
+    same_shapes = recorded.get("shapes") == found.get("shapes")
+    return same_shapes and all(_is_close(one[name], other[name]) for name in one.keys() & other.keys())
 
 
 def base_name_or_path(model: nn.Module) -> str:
@@ -99,6 +108,8 @@ def _base_weights(model: nn.Module, adapted: Mapping[str, nn.Module], excluded: 
     weights: dict[str, Tensor] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         name = base_name(path)
+        if f".{TOKEN_ROWS}." in path:  # a module that shares the weight has them too
+            continue
         if name.startswith(start) and name not in excluded and (name != path or not path.startswith(added)):
             weights[name.removeprefix(start)] = parameter
     for path, layer in adapted.items():

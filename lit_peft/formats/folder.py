@@ -15,6 +15,7 @@ from lit_peft.formats.files import write_extra
 from lit_peft.formats.untrusted import read_json
 from lit_peft.methods.adapters import new_adapter
 from lit_peft.methods.attachment import Attachment, Model, attachment_of
+from lit_peft.nn.finite import non_finite_names
 from lit_peft.util.disk import whole_folder
 from lit_peft.util.errors import LitPeftError
 
@@ -74,7 +75,7 @@ def save_adapter(
 
     Raises:
         LitPeftError: nothing is attached, the format does not support what is attached, a parameter is trained that
-            does not belong to the adapter, or the folder is not empty.
+            does not belong to the adapter, a weight is NaN or infinite, or the folder is not empty.
     """
     with new_folder(folder) as temporary:
         write_adapter(model, temporary, format, name)
@@ -98,6 +99,7 @@ def write_adapter(
             "with model.save_pretrained(folder)."
         )
     _check_trained_parameters(attachment)
+    _check_finite(attachment)
     if format is None and not adapterhub.supports(attachment):
         chosen = "peft" if peft.holds(attachment) else "lit_peft"
     if chosen == "peft":
@@ -108,6 +110,8 @@ def write_adapter(
         adapterhub.write(model, folder, name, extended=format is None)
     base = base_record.base_record(model)
     write_extra(folder, {base_record.KEY: base})
+    if attachment.tokenizer is not None:
+        attachment.tokenizer.save_pretrained(folder)
     write_card(model, folder, str(base["name"]))
 
 
@@ -141,6 +145,20 @@ def _check_trained_parameters(attachment: Attachment) -> None:
                 f"{name} requires gradients, but it does not belong to the adapter and would not be saved: name it in "
                 "modules_to_save when you attach the method, or call requires_grad_(False) on it before you save."
             )
+
+
+def _check_finite(attachment: Attachment) -> None:
+    """Check that no trained weight is NaN or infinite: no library would load it, and nobody could use it.
+
+    Raises:
+        LitPeftError: names the first ones that are.
+    """
+    found = non_finite_names((name, p) for name, p in attachment.model.named_parameters() if p.requires_grad)
+    if found:
+        raise LitPeftError(
+            f"The adapter cannot be saved because it has NaN or infinite weights ({', '.join(found[:3])}): save it "
+            "from an earlier checkpoint, and train with a lower learning_rate."
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import copy_tensors, write_json
-from lit_peft.formats.untrusted import read_tensors
+from lit_peft.formats.untrusted import ElementLimit, read_tensors
 from lit_peft.methods.attach import attach, detach
 from lit_peft.methods.attachment import MethodSettings, Model, attachment_of
 from lit_peft.methods.registry import all_settings
@@ -64,7 +64,7 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
         raise LitPeftError(f"{folder} has no {_WEIGHTS}: give the folder that save_adapter wrote.")
     settings = _settings(kind, config.get("settings"), folder)
     # First without memory for the tensors: the folder may ask for more than it stores.
-    with torch.device("meta"):
+    with torch.device("meta"), ElementLimit(stored, f"{folder}/adapter_config.json"):
         attach(model, settings)
     try:
         needed = {name: tuple(tensor.shape) for name, tensor in _trained(model).items()}

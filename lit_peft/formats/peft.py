@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lit_peft.formats import peft_lora, peft_prefix, peft_prompt
 from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import read_extra, write_extra, write_json
-from lit_peft.formats.untrusted import read_tensors
+from lit_peft.formats.untrusted import SPARE_ELEMENTS, ElementLimit, read_tensors
 from lit_peft.methods.attach import attach, detach
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
 from lit_peft.util.errors import LitPeftError
@@ -100,7 +100,11 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
     stored = read_tensors(folder, "adapter_model.safetensors", "adapter_model.bin")
     if stored is None:
         raise LitPeftError(f"{folder} has no adapter_model.safetensors: give a folder that peft saved.")
-    attach(model, peft_format.settings(model, {**config, "lit_peft": read_extra(folder)}, stored))
+    settings = peft_format.settings(model, {**config, "lit_peft": read_extra(folder)}, stored)
+    # The network of P-Tuning, which peft does not store, has a few times the hidden size squared.
+    spare = SPARE_ELEMENTS if settings.method != "p_tuning" else sum(p.numel() for p in model.parameters())
+    with ElementLimit(stored, f"{folder}/adapter_config.json", max(spare, SPARE_ELEMENTS)):
+        attach(model, settings)
     try:
         peft_format.load_tensors(model, stored, folder)
     except BaseException:
@@ -111,7 +115,9 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
 
 def holds(attachment: Attachment) -> bool:
     """Whether peft has the method of what is attached."""
-    return any(kind.writes(attachment.settings) for kind in PEFT_FORMATS.values())
+    settings = attachment.settings
+    tokens = settings.trainable_token_indices and not peft_lora.writes(settings)
+    return not tokens and any(kind.writes(settings) for kind in PEFT_FORMATS.values())
 
 
 def write(model: nn.Module, folder: Path) -> None:
@@ -122,8 +128,11 @@ def write(model: nn.Module, folder: Path) -> None:
     """
     attachment = attachment_of(model)
     peft_format = next((known for known in PEFT_FORMATS.values() if known.writes(attachment.settings)), None)
-    if peft_format is None:
-        raise LitPeftError(f"{attachment.settings.method!r} cannot be written in peft's format: leave format out.")
+    if peft_format is None or not holds(attachment):
+        tokens = " with trainable_token_indices" if peft_format is not None else ""
+        raise LitPeftError(
+            f"{attachment.settings.method!r}{tokens} cannot be written in peft's format: leave format out."
+        )
     config = {
         "base_model_name_or_path": base_name_or_path(model) or None,
         "inference_mode": True,

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.formats.files import copy_tensors
+from lit_peft.formats.untrusted import check_names
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.targets import default_targets, find_targets, first_fitting, pattern_values
-from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALinear
+from lit_peft.methods.tokens import token_rows
+from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief, check_types
 
@@ -40,6 +42,7 @@ READ = {
     "use_rslora",
     "use_dora",
     "modules_to_save",
+    "trainable_token_indices",
 }
 # They follow from the stored tensors, or only matter during training.
 NEUTRAL = {
@@ -83,6 +86,7 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             f"{_FILE}: init_lora_weights={brief(init)} changed the base weights in a way that cannot be reproduced: "
             "save the adapter with peft's path_initial_model_for_weight_conversion, or save the merged model."
         )
+    check_names(values.get("modules_to_save"), f"{_FILE}: modules_to_save")
     modules_to_save = _modules_to_save(model, values.get("modules_to_save") or (), stored)
     layers = values.pop("layers_to_transform", None)
     targets = find_targets(
@@ -184,13 +188,13 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
     """
     settings = attachment.settings
     assert isinstance(settings, LoRASettings)
-    first = next(iter(attachment.adapted.values()))
+    layers = _layers(attachment)
+    first = next(iter(layers.values()))
     moved = getattr(first, "moved", False)
     # The scale must not change: it is alpha / r, or alpha / sqrt(r).
     rank_factor, alpha_factor = (2, 2**0.5 if settings.use_rslora else 2) if moved else (1, 1)
     ranks, alphas = (
-        _independent_of_order(patterns, list(attachment.adapted))
-        for patterns in (settings.rank_pattern, settings.alpha_pattern)
+        _independent_of_order(patterns, list(layers)) for patterns in (settings.rank_pattern, settings.alpha_pattern)
     )
     modules_to_save = [f".{name}" for name in settings.modules_to_save or ()]
     return {
@@ -202,7 +206,7 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         "init_lora_weights": True,
         "peft_type": "LORA",
         # Full names, so that peft adapts these modules and no others.
-        "target_modules": sorted(attachment.adapted),
+        "target_modules": sorted(layers),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -221,14 +225,20 @@ def tensors(attachment: Attachment) -> dict[str, Tensor]:
     return {f"{_PREFIX}{name}": tensor for name, tensor in found.items()}
 
 
+def _layers(attachment: Attachment) -> dict[str, Any]:
+    return {path: layer for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)}
+
+
 def _trained_tensors(attachment: Attachment) -> dict[str, Tensor]:
     """Return every trained tensor by the name that peft gives it, without the prefix."""
     found: dict[str, Tensor] = {}
-    for path, layer in attachment.adapted.items():
+    for path, rows in token_rows(attachment).items():
+        found[f"{path}.token_adapter.trainable_tokens_delta"] = rows.weight
+    for path, layer in _layers(attachment).items():
         middle, end = ("lora_embedding_", "") if isinstance(layer, LoRAEmbedding) else ("lora_", ".weight")
-        found[f"{path}.{middle}A{end}"] = layer.lora_A  # type: ignore[assignment]
-        found[f"{path}.{middle}B{end}"] = layer.lora_B  # type: ignore[assignment]
+        found[f"{path}.{middle}A{end}"] = layer.lora_A
+        found[f"{path}.{middle}B{end}"] = layer.lora_B
         if layer.lora_magnitude is not None:
-            found[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude  # type: ignore[assignment]
+            found[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude
     found.update(attachment.saved)
     return found

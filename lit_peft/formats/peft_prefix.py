@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_peft.formats.files import copy_tensors
 from lit_peft.formats.peft_task import HEADS, task_type
+from lit_peft.formats.untrusted import check_names
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
 from lit_peft.methods.p_tuning_v2 import PTuningV2Settings
 from lit_peft.methods.prefix import PrefixSettings
@@ -50,11 +51,13 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
         )
     saved = config.get("modules_to_save") or ()
     check_types(PrefixSettings, {"modules_to_save": saved}, "adapter_config.json: ")
-    trained = [name.removeprefix(_PREFIX) for name in stored if name != _TABLE]
+    check_names(saved, "adapter_config.json: modules_to_save")
+    # Those that the model does not have are refused when they are copied.
+    parameters = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    trained = [path for path in (name.removeprefix(_PREFIX) for name in stored) if path in parameters]
     modules = [name for name in dict.fromkeys(saved) if any(f".{name}." in f".{path}" for path in trained)]
     # In peft, modules_to_save cannot name single parameters.
-    parameters = {path for path, _ in model.named_parameters(remove_duplicate=False)}
-    single = [path for path in trained if path in parameters and not any(f".{name}." in f".{path}" for name in modules)]
+    single = [path for path in trained if not any(f".{name}." in f".{path}" for name in modules)]
     return settings_class(
         num_virtual_tokens=num_tokens,
         prefix_projection=False,

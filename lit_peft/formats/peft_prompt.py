@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_peft.formats.files import copy_tensors
 from lit_peft.formats.peft_task import HEADS, task_type
+from lit_peft.formats.untrusted import check_names
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of
 from lit_peft.methods.p_tuning import PTuningSettings
 from lit_peft.methods.prompt_tuning import PromptTuningSettings
@@ -65,6 +66,7 @@ class PromptFormat:
                 "folder is incomplete."
             )
         values["modules_to_save"] = config["lit_peft"].get("modules_to_save", _stored_modules(stored)) or None
+        check_names(values["modules_to_save"], "The list of the modules that the folder has")
         values["num_transformer_submodules"] = rows // num_tokens
         if self.settings_class is PromptTuningSettings:
             values["prompt_tuning_init"] = "RANDOM"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
@@ -18,6 +18,7 @@ from torch import nn
 from lit_peft.methods.attach import attach
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_or_none, set_attachment
 from lit_peft.methods.lora import merge
+from lit_peft.methods.threads import changing, exclusive, locked, remember_adapter
 from lit_peft.nn.lora import LoRALayer
 from lit_peft.util.errors import LitPeftError, closest
 
@@ -66,20 +67,22 @@ def adapters_of(model: nn.Module) -> Adapters:
     Returns:
         The record of its adapters, which later calls update.
     """
-    adapters = getattr(model, _KEY, None)
-    attachment = attachment_or_none(model)
-    if not isinstance(adapters, Adapters):
-        adapters = Adapters()
-        object.__setattr__(model, _KEY, adapters)
-    if adapters.active is not None and adapters.attachments[adapters.active] is not attachment:
-        # The active adapter has been detached or merged since the last call.
-        del adapters.attachments[adapters.active]
-        adapters.active = None
-    if attachment is not None and adapters.active is None:
-        adapters.attachments[DEFAULT], adapters.active = attachment, DEFAULT
-    return adapters
+    with locked(model):
+        adapters = getattr(model, _KEY, None)
+        attachment = attachment_or_none(model)
+        if not isinstance(adapters, Adapters):
+            adapters = Adapters()
+            object.__setattr__(model, _KEY, adapters)
+        if adapters.active is not None and adapters.attachments[adapters.active] is not attachment:
+            # The active adapter has been detached or merged since the last call.
+            del adapters.attachments[adapters.active]
+            adapters.active = None
+        if attachment is not None and adapters.active is None:
+            adapters.attachments[DEFAULT], adapters.active = attachment, DEFAULT
+        return adapters
 
 
+@exclusive
 def add_adapter(model: Model, name: str, settings: MethodSettings) -> Model:
     """Attach a new adapter and make it the active one. Existing adapters are kept.
 
@@ -112,6 +115,11 @@ def new_adapter(model: nn.Module, name: str) -> Iterator[None]:
     Raises:
         LitPeftError: the name is taken.
     """
+    with changing(model):
+        yield from _new_adapter(model, name)
+
+
+def _new_adapter(model: nn.Module, name: str) -> Iterator[None]:
     adapters = adapters_of(model)
     if name in adapters.attachments:
         raise LitPeftError(
@@ -132,8 +140,11 @@ def new_adapter(model: nn.Module, name: str) -> Iterator[None]:
     adapters.attachments[name], adapters.active = attachment, name
 
 
+@exclusive
 def set_adapter(model: Model, name: str | None) -> Model:
-    """Make an adapter the active one. Nothing is built or copied.
+    """Make an adapter the active one, for all threads. Nothing is built or copied.
+
+    Threads that use different adapters of one model need `use_adapter` or `row_adapters` instead.
 
     Args:
         model: a model with adapters.
@@ -149,9 +160,11 @@ def set_adapter(model: Model, name: str | None) -> Model:
     if name is not None:
         adapters.find(name)
     _switch(model, adapters, name)
+    remember_adapter(model)
     return model
 
 
+@exclusive
 @torch.no_grad()
 def hotswap_adapter(model: Model, name: str) -> Model:
     """Copy the LoRA `name` into the active LoRA in place, so that a compiled model need not be recompiled.
@@ -200,6 +213,7 @@ def hotswap_adapter(model: Model, name: str) -> Model:
     return model
 
 
+@exclusive
 def delete_adapter(model: Model, name: str) -> Model:
     """Remove an adapter. If it is the active one, no adapter is active afterwards.
 
@@ -247,20 +261,41 @@ def active_adapter(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[None]:
+def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Make an adapter the active one in the block, and restore the previous one afterwards.
+
+    The block belongs to its thread: blocks of other threads on the same model wait for it, and forwards outside of
+    blocks are refused in the meantime.
+
+    Args:
+        model: a model with adapters.
+        name: the adapter; None for the base model, bit for bit.
+
+    Raises:
+        LitPeftError: there is no adapter of that name.
+    """
+    with changing(model):
+        adapters = adapters_of(model)
+        previous = adapters.active
+        if name is not None:
+            adapters.find(name)
+        _switch(model, adapters, name)
+        try:
+            yield
+        finally:
+            _switch(model, adapters_of(model), previous)
+
+
+def disable_adapter(model: nn.Module) -> AbstractContextManager[None]:
     """Provide the base model, bit for bit, in the block, and restore the active adapter afterwards.
 
     Args:
         model: a model with or without adapters.
     """
-    previous = adapters_of(model).active
-    set_adapter(model, None)
-    try:
-        yield
-    finally:
-        set_adapter(model, previous)
+    return use_adapter(model, None)
 
 
+@exclusive
 def merge_adapter(model: Model) -> Model:
     """Fold the active LoRA into the base weights to speed up inference. `unmerge_adapter` undoes it, bit for bit.
 
@@ -292,6 +327,7 @@ def merge_adapter(model: Model) -> Model:
     return model
 
 
+@exclusive
 def unmerge_adapter(model: Model) -> Model:
     """Undo `merge_adapter` and restore the base weights, bit for bit.
 
@@ -309,6 +345,7 @@ def unmerge_adapter(model: Model) -> Model:
     return model
 
 
+@exclusive
 def merge_and_unload(model: Model) -> Model:
     """Fold the active LoRA into the base weights permanently and remove all adapters.
 

@@ -13,9 +13,12 @@ from lit_peft.methods.attachment import (
 )
 from lit_peft.methods.fast_path import fast_path_changes
 from lit_peft.methods.saving import SaveAdapter
+from lit_peft.methods.threads import exclusive
+from lit_peft.methods.tokens import check_indices, train_tokens
 from lit_peft.util.errors import LitPeftError
 
 
+@exclusive
 def attach(model: Model, settings: MethodSettings) -> Model:
     """Freeze a model and attach a method to it, in place.
 
@@ -45,6 +48,9 @@ def attach(model: Model, settings: MethodSettings) -> Model:
             attachment.make(change)
         if settings.modules_to_save:
             attachment.train_modules(settings.modules_to_save)
+        if settings.trainable_token_indices:
+            check_indices(settings.trainable_token_indices)
+            train_tokens(attachment, settings.trainable_token_indices)
         set_trained_dtype(attachment)
         if attachment.adapted and hasattr(model, "save_pretrained"):
             attachment.set("", "save_pretrained", SaveAdapter(model))
@@ -56,6 +62,7 @@ def attach(model: Model, settings: MethodSettings) -> Model:
     return model
 
 
+@exclusive
 def detach(model: Model) -> Model:
     """Remove the method and restore the base model, bit for bit.
 

@@ -37,6 +37,8 @@ class MethodSettings:
     Args:
         modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
             A full parameter name selects a single parameter.
+        trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
+            A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
 
     Raises:
         LitPeftError: a value does not have the type of its field.
@@ -48,6 +50,7 @@ class MethodSettings:
     # Whether a row may hold several examples: the method treats each token alike.
     packs: ClassVar[bool] = True
     modules_to_save: tuple[str, ...] | list[str] | None = field(default=None, kw_only=True)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
@@ -89,6 +92,7 @@ class Attachment:
         unfrozen: names of the base parameters that required gradients before the method was attached.
         irreversible: why the method cannot be detached; None if it can.
         last_seen: device and dtype of the base when `suspend` was last called.
+        tokenizer: the tokenizer to save with the adapter, because it has new tokens; None: the base's own.
     """
 
     model: nn.Module
@@ -99,6 +103,7 @@ class Attachment:
     unfrozen: list[str] = field(default_factory=list)
     irreversible: str | None = None
     last_seen: tuple[torch.device, torch.dtype] | None = None
+    tokenizer: Any = None
 
     @property
     def saved(self) -> dict[str, nn.Parameter]:

@@ -15,6 +15,7 @@ from lit_peft.methods.adapters import adapters_of, new_adapter
 from lit_peft.methods.attach import attach
 from lit_peft.methods.attachment import Attachment, Model, attachment_of
 from lit_peft.methods.lora import LoRASettings
+from lit_peft.methods.threads import exclusive
 from lit_peft.nn.lora import LoRALayer
 from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.type_checks import brief
@@ -22,6 +23,7 @@ from lit_peft.util.type_checks import brief
 Combination = Literal["linear", "cat", "svd", "ties", "dare"]
 
 
+@exclusive
 @torch.no_grad()
 def combine_adapters(
     model: Model,

@@ -14,6 +14,8 @@ from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attac
 from lit_peft.methods.changes import owner_of, tied_names
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_values
+from lit_peft.methods.threads import exclusive
+from lit_peft.methods.tokens import merged_rows, write_rows
 from lit_peft.models.quantization import dequantize
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear, check, check_mergeable
 from lit_peft.nn.quantized import dense_linear, is_quantized
@@ -131,6 +133,7 @@ class LoRAMixin(MethodMixin):
     settings_class = LoRASettings
 
 
+@exclusive
 def merge(model: Model) -> Model:
     """Fold the trained updates into the base weights permanently (2106.09685, section 4.1).
 
@@ -163,8 +166,9 @@ def merge(model: Model) -> Model:
         # `keep_merged` frees the copy of W that `merge` makes, so only one copy exists at a time.
         layer.merge()
         layer.keep_merged()
-    saved = attachment.saved
+    saved, tokens = attachment.saved, merged_rows(attachment)
     detach(model)
+    write_rows(model, *tokens)
     for copy, original in copies:
         copy.requires_grad_(original.requires_grad)
     with torch.no_grad():

@@ -29,6 +29,7 @@ from lit_peft.models.transformers_internals import (
     eager_attention,
     uses_attention_interface,
 )
+from lit_peft.nn.call_state import CallState
 from lit_peft.nn.prefix import Prefix
 from lit_peft.util.errors import LitPeftError
 
@@ -146,6 +147,10 @@ class LayerPrefix:
         return F.pad(mask, (self.length, 0), value=0 if mask.is_floating_point() and mask.dim() == 4 else 1)
 
 
+class _AttentionCall(CallState):
+    past = 0
+
+
 class PrefixedConfig(AttentionConfig):
     """A config for one attention module that selects `attention_with_prefix` and holds what it needs.
 
@@ -160,7 +165,7 @@ class PrefixedConfig(AttentionConfig):
         super().__init__(module.config, _FUNCTION)
         _register()
         self.prefix, self.relative, self.shifts_positions = prefix, relative, shifts_positions
-        self.past = 0
+        self.call = _AttentionCall()
         self.eager = eager_attention(module)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -174,7 +179,7 @@ class PrefixedConfig(AttentionConfig):
         With a static cache this number cannot be read from the shape of the keys.
         """
         cache = cache_of(by_name(module, args, kwargs))
-        self.past = 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
+        self.call.past = 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
 
     def extend_bias(self, bias: Tensor, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
         """Extend T5's relative position bias by v positions in front of the first key.
@@ -195,7 +200,7 @@ class PrefixedConfig(AttentionConfig):
         if self.relative is None:
             return F.pad(bias, (length, 0))
         num_keys = length + key.shape[2]
-        past = self.past + (length if self.shifts_positions else 0)
+        past = self.call.past + (length if self.shifts_positions else 0)
         full_bias = self.relative.compute_bias(num_queries, num_keys, device=query.device, past_seen_tokens=past)
         if not self.shifts_positions:
             return full_bias.to(bias.dtype)
@@ -316,6 +321,10 @@ class _PrefixedCache:
         return self.prefix.extend(key, value)
 
 
+class _BiasCall(CallState):
+    is_computing = False
+
+
 class DisentangledAttention:
     """Hooks that add a prefix to DeBERTa's attention. The prefix has no relative positions.
 
@@ -325,7 +334,7 @@ class DisentangledAttention:
     """
 
     def __init__(self, prefix: LayerPrefix, module: Any) -> None:
-        self.prefix, self.module, self.active = prefix, module, True
+        self.prefix, self.module, self.call = prefix, module, _BiasCall()
 
     def attach(self, attachment: Attachment, path: str) -> None:
         """Register the hooks.
@@ -347,7 +356,7 @@ class DisentangledAttention:
 
     def extend_key(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook of the key projection: (batch, tokens, hidden size) → (batch, v + tokens, hidden size)."""
-        return self._extended(output, 0) if self.active else None
+        return None if self.call.is_computing else self._extended(output, 0)
 
     def extend_value(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the value projection: (batch, tokens, hidden size) → (batch, v + tokens, hidden size)."""
@@ -370,10 +379,10 @@ class DisentangledAttention:
             The bias, shape (batch · heads, queries, v + tokens).
         """
         # The original may project the position embeddings with the key projection, which must not add the prefix.
-        self.active = False
+        self.call.is_computing = True
         try:
             original = type(self.module).disentangled_attention_bias
             bias = original(self.module, query, key[:, self.prefix.length :], *args, **kwargs)
         finally:
-            self.active = True
+            self.call.is_computing = False
         return F.pad(bias, (self.prefix.length, 0)) if isinstance(bias, Tensor) else bias

@@ -12,9 +12,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lit_peft.methods.adapters import adapters_of, set_adapter
+from lit_peft.methods.adapters import adapters_of, use_adapter
 from lit_peft.methods.attachment import Attachment, MethodSettings, base_name
 from lit_peft.methods.fast_path import fast_path_changes
+from lit_peft.methods.threads import changing
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.lora import LoRALayer, LoRALinear
 from lit_peft.nn.rows import LoRARows, ModuleRows
@@ -30,6 +31,9 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     embeddings, PiSSA, bottlenecks, trained modules and biases) compute only their rows. This is for inference: the
     adapters get no gradient.
 
+    The block belongs to its thread: blocks of other threads on the same model wait for it, and forwards outside of
+    blocks are refused in the meantime.
+
     Args:
         model: a model with LoRAs and bottleneck adapters, in evaluation mode.
         names: the adapter of each row; None for the base. Where `generate` repeats a row for beams or several returned
@@ -44,21 +48,27 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
             "row_adapters was called in training mode, but it gives the adapters no gradients and no dropout: call "
             "model.eval() first, or use set_adapter to train each adapter on separate batches."
         )
-    adapters = adapters_of(model)
     if not names:
         raise LitPeftError("names is empty: give the adapter of each row of the batch.")
-    used = list(dict.fromkeys(name for name in names if name is not None))
-    attachments = [adapters.find(name) for name in used]
-    for name, attachment in zip(used, attachments, strict=True):
-        _check_can_share(name, attachment)
-    previous = adapters.active
-    set_adapter(model, None)
-    adapter_of_row = torch.tensor([used.index(name) if name is not None else len(used) for name in names])
+    with changing(model):
+        used = list(dict.fromkeys(name for name in names if name is not None))
+        attachments = [adapters_of(model).find(name) for name in used]
+        for name, attachment in zip(used, attachments, strict=True):
+            _check_can_share(name, attachment)
+        adapter_of_row = torch.tensor([used.index(name) if name is not None else len(used) for name in names])
+        with use_adapter(model, None), _mixed(model, attachments, adapter_of_row):
+            yield
+
+
+@contextmanager
+def _mixed(model: nn.Module, attachments: Sequence[Attachment], adapter_of_row: Tensor) -> Iterator[None]:
+    """Apply the attachments to their rows of a batch in the block. The model is the bare base before."""
     mixed = Attachment(model, MethodSettings())
     try:
-        _attach_row_count(mixed, len(names))
+        _attach_row_count(mixed, len(adapter_of_row))
         for index, attachment in enumerate(attachments):
-            _attach_bottlenecks(mixed, attachment, (adapter_of_row == index).nonzero().flatten(), len(names))
+            rows = (adapter_of_row == index).nonzero().flatten()
+            _attach_bottlenecks(mixed, attachment, rows, len(adapter_of_row))
         trained = [_trained_tensors(attachment) for attachment in attachments]
         loras = [
             {path: module for path, module in attachment.adapted.items() if isinstance(module, LoRALayer)}
@@ -75,7 +85,6 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         for attachment in attachments:
             for bottleneck in _bottlenecks(attachment):
                 bottleneck.rows = None
-        set_adapter(model, previous)
 
 
 def can_share(model: nn.Module, name: str) -> bool:

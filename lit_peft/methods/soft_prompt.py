@@ -14,6 +14,7 @@ from lit_peft.models.architectures import counts_over_mask, is_causal, room_for
 from lit_peft.models.call_arguments import by_name, cache_of, has_fixed_size, is_filled
 from lit_peft.models.token_inputs import decoder_of, ordinary_token_id, token_embeddings
 from lit_peft.models.transformers_internals import is_model_of
+from lit_peft.nn.call_state import CallState
 from lit_peft.nn.prompt import PromptEncoder, SoftPrompt
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
@@ -99,6 +100,14 @@ class SoftPromptSettings(MethodSettings):
         insertion.register(prompt, attachment)
 
 
+class _PromptCall(CallState):
+    is_pending = False  # the hook on the embeddings must insert the virtual tokens
+    is_extended = False  # the host's input has been extended
+    num_extra_logits = 0
+    is_placeholder: Tensor | None = None
+    mask: Tensor | None = None
+
+
 class _PromptInsertion:
     """Inserts the virtual tokens into a model's input and removes them from its output.
 
@@ -153,12 +162,7 @@ class _PromptInsertion:
         self.embeddings: Any = embeddings
         self.ordinary_token_id = ordinary_token_id(config)
         self.max_positions = room_for(self.num_in_front, self.host, model)
-        # The state of one forward.
-        self.is_pending = False  # the hook on the embeddings must insert the virtual tokens
-        self.is_extended = False  # the host's input has been extended
-        self.num_extra_logits = 0
-        self.is_placeholder: Tensor | None = None
-        self.mask: Tensor | None = None
+        self.call = _PromptCall()
 
     def register(self, prompt: SoftPrompt | PromptEncoder, attachment: Attachment) -> None:
         """Register the hooks.
@@ -186,12 +190,12 @@ class _PromptInsertion:
 
     def _extend_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = by_name(module, args, kwargs)
-        self.is_pending = self.is_extended = False
+        self.call.is_pending = self.call.is_extended = False
         cached = is_filled(cache_of(kwargs))
         if self.num_in_front:
             self._extend_front(kwargs, cached)
         elif not cached or self._has_placeholders(kwargs):
-            self.is_pending = True
+            self.call.is_pending = True
         return (), kwargs
 
     def _extend_front(self, kwargs: dict[str, Any], cached: bool) -> None:
@@ -211,9 +215,9 @@ class _PromptInsertion:
                 "cannot be added in front: do not pack rows, or use prompt_token_id."
             )
         length = tokens.shape[1]
-        self.mask = None if as_peft else mask
+        self.call.mask = None if as_peft else mask
         if mask is not None:
-            kwargs["attention_mask"] = mask = self._skip_padding(self._put_in_front(mask, 1), self.mask)
+            kwargs["attention_mask"] = mask = self._skip_padding(self._put_in_front(mask, 1), self.call.mask)
         if as_peft:
             kwargs.pop("position_ids", None)
         elif kwargs.get("position_ids") is not None:
@@ -221,7 +225,7 @@ class _PromptInsertion:
             if not cached:
                 first = torch.arange(self.num_in_front, device=positions.device).expand(*positions.shape[:-1], -1)
                 positions = torch.cat([first, positions], -1).expand(tokens.shape[0], -1)
-                positions = self._skip_padding(positions, self.mask)
+                positions = self._skip_padding(positions, self.call.mask)
             kwargs["position_ids"] = positions
         elif self.counts_positions and mask is not None:
             num_positions = length if cached else length + self.num_in_front
@@ -229,13 +233,13 @@ class _PromptInsertion:
         if cached:
             return
         check_length(length, self.num_in_front, self.max_positions)
-        self.is_extended = True
+        self.call.is_extended = True
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = self._put_in_front(kwargs["token_type_ids"], 0)
         if ids is not None and embeds is None and not as_peft:
             # The hook on the embeddings replaces what the model reads for these ids.
-            kwargs["input_ids"] = self._skip_padding(self._put_in_front(ids, self.ordinary_token_id), self.mask)
-            self.is_pending = True
+            kwargs["input_ids"] = self._skip_padding(self._put_in_front(ids, self.ordinary_token_id), self.call.mask)
+            self.call.is_pending = True
             return
         embeds = self.embeddings(ids) if embeds is None else embeds
         kwargs.pop("input_ids", None)
@@ -255,7 +259,7 @@ class _PromptInsertion:
     def _with_prompt(self, embeds: Tensor) -> Tensor:
         """(batch, length, hidden size) → (batch, v + length, hidden size)."""
         prompt = self.prompt()[: self.num_in_front].to(embeds)
-        return self._skip_padding(torch.cat([prompt.expand(embeds.shape[0], -1, -1), embeds], 1), self.mask)
+        return self._skip_padding(torch.cat([prompt.expand(embeds.shape[0], -1, -1), embeds], 1), self.call.mask)
 
     def _skip_padding(self, extended: Tensor, mask: Tensor | None) -> Tensor:
         """Move the virtual tokens from the front of each row to between its left padding and its text.
@@ -276,10 +280,10 @@ class _PromptInsertion:
 
     def _without_prompt(self, extended: Tensor) -> Tensor:
         """(batch, v + length, ...) → (batch, length, ...), without the virtual tokens."""
-        if self.mask is None or not self.skips_padding:
+        if self.call.mask is None or not self.skips_padding:
             return extended[:, self.num_in_front :]
         index = torch.arange(extended.shape[1] - self.num_in_front, device=extended.device)[None]
-        return _take(extended, torch.where(index < left_padding(self.mask), index, index + self.num_in_front))
+        return _take(extended, torch.where(index < left_padding(self.call.mask), index, index + self.num_in_front))
 
     # ------------------------------------------------------------------------------------ hooks on the embeddings
 
@@ -288,26 +292,26 @@ class _PromptInsertion:
         return ids is not None and bool((ids == self.settings.prompt_token_id).any())
 
     def _find_placeholders(self, module: nn.Module, args: Any) -> Any:
-        if not self.is_pending or self.num_in_front:
+        if not self.call.is_pending or self.num_in_front:
             return None
         ids = args[0]
-        self.is_placeholder = ids == self.settings.prompt_token_id
-        counts = self.is_placeholder.sum(1)
+        self.call.is_placeholder = ids == self.settings.prompt_token_id
+        counts = self.call.is_placeholder.sum(1)
         if counts.device.type == "cpu" and not bool((counts == self.settings.num_virtual_tokens).all()):
             raise LitPeftError(
                 f"prompt_token_id={self.settings.prompt_token_id} is in the rows of input_ids {counts.tolist()} times: "
                 f"each row must contain it {self.settings.num_virtual_tokens} times, once for each virtual token."
             )
         # The placeholder's id may be outside the vocabulary.
-        return (ids.masked_fill(self.is_placeholder, self.ordinary_token_id), *args[1:])
+        return (ids.masked_fill(self.call.is_placeholder, self.ordinary_token_id), *args[1:])
 
     def _insert_prompt(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if not self.is_pending:
+        if not self.call.is_pending:
             return None
-        self.is_pending = False
+        self.call.is_pending = False
         if self.num_in_front:
             return self._with_prompt(self._without_prompt(output))
-        is_placeholder, self.is_placeholder = self.is_placeholder, None
+        is_placeholder, self.call.is_placeholder = self.call.is_placeholder, None
         assert is_placeholder is not None
         index = (is_placeholder.cumsum(1) - 1).clamp(0, self.settings.num_virtual_tokens - 1)
         return torch.where(is_placeholder[..., None], self.prompt().to(output)[index], output)
@@ -315,10 +319,10 @@ class _PromptInsertion:
     # ---------------------------------------------------------------------------------------- hooks on the outputs
 
     def _trim_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        is_extended, self.is_pending, self.is_extended = self.is_extended, False, False
+        is_extended, self.call.is_pending, self.call.is_extended = self.call.is_extended, False, False
         if not (is_extended and self.trims_output) or output is None:
             return None
-        start = self.num_in_front - self.num_extra_logits
+        start = self.num_in_front - self.call.num_extra_logits
         if isinstance(output, tuple):
             return (output[0][:, start:], *output[1:])
         output["last_hidden_state"] = output["last_hidden_state"][:, start:]
@@ -328,7 +332,7 @@ class _PromptInsertion:
 
     def _extend_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = by_name(module, args, kwargs)
-        self.num_extra_logits = 0
+        self.call.num_extra_logits = 0
         labels = kwargs.get("labels")
         logits_to_keep = kwargs.get("logits_to_keep", 0)
         keeps_all_logits = isinstance(logits_to_keep, int) and not logits_to_keep
@@ -341,11 +345,11 @@ class _PromptInsertion:
             and kwargs.get("shift_labels") is None
         ):
             kwargs["labels"] = torch.cat([labels.new_full((labels.shape[0], 1), -100), labels], 1)
-            self.num_extra_logits = 1
+            self.call.num_extra_logits = 1
         return (), kwargs
 
     def _trim_logits(self, module: nn.Module, args: Any, output: Any) -> Any:
-        num_extra_logits, self.num_extra_logits = self.num_extra_logits, 0
+        num_extra_logits, self.call.num_extra_logits = self.call.num_extra_logits, 0
         if not num_extra_logits or output is None:
             return None
         if isinstance(output, tuple):

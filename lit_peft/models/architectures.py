@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ __all__ = [
     "kv_shape",
     "layer_stacks",
     "learned_positions",
+    "max_positions",
     "position_table",
     "room_for",
     "token_model",
@@ -150,6 +152,31 @@ def learned_positions(host: nn.Module) -> int | None:
         return None
     before = 0 if table.padding_idx is None else table.padding_idx + 1
     return table.num_embeddings - int(getattr(table, "offset", before))
+
+
+def max_positions(host: nn.Module) -> int | None:
+    """Return the number of positions that a model was made for; None if any number is possible.
+
+    They are those of its table of positions or, with rotary positions that are not scaled, what its config says: beyond
+    them such a model computes, but it was never trained there. Scaled rotary positions, relative positions and ALiBi
+    have no limit that is known.
+    """
+    learned = learned_positions(host)
+    if learned is not None:
+        return learned
+    for name, table in host.named_buffers():
+        # A table that is computed, not learned (GPT-J, CodeGen).
+        if name.rpartition(".")[2] == "embed_positions":
+            return len(table)
+    config: Any = getattr(host, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, Mapping) or getattr(config, "alibi", False):
+        return None
+    # Gemma 3 has one entry for each kind of layer.
+    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, Mapping)} - {None}
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit and kinds == {"default"} else None
 
 
 def room_for(num_virtual_tokens: int, host: nn.Module, model: nn.Module) -> int | None:

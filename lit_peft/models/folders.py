@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lit_peft.util.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError, first_line
+
+# The list of the weight files has about 100 bytes for each tensor.
+_MAX_INDEX = 64 * 2**20
 
 
 def check_model_folder(folder: Path, base: str | None = None) -> None:
@@ -34,11 +37,15 @@ def check_model_folder(folder: Path, base: str | None = None) -> None:
             "weights, or give another folder."
         )
     for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("pytorch_model*.bin.index.json")):
+        size = index.stat().st_size
+        if size > _MAX_INDEX:
+            raise LitPeftError(f"base {name}: {index.name} has {size:,} bytes, at most {_MAX_INDEX:,} are read.")
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as exc:
-            raise LitPeftError(f"base {name}: {index.name} cannot be read ({exc}); download it again.") from exc
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+            missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as exc:
+            problem = first_line(exc)
+            raise LitPeftError(f"base {name}: {index.name} cannot be read ({problem}); download it again.") from exc
         if missing:
             raise LitPeftError(
                 f"base {name} lacks {len(missing)} of {len(shards)} weight files ({missing[0]}, …); download the "

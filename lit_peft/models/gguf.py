@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lit_peft.models.cache import cache_error, cache_root
 from lit_peft.models.folders import check_model_folder
+from lit_peft.models.gguf_header import check_gguf_header
 from lit_peft.util.disk import clear_left, files_below, whole_folder
 from lit_peft.util.errors import LitPeftError, first_line
 
@@ -48,6 +49,7 @@ def convert_gguf(file: Path, cache_dir: str | os.PathLike[str] | None = None) ->
             magic = stream.read(4)
         if magic != b"GGUF":
             raise LitPeftError(f"base {str(file)!r} is not a GGUF file (it starts with {magic!r}); download it again.")
+        check_gguf_header(file)
         target = cache_root(cache_dir) / "gguf" / f"{file.stem}-{_file_key(file)}"
         if (target / "config.json").is_file():
             return target
@@ -103,17 +105,20 @@ def _write_model(file: Path, folder: Path) -> None:
 
     try:
         # Without `dequantize`, the model keeps its quantization config and save_pretrained refuses.
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             gguf_file=file.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
             trust_remote_code=False,
+            output_loading_info=True,
         )
+        if missing := sorted(report["missing_keys"]):
+            raise LitPeftError(f"base {str(file)!r} has no weights for {', '.join(missing[:3])}; download it again.")
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
-    except OSError:
+    except (OSError, LitPeftError):
         raise
     except Exception as exc:
         # A damaged or unknown file makes the parser raise almost anything: ValueError, KeyError, struct.error, …

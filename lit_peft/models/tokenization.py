@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,41 @@ def load_tokenizer(base: str, field: str = "data.tokenizer", revision: str | Non
     except Exception as exc:  # OSError, ValueError, ImportError or KeyError, depending on what is missing
         raise hub_error(base, exc, field=field) from exc
     return with_padding(tokenizer, base, field)
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Add special tokens that a tokenizer does not have yet; return the ids of all of them.
+
+    Raises:
+        LitPeftError: a token is empty, or occurs twice.
+    """
+    from tokenizers import AddedToken
+
+    if not all(tokens) or len(set(tokens)) < len(tokens):
+        raise LitPeftError(f"add_tokens={list(tokens)!r} has an empty token, or one twice: give different texts.")
+    known = tokenizer.get_vocab()
+    new = [AddedToken(token, special=True, normalized=False) for token in tokens if token not in known]
+    if new:
+        tokenizer.add_tokens(new, special_tokens=True)
+    ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
+    return ids
+
+
+def adapter_tokenizer(adapters: Iterable[str], base: str, field: str, revision: str | None = None) -> Any:
+    """Load the tokenizer that was saved with adapters, because it has more tokens, or else that of the base.
+
+    Raises:
+        LitPeftError: there is no tokenizer, or the adapters have different ones.
+    """
+    own = [folder for folder in adapters if (Path(folder) / "tokenizer_config.json").is_file()]
+    found = [load_tokenizer(folder, "--adapter") for folder in own] or [load_tokenizer(base, field, revision)]
+    for folder, tokenizer in zip(own, found, strict=False):
+        if tokenizer.get_vocab() != found[0].get_vocab():
+            raise LitPeftError(
+                f"--adapter: {own[0]!r} and {folder!r} have different new tokens, so one tokenizer does not fit both; "
+                "use them one at a time."
+            )
+    return found[0]
 
 
 def require_fast(tokenizer: Any) -> None:
@@ -102,5 +138,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
         backend.no_padding()
         body = backend.to_str()
     template = getattr(tokenizer, "chat_template", None)
-    rest = (type(tokenizer).__name__, template, sorted(tokenizer.special_tokens_map.items(), key=str))
+    side = getattr(tokenizer, "truncation_side", "right")
+    rest = (type(tokenizer).__name__, template, side, sorted(tokenizer.special_tokens_map.items(), key=str))
     return hashlib.sha256(f"{body}\0{rest}".encode()).hexdigest()

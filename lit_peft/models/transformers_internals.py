@@ -35,6 +35,14 @@ def attention_implementation(config: Any) -> str | None:
     return found
 
 
+def warns_without_mask(model: nn.Module) -> bool:
+    """Return whether a model looks for padding in its input, and warns, if it is given no attention mask."""
+    # Nothing but the code shows it. The warning would be wrong where the mask is left out on purpose.
+    name = "warn_if_padding_and_no_attention_mask"
+    forwards = {inspect.unwrap(type(module).forward) for module in model.modules() if hasattr(module, name)}
+    return any(name in forward.__code__.co_names for forward in forwards)
+
+
 class AttentionConfig:
     """Stands for the config of one attention module and names another attention function.
 

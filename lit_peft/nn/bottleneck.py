@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_peft.nn.call_state import CallState
 from lit_peft.nn.rows import repeats
 from lit_peft.util.errors import LitPeftError, closest
 
@@ -183,6 +184,11 @@ class Bottleneck(nn.Module):
         return f"non_linearity={self.non_linearity!r}, scaling={scaling}, dropout={self.dropout}"
 
 
+class _SublayerCall(CallState):
+    residual: Tensor | None = None
+    result: Tensor | None = None
+
+
 class SublayerAdapter(Bottleneck):
     """A bottleneck at a sublayer (attention or FFN) of a transformer layer, which works through forward hooks.
 
@@ -210,9 +216,6 @@ class SublayerAdapter(Bottleneck):
         y, x, y' (batch, sequence, in_features), or (tokens, in_features)
     """
 
-    _residual: Tensor | None = None
-    _result: Tensor | None = None
-
     def __init__(
         self,
         in_features: int,
@@ -228,6 +231,7 @@ class SublayerAdapter(Bottleneck):
         super().__init__(in_features, bottleneck_size, **settings)
         self.is_parallel, self.original_ln_before = is_parallel, original_ln_before
         self.original_ln_after, self.residual_before_ln = original_ln_after, residual_before_ln
+        self._call = _SublayerCall()
         # A module in a tuple is not registered as a submodule of this one.
         self.norm = (norm,)
 
@@ -238,16 +242,17 @@ class SublayerAdapter(Bottleneck):
 
     def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the module whose first input is x: store x."""
-        self._residual = args[0] if args else kwargs["hidden_states"]
+        self._call.residual = args[0] if args else kwargs["hidden_states"]
 
     def capture_more(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of a module whose output is another part of x: add it."""
-        assert self._residual is not None
-        self._residual = self._residual + (output if isinstance(output, Tensor) else output[0])
+        residual = self._call.residual
+        assert residual is not None
+        self._call.residual = residual + (output if isinstance(output, Tensor) else output[0])
 
     def adapt(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the module whose output is y: replace it by y'."""
-        x, self._residual = self._residual, None
+        x, self._call.residual = self._call.residual, None
         if not self.enabled:
             return None
         y = output if isinstance(output, Tensor) else output[0]
@@ -263,7 +268,7 @@ class SublayerAdapter(Bottleneck):
 
     def pass_over(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook of LN: replace its output by y' if `original_ln_after` is False."""
-        result, self._result = self._result, None
+        result, self._call.result = self._call.result, None
         # OPT's FFN has no batch dimension.
         return None if result is None else result.view_as(output)
 
@@ -284,7 +289,7 @@ class SublayerAdapter(Bottleneck):
             return out
         if norm is None:
             return out - x
-        self._result = out
+        self._call.result = out
         return y
 
 

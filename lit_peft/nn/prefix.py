@@ -17,8 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.nn.bottleneck import ACTIVATIONS, check
+from lit_peft.nn.call_state import CallState
 from lit_peft.nn.weights_state import weights_state
 from lit_peft.util.errors import LitPeftError
+
+Layers = list[tuple[Tensor, Tensor]]
+
+
+class _PrefixCall(CallState):
+    layers: Layers | None = None
 
 
 class Prefix(nn.Module):
@@ -80,8 +87,10 @@ class Prefix(nn.Module):
             self.up = nn.Linear(projection_size, width, **factory)
         self.embedding = nn.Parameter(torch.empty(num_virtual_tokens, hidden_size if self.up else width, **factory))
         nn.init.normal_(self.embedding, std=init_std)
-        self._layers: list[tuple[Tensor, Tensor]] | None = None
-        self._state: tuple[Any, ...] | None = None
+        self._call = _PrefixCall()
+        self._latest: Layers | None = None
+        # Keys and values that were computed without gradients, and the state of the weights then.
+        self._kept: tuple[tuple[Any, ...], Layers] | None = None
 
     def forward(self) -> Tensor:
         """Return the table of keys and values, shape (v, 2 · Σ heads · head_dim)."""
@@ -92,11 +101,17 @@ class Prefix(nn.Module):
 
     def start(self) -> None:
         """Compute the keys and values for one pass of the model, unless they are kept and no weight has changed."""
-        state = weights_state(self)
-        if state is None or state != self._state:
-            self._layers, self._state = self._split(self()), state
+        state, kept = weights_state(self), self._kept
+        if state is None:
+            layers = self._split(self())
+        elif kept is not None and kept[0] == state:
+            layers = kept[1]
+        else:
+            layers = self._split(self())
+            self._kept = state, layers
+        self._call.layers = self._latest = layers
 
-    def _split(self, table: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _split(self, table: Tensor) -> Layers:
         widths = [heads * size for heads, size in self.shapes for _ in range(2)]
         parts = iter(table.split(widths, dim=-1))
         return [tuple(next(parts).unflatten(-1, shape).transpose(0, 1) for _ in range(2)) for shape in self.shapes]
@@ -111,10 +126,13 @@ class Prefix(nn.Module):
         Returns:
             Keys and values, each of shape (batch, heads, v, head_dim).
         """
-        if self._layers is None:
+        # On a GPU, autograd computes checkpointed layers again in a thread of its own.
+        layers = self._call.layers or self._latest
+        if layers is None:
             self.start()
-        assert self._layers is not None
-        key, value = (part.to(like.dtype).expand(like.shape[0], -1, -1, -1) for part in self._layers[number])
+            layers = self._call.layers
+        assert layers is not None
+        key, value = (part.to(like.dtype).expand(like.shape[0], -1, -1, -1) for part in layers[number])
         if self.training and self.dropout:
             key, value = F.dropout(key, self.dropout), F.dropout(value, self.dropout)
         return key, value
@@ -126,7 +144,7 @@ class Prefix(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The computed keys and values belong to the graph of one pass, so they are neither copied nor saved.
-        return {**self.__dict__, "_layers": None, "_state": None}
+        return {**self.__dict__, "_latest": None, "_kept": None}
 
     def extra_repr(self) -> str:
         return f"num_virtual_tokens={self.num_virtual_tokens}, layers={len(self.shapes)}, dropout={self.dropout}"

@@ -99,9 +99,10 @@ class PromptEncoder(nn.Module):
         state = None if self.training else weights_state(self)
         if state is None:
             return self._compute()
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, self._compute()
-        return self._kept[1]
+        kept = self._kept  # read once: another thread may replace it
+        if kept is None or kept[0] != state:
+            self._kept = kept = state, self._compute()
+        return kept[1]
 
     def folded(self) -> Tensor:
         """Return the embeddings as a plain tensor to save, without dropout and without a graph."""

@@ -113,10 +113,41 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+def compile_training_calls(module: nn.Module, backend: str | Callable[..., Any]) -> None:
+    """Have the module's calls in training mode and with gradients run compiled code, for batches of any size.
+
+    Its other calls stay eager.
+    """
+    # `nn.Module.compile` would compile every call, and so each kind of evaluation and generation by itself.
+    import torch._dynamo
+
+    # Otherwise code that was compiled before an adapter's hooks changed would be run after it.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    compiled = torch.compile(module._call_impl, backend=backend, dynamic=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        is_training = module.training and torch.is_grad_enabled()
+        return compiled(*args, **kwargs) if is_training else module._call_impl(*args, **kwargs)
+
+    module._compiled_call_impl = call
+
+
+def restore_calls(module: nn.Module) -> None:
+    """Undo `compile_training_calls`, or torch's own `module.compile()`."""
+    # torch has no public way back.
+    module._compiled_call_impl = None
+
+
 def lerp_all_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
     """Move each tensor towards its end in place: `tensor + weight * (end - tensor)`, in a few kernel launches."""
     # torch's own optimizers use this list operation; a public one does not exist.
     torch._foreach_lerp_(list(tensors), list(ends), weight)
+
+
+def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each tensor into its target, in a few kernel launches."""
+    # As above.
+    torch._foreach_copy_(list(targets), list(sources))
 
 
 def computed_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:

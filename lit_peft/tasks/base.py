@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from torchmetrics import MeanMetric, Metric
 
 from lit_peft.methods.positions import count_positions
 from lit_peft.models.architectures import counts_over_mask, learned_positions
+from lit_peft.models.call_arguments import arguments
 from lit_peft.models.transformers_internals import has_model_class
 from lit_peft.tasks.packed import is_packed
 from lit_peft.util.errors import LitPeftError
@@ -21,7 +23,62 @@ Metrics = Mapping[str, Any]
 Batch = dict[str, Any]
 
 
-class Float32Metric(Metric):
+class FiniteMetric(Metric):
+    """A mixin of metrics that are NaN if the model's output was: the largest of several NaN values is the first class,
+    which may well be right. It comes before the metric in the list of bases.
+
+    Attributes:
+        non_finite: number of batches whose output was NaN or infinite.
+    """
+
+    non_finite: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_state("non_finite", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        """Return the metric, or NaN."""
+        return self.or_nan(super().compute())  # type: ignore[safe-super]
+
+    def or_nan(self, value: Tensor) -> Tensor:
+        """Return a value of the metric, or NaN if an output was not finite."""
+        return torch.where(self.non_finite > 0, torch.full_like(value, float("nan")), value)
+
+
+@cache
+def finite(kind: type[Metric]) -> type[Any]:
+    """Return a class of metrics with `FiniteMetric` mixed in."""
+    return type(kind.__name__, (FiniteMetric, kind), {})
+
+
+@contextmanager
+def watch_output(model: Any, metrics: Mapping[str, Any]) -> Iterator[None]:
+    """Note in the metrics whether what the model returns within the block is finite.
+
+    A value of minus infinity is an output, too, e.g. of a token that must not be chosen, unless all are.
+    """
+    bad: list[Tensor] = []
+
+    def look(module: Any, arguments: Any, output: Any) -> None:
+        for name in ("logits", "start_logits", "end_logits"):
+            values = getattr(output, name, None)
+            if isinstance(values, Tensor) and values.is_floating_point() and values.numel():
+                bad.append(~values.detach().amax(-1).isfinite().all())
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if bad:
+        found = torch.stack(bad).any()
+        for metric in metrics.values():
+            if hasattr(metric, "non_finite"):
+                metric.non_finite += found.to(metric.non_finite.device)
+
+
+class Float32Metric(FiniteMetric):
     """A mixin of metrics that cast values to their type: it is always float32."""
 
     @property
@@ -84,6 +141,7 @@ class Task:
         extras: keys of a batch that the model does not take, used by metrics and predictions.
         monitor: the metric that selects the best checkpoint, and "min" or "max".
         positions: size of the model's table of position embeddings; None without one. Set by `prepare`.
+        pads_right: whether all batches for the loss are known to be padded on the right.
     """
 
     name: ClassVar[str]
@@ -95,6 +153,7 @@ class Task:
     monitor: tuple[str, str] = ("val_loss", "min")
     positions: int | None = None
     counts_positions: bool = False
+    pads_right: bool = False
 
     def model_class(self, config: Any) -> Any:
         """Return the auto class that builds a model of this config for the task.
@@ -146,7 +205,9 @@ class Task:
         return self.run(model, batch)
 
     def run(self, model: Any, batch: Batch) -> Any:
-        """Call the model on a batch without its extras."""
+        """Call the model on a batch without its extras; for a loss without a cache, which only generation needs."""
+        if "labels" in batch and "use_cache" in arguments(model):
+            batch = {"use_cache": False, **batch}
         return model(**batch)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from lit_peft.tasks.answers import extract_answer, same_answer
 from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task, float32_default
 from lit_peft.tasks.packed import check_packing, is_packed, packed_inputs
+from lit_peft.tasks.right_padding import ignores_right_padding
 from lit_peft.tasks.supervised_loss import SupervisedLoss
 
 # New tokens to generate if neither the module's `generation` nor the data module says how many.
@@ -42,14 +43,24 @@ class CausalLM(Task):
     def __init__(self) -> None:
         self.supervised: SupervisedLoss | None = None
         self.packing_checked = False
+        self.ignores_right_padding: bool | None = None
 
     def prepare(self, model: Any) -> None:
         super().prepare(model)
         self.supervised, self.packing_checked = SupervisedLoss.of(model), False
+        self.ignores_right_padding = None
+
+    def forward(self, model: Any, batch: Batch) -> Any:
+        if self.pads_right and not is_packed(batch):
+            if self.ignores_right_padding is None:
+                self.ignores_right_padding = ignores_right_padding(model)
+            if self.ignores_right_padding:
+                batch = {name: value for name, value in batch.items() if name != "attention_mask"}
+        return super().forward(model, batch)
 
     def run(self, model: Any, batch: Batch) -> Any:
         if not is_packed(batch):
-            return model(**batch)
+            return super().run(model, batch)
         if not self.packing_checked:
             check_packing(model)
             self.packing_checked = True

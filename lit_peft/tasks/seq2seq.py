@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import BLEUScore, SacreBLEUScore
 
-from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task, float32_default
+from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task, finite, float32_default
 
 # New tokens to generate if the module's `generation` does not say how many.
 MAX_NEW_TOKENS = 128
@@ -36,7 +36,7 @@ class Seq2Seq(Task):
 
     def metrics(self, config: Any) -> dict[str, Metric]:
         rouge = {name: Mean() for name in _ROUGE}
-        return {"loss": Mean(), **rouge, "bleu": BLEUScore(), "sacrebleu": SacreBLEUScore()}
+        return {"loss": Mean(), **rouge, "bleu": finite(BLEUScore)(), "sacrebleu": finite(SacreBLEUScore)()}
 
     def float32_loss(self, output: Any, batch: Batch) -> Tensor | None:
         return cross_entropy(output.logits.float().flatten(0, -2), batch["labels"].flatten())

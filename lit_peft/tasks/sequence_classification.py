@@ -18,7 +18,7 @@ from torchmetrics.classification import (
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_peft.tasks.base import Float32Metric, Generation, Mean, Metrics, Task
+from lit_peft.tasks.base import Float32Metric, Generation, Mean, Metrics, Task, finite
 
 
 class Spearman(Float32Metric, SpearmanCorrCoef):
@@ -49,7 +49,7 @@ class QuestionsRight(Float32Metric):
         right, questions = dim_zero_cat(self.right), dim_zero_cat(self.questions)
         count = questions.unique().numel()
         wrong = questions[right == 0].unique().numel()
-        return torch.tensor(1 - wrong / count if count else 0.0, dtype=self.dtype, device=questions.device)
+        return self.or_nan(torch.tensor(1 - wrong / count if count else 0.0, dtype=self.dtype, device=questions.device))
 
 
 class SequenceClassification(Task):
@@ -72,15 +72,15 @@ class SequenceClassification(Task):
     def metrics(self, config: Any) -> dict[str, Metric]:
         count = config.num_labels
         if count == 1:
-            return {"loss": Mean(), "pearson": PearsonCorrCoef(), "spearman": Spearman()}
+            return {"loss": Mean(), "pearson": finite(PearsonCorrCoef)(), "spearman": Spearman()}
         metrics = {
             "loss": Mean(),
-            "accuracy": MulticlassAccuracy(count, average="micro"),
-            "f1": MulticlassF1Score(count, average="macro"),
-            "mcc": MulticlassMatthewsCorrCoef(count),
+            "accuracy": finite(MulticlassAccuracy)(count, average="micro"),
+            "f1": finite(MulticlassF1Score)(count, average="macro"),
+            "mcc": finite(MulticlassMatthewsCorrCoef)(count),
             "exact_match": QuestionsRight(),
         }
-        return {**metrics, "binary_f1": BinaryF1Score()} if count == 2 else metrics
+        return {**metrics, "binary_f1": finite(BinaryF1Score)()} if count == 2 else metrics
 
     def update(self, metrics: Metrics, output: Any, batch: dict[str, Tensor]) -> None:
         super().update(metrics, output, batch)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
-from torchmetrics import Metric
+
+from lit_peft.tasks.base import FiniteMetric
 
 Span = tuple[str, int, int]
 
@@ -51,7 +52,7 @@ def count_spans(gold: Iterable[Sequence[str]], predicted: Iterable[Sequence[str]
     return num_right, num_predicted, num_gold
 
 
-class SpanScore(Metric):
+class SpanScore(FiniteMetric):
     """Precision, recall or F1 over all spans of all batches and processes (micro average); 0 if undefined.
 
     Args:
@@ -79,4 +80,4 @@ class SpanScore(Metric):
 
     def compute(self) -> Tensor:
         total = {"precision": self.predicted, "recall": self.gold, "f1": (self.predicted + self.gold) / 2}[self.kind]
-        return self.right.float() / total.float().clamp(min=1e-9)
+        return self.or_nan(self.right.float() / total.float().clamp(min=1e-9))

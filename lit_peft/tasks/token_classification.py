@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task
+from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task, finite
 from lit_peft.tasks.tag_spans import SpanScore, count_spans
 
 
@@ -38,7 +38,7 @@ class TokenClassification(Task):
     def metrics(self, config: Any) -> dict[str, Metric]:
         self.names = [str(config.id2label[index]) for index in range(config.num_labels)]
         spans = {kind: SpanScore(kind) for kind in ("precision", "recall", "f1")}
-        accuracy = MulticlassAccuracy(config.num_labels, average="micro", ignore_index=-100)
+        accuracy = finite(MulticlassAccuracy)(config.num_labels, average="micro", ignore_index=-100)
         return {"loss": Mean(), "accuracy": accuracy, **spans}
 
     def update(self, metrics: Metrics, output: Any, batch: Batch) -> None:

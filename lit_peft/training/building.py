@@ -17,6 +17,7 @@ from lit_peft.models.loading import BaseSettings, check_weights_found, empty_mod
 from lit_peft.nn.torch_internals import DtypeKeepingDict
 from lit_peft.tasks.base import Task, float32_default
 from lit_peft.training.lightning_internals import replace_average_model, trainer_of
+from lit_peft.training.new_tokens import choose_rows, start_rows
 from lit_peft.training.sharding import shard
 
 
@@ -95,6 +96,8 @@ def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
         owner = name.rpartition(".")[0]
         inside = {f"{owner}.{inner}" for inner, _ in model.get_submodule(owner).named_parameters()}
         head.add(owner if inside <= new else name)
+    choose_rows(module, model)
     module.attach_method(model, sorted(head))
+    start_rows(module, model)
     if module.hparams.adapter_dtype is not None:
         set_trained_dtype(attachment_of(model), getattr(torch, module.hparams.adapter_dtype))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lit_peft.tasks.packed import check_method
 from lit_peft.training.lightning_internals import datamodule_of, trainer_of
+from lit_peft.training.new_tokens import check_tokens
+from lit_peft.training.run_record import RECORD, check_checkpoint, check_same_base, run_record, say, say_new_length
 from lit_peft.util.errors import LitPeftError
 
 
@@ -15,13 +18,19 @@ class DataChecks:
     task: Any
     settings: Any
     hparams: Any
+    # What the checkpoints of this run say of it, from the start of training.
+    run: dict[str, Any] | None = None
+    # What the checkpoint says that this run is resumed from.
+    resumed: Mapping[str, Any] | None = None
 
     def check_data(self, data: Any) -> None:
         """Refuse a data module whose batches the method or the task cannot use.
 
         Raises:
-            LitPeftError: the data is packed, and the method has virtual tokens or the task is not `causal_lm`.
+            LitPeftError: its new tokens are not the module's; or it is packed, and the method has virtual tokens or the
+                task is not `causal_lm`.
         """
+        check_tokens(self, data)
         if getattr(data, "packing", False):
             check_method(self.settings)
             if self.task.name != "causal_lm":
@@ -41,8 +50,22 @@ class DataChecks:
                 self.hparams["num_labels"] = getattr(data, "num_labels", None)
         self.task.monitor = getattr(data, "monitor", None) or self.task.monitor
 
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose run had other data, labels or settings; see `run_record.check_checkpoint`."""
+        trainer = trainer_of(self)  # type: ignore[arg-type]
+        if trainer is not None and trainer.state.fn is not None:
+            stage, path = trainer.state.fn.value, trainer.ckpt_path
+            for line in check_checkpoint(self, datamodule_of(self), checkpoint, path, stage):  # type: ignore[arg-type]
+                say(line)
+            check_same_base(self, checkpoint, path)
+            self.resumed = checkpoint.get(RECORD)
+
     def on_fit_start(self) -> None:
         check_stages(self, "train", "validation")
+        self.run = run_record(self)
+        if self.resumed is not None:
+            say_new_length(self, self.resumed, self.run)
+            self.resumed = None
 
     def on_validation_start(self) -> None:
         trainer: Any = trainer_of(self)  # type: ignore[arg-type]
@@ -64,6 +87,8 @@ def check_stages(module: Any, *stages: str) -> None:
             model number the labels differently.
     """
     data = datamodule_of(module)
+    # Ranks that share a batch (tensor parallelism) have parts of the logits, which cannot be compared as they are.
+    module.task.pads_right = getattr(data, "padding_side", "left") != "left" and module.device_mesh is None
     if not hasattr(data, "extent"):
         return
     if module.task.new_head:

@@ -99,6 +99,15 @@ def validation_is_next(loops: dict[str, Any]) -> None:
         validated.update(ready=completed + 1, started=completed + 1, processed=completed, completed=completed)
 
 
+def validations_are_done(loops: dict[str, Any]) -> None:
+    """Change the state of the loops in a checkpoint so that a resumed run does not take a whole validation for half."""
+    # A run that is resumed with a validation counts it twice as begun, and once as completed.
+    progress = loops["epoch_loop.val_loop.batch_progress"]
+    if progress["current"]["ready"] == progress["current"]["completed"]:
+        total = progress["total"]
+        total.update(ready=total["completed"], started=total["completed"], processed=total["completed"])
+
+
 def mark_resumed_checkpoint(trainer: pl.Trainer) -> None:
     """Tell the `ModelCheckpoint` that wrote the checkpoint being resumed that it has saved this step.
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -14,11 +14,12 @@ from lit_peft.methods.attachment import MethodSettings
 from lit_peft.models.tokenization import load_tokenizer
 from lit_peft.nn.torch_internals import DtypeKeepingDict
 from lit_peft.tasks import find_task
-from lit_peft.tasks.base import Batch, Generation
+from lit_peft.tasks.base import Batch, Generation, watch_output
 from lit_peft.training.accumulation import WeightedAccumulation
 from lit_peft.training.adapter_methods import AdapterMethods
 from lit_peft.training.building import build_empty_model, build_metrics, build_model, share_average_model
 from lit_peft.training.checkpoint_class import CLASS_KEY, class_name, class_of_checkpoint
+from lit_peft.training.compile_setting import compile_for_training
 from lit_peft.training.data_checks import DataChecks
 from lit_peft.training.flat_init import flat_init
 from lit_peft.training.lightning_internals import (
@@ -27,16 +28,19 @@ from lit_peft.training.lightning_internals import (
     subclass_arguments,
     trainer_of,
 )
-from lit_peft.training.optimizer import check_finite, make_optimizer, parameter_groups, schedule_for_run
+from lit_peft.training.named_sets import NamedSets, metrics_attribute, set_names
+from lit_peft.training.neftune import embedding_noise
+from lit_peft.training.optimizer import check_finite, lightning_schedule, make_optimizer, parameter_groups
 from lit_peft.training.precision import PreciseModule
 from lit_peft.training.randomness import run_seed, seed_all
+from lit_peft.training.run_record import RECORD
 from lit_peft.training.setting_checks import check_settings
 from lit_peft.training.sharding import across_processes
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import check_types
 
 
-class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
+class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, PreciseModule):
     """A frozen language model with a task head; the method that is mixed in trains a few parameters.
 
     Contains the training, validation, test and prediction steps, the optimizer, and checkpoints of only the trained
@@ -49,10 +53,12 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         labels: names of the labels, for classification; taken from the data module if unset.
         num_labels: number of labels, if they have no names.
         learning_rate: peak learning rate; the method's usual one if unset.
-        optimizer: class of `torch.optim`, or the import path of any other optimizer.
+        optimizer: class of `torch.optim`; `AdamW8bit`, `PagedAdamW8bit` or another one of bitsandbytes; or the import
+            path of any other.
         optimizer_args: further arguments of the optimizer.
         weight_decay: for the trained matrices; biases, norms and other vectors have none.
-        lr_scheduler: `linear`, `cosine` or `constant`, after the warmup.
+        lr_scheduler: `linear`, `cosine` or `constant`, after the warmup; or another schedule of transformers, e.g.
+            `cosine_with_min_lr`, `warmup_stable_decay`, `inverse_sqrt`, `polynomial` or `reduce_lr_on_plateau`.
         warmup_steps: optimizer steps of linear warmup; below 1, a share of all steps.
         generation: arguments of transformers' `generate`, for tasks that generate text, e.g. `{max_new_tokens: 64}`.
         dtype: `float32`, `bfloat16` or `float16` for the frozen base; the trainer's precision decides if unset.
@@ -64,8 +70,14 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
         supervised_loss: compute the loss of a causal LM only on the supervised tokens: the same loss in less time and
             memory.
+        compile: compile each transformer layer for training, see `lit_peft.compile_layers`; `auto`: on GPUs, on one or
+            with DDP.
+        add_tokens: new special tokens. Only their embeddings are trained, in addition to the method, and saved with it.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run code that a hub model brings with it. It can do anything on this machine.
+        lr_scheduler_kwargs: its further arguments, e.g. `{min_lr_rate: 0.1}` or `{num_decay_steps: 0.2}`; numbers of
+            steps below 1 are shares of all steps.
+        neftune_noise_alpha: strength of uniform noise on the input embeddings during training (NEFTune), e.g. 5.
     """
 
     settings: MethodSettings
@@ -90,8 +102,12 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         supervised_loss: bool = True,
+        compile: bool | Literal["auto"] = "auto",
+        add_tokens: list[str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        neftune_noise_alpha: float | None = None,
     ) -> None:
         super().__init__()
         values = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -99,6 +115,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         settings = getattr(self, "settings", None)
         own = {} if settings is None else {field.name: getattr(settings, field.name) for field in fields(settings)}
         plain = {"optimizer_args": optimizer_args or {}, "generation": generation or {}}
+        plain["lr_scheduler_kwargs"] = lr_scheduler_kwargs or {}
         self.save_hyperparameters({**subclass_arguments(self), **values, **own, **plain})
         self.task = find_task(task)
         check_settings(values)
@@ -107,6 +124,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         self.strict_loading = False
         self._tokenizer: Any = None
         self._run_seed: int | None = None
+        self._is_first_batch = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -170,12 +188,17 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
     def on_train_start(self) -> None:
         """Keep the callback that wrote the checkpoint being resumed from saving the same step again."""
         mark_resumed_checkpoint(self.trainer)
+        self._is_first_batch = True
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the randomness of each batch (dropout) from the run, the process, the epoch and the batch.
 
-        A resumed run thus draws the same numbers as an uninterrupted one, whatever validation or loaders drew.
+        A resumed run thus draws the same numbers as an uninterrupted one, whatever validation or loaders drew. Before
+        the first batch, compile the layers.
         """
+        if self._is_first_batch:
+            self._is_first_batch = False
+            compile_for_training(self, lambda: self._loss(batch))
         if self._run_seed is None:
             self._run_seed = self.trainer.strategy.broadcast(run_seed())
         # Processes that share one batch (tensor parallelism) draw the same numbers.
@@ -189,8 +212,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         With several processes, each has a part of the batch; the average over processes, which the strategy computes,
         is then the mean over all tokens (or examples) of the whole batch, as in a single process.
         """
-        with self._loss_only():
-            loss = self.task.loss(self(**batch), batch)
+        loss = self._loss(batch)
         if trainer_of(self) is not None:
             size = len(next(iter(batch.values())))
             loss, mean, weight = across_processes(loss, self.task.weight(batch), self.device_mesh)
@@ -200,13 +222,15 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
                 check_finite(mean, self.parameters(), self.global_step, self.learning_rate)
         return loss
 
-    def _loss_only(self) -> Any:
-        return self.task.loss_only(self.model) if self.hparams.supervised_loss else nullcontext()
+    def _loss(self, batch: Batch) -> Tensor:
+        with _loss_only(self), embedding_noise(self.model, self.hparams.neftune_noise_alpha):
+            return self.task.loss(self(**batch), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the validation metrics of its loader.
 
         The metrics of the first loader have plain names, e.g. `val_loss`; the others end in `/dataloader_idx_1`, ….
+        Those of sets with names end in the name; see `NamedSets`.
         """
         self._evaluate(batch, "val", dataloader_idx)
 
@@ -220,7 +244,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         return None if rows is None else {"rows": rows}
 
     def _evaluate(self, batch: Batch, stage: str, loader: int) -> list[dict[str, Any]] | None:
-        attribute = f"{stage}_metrics" + (f"_{loader}" if loader else "")
+        attribute, sets = metrics_attribute(stage, loader), set_names(self, stage)
         if not hasattr(self, attribute):
             setattr(self, attribute, build_metrics(self.task, self.model.config).to(self.device))
         metrics: Any = getattr(self, attribute)
@@ -228,7 +252,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         # calls that processes make together, for the metrics that the others update.
         surplus = batch.pop("surplus", False)
         updated = copy.deepcopy(metrics) if surplus else metrics
-        with self._loss_only():
+        with _loss_only(self), watch_output(self.model, updated):
             rows = self.task.evaluate(self.model, updated, batch, self._generation)
         if trainer_of(self) is not None:
             size = len(next(iter(batch.values())))
@@ -236,13 +260,13 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
             for name, metric in ((name, metric) for name, metric in metrics.items() if updated[name].update_called):
                 monitored = stage == "val" and name == self.task.monitor[0].removeprefix("val_")
                 self.log(
-                    f"{stage}_{name}",
+                    f"{stage}_{name}/{sets[loader]}" if sets else f"{stage}_{name}",
                     metric,
                     on_step=False,
                     on_epoch=True,
-                    prog_bar=monitored and not loader,
+                    prog_bar=monitored and not loader and not sets,
                     batch_size=size,
-                    add_dataloader_idx=loader > 0,
+                    add_dataloader_idx=loader > 0 and not sets,
                     metric_attribute=f"{attribute}.{name}",
                 )
         return None if surplus else rows
@@ -280,9 +304,7 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         optimizer = make_optimizer(groups, hparams.optimizer, self.learning_rate, hparams.optimizer_args)
         if trainer_of(self) is None:
             return optimizer
-        total = self.trainer.estimated_stepping_batches
-        schedule = schedule_for_run(optimizer, hparams.lr_scheduler, hparams.warmup_steps, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": lightning_schedule(self, optimizer)}
 
     # --------------------------------------------------------------------------------------- checkpoints
 
@@ -335,15 +357,26 @@ class BaseLM(AdapterMethods, DataChecks, WeightedAccumulation, PreciseModule):
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the model before its tensors are loaded, and restore the seed of the run."""
+        """Build the model before its tensors are loaded, and restore the seed of the run.
+
+        Raises:
+            LitPeftError: in a Trainer, the data, the labels or the settings are not those of the checkpoint's run.
+        """
         self.configure_model()
+        self.check_checkpoint(checkpoint)
         self._run_seed = checkpoint.get("run_seed", self._run_seed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the seed of the run, and the name of the class."""
+        """Save the seed of the run, what it is trained on and how, and the name of the class."""
         checkpoint["run_seed"] = self._run_seed
+        if self.run is not None:
+            checkpoint[RECORD] = self.run
         checkpoint[CLASS_KEY] = class_name(type(self))
 
     def describe(self) -> dict[str, str]:
         """Return what a banner shows: base, task and method."""
         return {"base": self.hparams.base, "task": self.task.name, "method": type(self).__name__}
+
+
+def _loss_only(module: BaseLM) -> Any:
+    return module.task.loss_only(module.model) if module.hparams.supervised_loss else nullcontext()

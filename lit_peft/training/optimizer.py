@@ -1,9 +1,9 @@
-"""Optimizer and learning-rate schedule, made from plain settings so that checkpoints contain only plain data."""
+"""The optimizer, made from plain settings so that checkpoints contain only plain data."""
 
 from __future__ import annotations
 
 import importlib
-import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.training.lightning_internals import datamodule_of
+from lit_peft.training.schedules import PLATEAU, schedule_for_run
+from lit_peft.util.errors import LitPeftError, closest, first_line
 
-SCHEDULES = ("linear", "cosine", "constant")
+# Optimizers of bitsandbytes that torch does not have: with 8-bit or 32-bit states, and paged ones, whose states move to
+# the memory of the machine while a GPU has too little.
+_BITSANDBYTES = re.compile(
+    r"(Paged)?(Adam|AdamW|Lion|AdEMAMix)(8bit|32bit)?|(LAMB|LARS|SGD|RMSprop|Adagrad)(8bit|32bit)?"
+)
 
 
 def parameter_groups(
@@ -55,6 +61,36 @@ def check_finite(loss: Tensor, parameters: Iterable[nn.Parameter], step: int, le
         )
 
 
+def find_optimizer(name: str) -> Any:
+    """Return the class of an optimizer.
+
+    Args:
+        name: a class of `torch.optim` (`AdamW`), one of bitsandbytes (`AdamW8bit`, `PagedAdamW8bit`), or an import path
+            (`package.module.Class`).
+
+    Raises:
+        LitPeftError: there is no such class, or its package is not installed.
+    """
+    module, _, attribute = name.rpartition(".")
+    known = [key for key, value in vars(torch.optim).items() if isinstance(value, type)]
+    if not module and name not in known and _BITSANDBYTES.fullmatch(name):
+        module = "bitsandbytes.optim"
+    try:
+        return getattr(importlib.import_module(module or "torch.optim"), attribute)
+    except ImportError as problem:
+        if module == "bitsandbytes.optim":
+            raise LitPeftError(
+                f"optimizer={name!r} needs bitsandbytes, which cannot be imported ({first_line(problem)}): run `pip "
+                "install bitsandbytes`, or use AdamW."
+            ) from None
+    except AttributeError:
+        pass
+    raise LitPeftError(
+        f"optimizer={name!r} is neither an optimizer of torch.optim or bitsandbytes nor an import path: the closest "
+        f"are {closest(attribute, [*known, 'AdamW8bit', 'PagedAdamW8bit', 'PagedAdamW32bit', 'Lion8bit', 'Lion'])}."
+    )
+
+
 def make_optimizer(
     groups: list[dict[str, Any]], name: str, learning_rate: float, arguments: dict[str, Any]
 ) -> Optimizer:
@@ -62,22 +98,14 @@ def make_optimizer(
 
     Args:
         groups: parameter groups, each with its own `lr`.
-        name: a class of `torch.optim` (`AdamW`) or an import path (`package.module.Class`).
+        name: see `find_optimizer`.
         learning_rate: learning rate of groups without one.
         arguments: further arguments of the class.
 
     Raises:
         LitPeftError: there is no such class, or it does not accept the arguments.
     """
-    module, _, attribute = name.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module or "torch.optim"), attribute)
-    except (ImportError, AttributeError):
-        known = [key for key, value in vars(torch.optim).items() if isinstance(value, type)]
-        raise LitPeftError(
-            f"optimizer={name!r} is neither an optimizer of torch.optim nor an import path: the closest are "
-            f"{closest(attribute, known)}."
-        ) from None
+    kind = find_optimizer(name)
     try:
         optimizer: Optimizer = kind(groups, lr=learning_rate, **arguments)
     except (TypeError, ValueError) as problem:
@@ -85,49 +113,20 @@ def make_optimizer(
     return optimizer
 
 
-def schedule_for_run(optimizer: Optimizer, name: str, warmup_steps: float, total_steps: float) -> Any:
-    """Build the schedule of a run; see `make_schedule`.
+def lightning_schedule(module: Any, optimizer: Optimizer) -> dict[str, Any]:
+    """Return the schedule of a module's run, in the form that Lightning expects.
 
-    Args:
-        optimizer: the optimizer to schedule.
-        name: one of `linear`, `cosine`, `constant`.
-        warmup_steps: optimizer steps of the warmup; below 1, a share of all steps.
-        total_steps: optimizer steps of the run.
+    It steps with the optimizer; `reduce_lr_on_plateau` steps at the end of each epoch, by the metric that selects the
+    best checkpoint.
 
     Raises:
-        LitPeftError: as `make_schedule`.
+        LitPeftError: the schedule does not fit the run.
     """
-    if warmup_steps < 1:
-        warmup_steps = warmup_steps * total_steps if math.isfinite(total_steps) else 0
-    return make_schedule(optimizer, name, round(warmup_steps), total_steps)
-
-
-def make_schedule(optimizer: Optimizer, name: str, warmup_steps: int, total_steps: float) -> Any:
-    """Build a schedule: a linear rise from 0 during the warmup, then a `linear` or `cosine` fall to 0, or `constant`.
-
-    Args:
-        optimizer: the optimizer to schedule.
-        name: one of `linear`, `cosine`, `constant`.
-        warmup_steps: optimizer steps of the rise.
-        total_steps: optimizer steps of the whole training.
-
-    Raises:
-        LitPeftError: the name is not known, or the rate should fall but the number of steps is not known.
-    """
-    if name not in SCHEDULES:
-        raise LitPeftError(f"lr_scheduler={name!r} is not known: use {closest(name, SCHEDULES)}.")
-    if name != "constant" and not math.isfinite(total_steps):
-        raise LitPeftError(
-            f"lr_scheduler={name!r} needs to know how long training lasts: set trainer.max_steps or "
-            "trainer.max_epochs, or use lr_scheduler='constant'."
-        )
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return step / warmup_steps
-        if name == "constant":
-            return 1.0
-        done = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
-        return 1 - done if name == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    hparams, (monitor, mode) = module.hparams, module.task.monitor
+    plateau = hparams.lr_scheduler == PLATEAU
+    if plateau and not getattr(datamodule_of(module), "rows", {"validation": ()}).get("validation"):
+        raise LitPeftError(f"lr_scheduler={PLATEAU!r} follows {monitor}, and there is no validation data: give some.")
+    total = module.trainer.estimated_stepping_batches
+    arguments = hparams.lr_scheduler_kwargs
+    schedule = schedule_for_run(optimizer, hparams.lr_scheduler, hparams.warmup_steps, total, arguments, mode)
+    return {"scheduler": schedule, **({"interval": "epoch", "monitor": monitor} if plateau else {"interval": "step"})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_peft.training.lightning_internals import AppendingCSVLogger
-from lit_peft.util.disk import write_file
+from lit_peft.util.disk import clear_folder, write_file
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.locks import FolderInUseError, FolderLock, lock_folder
 
 CONFIG = "config.yaml"
+DATA = "data.json"
 METRICS = "metrics.csv"
 
 
 def earlier_run(root: Path, config: dict[str, Any]) -> int | None:
-    """Return the number of the newest run that trained the same model on the same data; None if there is none.
+    """Return the number of the newest run of the same model, data and seed; None if there is none.
 
     Args:
         root: the folder that contains the folders `version_N`.
@@ -33,7 +37,9 @@ def earlier_run(root: Path, config: dict[str, Any]) -> int | None:
             known = yaml.safe_load((root / f"version_{number}" / CONFIG).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             continue
-        if isinstance(known, dict) and all(known.get(part) == config.get(part) for part in ("model", "data")):
+        if isinstance(known, dict) and all(
+            known.get(part) == config.get(part) for part in ("model", "data", "seed_everything")
+        ):
             return number
     return None
 
@@ -42,6 +48,46 @@ def newest_last(folders: Iterable[Path]) -> Path | None:
     """Return the newest `last….ckpt` in some folders; None if there is none."""
     found = [path for folder in folders for path in folder.glob("last*.ckpt")]
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def lock_run(folder: Path) -> FolderLock:
+    """Lock the folder of a run for this process, and remove what killed processes left half written in it.
+
+    Raises:
+        LitPeftError: another process writes to the folder.
+    """
+    try:
+        lock = lock_folder(folder)
+    except FolderInUseError as error:
+        raise LitPeftError(
+            f"{folder} is in use: {error.owner} is training that run. Wait until it ends, or stop it; or start a new "
+            "run, without --ckpt_path last."
+        ) from None
+    clear_folder(folder)
+    return lock
+
+
+def new_run(root: Path) -> tuple[int, FolderLock]:
+    """Create and lock the folder of a new run. Of runs that start at once, each gets its own.
+
+    Args:
+        root: the folder that contains the folders `version_N`.
+
+    Returns:
+        N, and the lock.
+    """
+    known = [int(folder.name[8:]) for folder in root.glob("version_*") if folder.name[8:].isdecimal()]
+    number = max(known, default=0)
+    while True:
+        folder = root / f"version_{number}"
+        # A run that was killed before it wrote anything left an empty folder.
+        if not folder.exists() or (folder.is_dir() and not any(folder.glob("[!.]*"))):
+            with contextlib.suppress(FolderInUseError):
+                lock = lock_folder(folder)
+                if not any(folder.glob("[!.]*")):
+                    return number, lock
+                lock.release()
+        number += 1
 
 
 class RunLogger(AppendingCSVLogger):

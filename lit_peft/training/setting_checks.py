@@ -9,8 +9,9 @@ import torch
 
 from lit_peft.models.generation import check_generation
 from lit_peft.models.quantization import check_quantization
-from lit_peft.training.optimizer import SCHEDULES
-from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.training.optimizer import find_optimizer
+from lit_peft.training.schedules import check_schedule
+from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
 
 
@@ -27,8 +28,11 @@ def check_settings(values: Mapping[str, Any]) -> None:
     if labels is not None and len(set(labels)) < max(len(labels), 1):
         raise LitPeftError(f"labels={brief(labels)}: give each class a different name, or leave it out.")
     for name in ("dtype", "adapter_dtype"):
-        if values[name] is not None and not isinstance(getattr(torch, values[name], None), torch.dtype):
+        found = getattr(torch, values[name] or "float32", None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise LitPeftError(f"{name}={values[name]!r} is not known: use 'float32', 'bfloat16' or 'float16'.")
+    if values["compile"] not in (True, False, "auto"):
+        raise LitPeftError(f"compile={values['compile']!r} is not known: use True, False or 'auto'.")
     check_quantization(values["quantization"])
     check_generation(values["generation"] or {})
     if values["generation"] and values["task"] not in ("causal_lm", "seq2seq"):
@@ -36,9 +40,7 @@ def check_settings(values: Mapping[str, Any]) -> None:
 
 
 def _check_optimization(values: Mapping[str, Any]) -> None:
-    schedule, rate = values["lr_scheduler"], values["learning_rate"]
-    if schedule not in SCHEDULES:
-        raise LitPeftError(f"lr_scheduler={schedule!r} is not known: use {closest(schedule, SCHEDULES)}.")
+    rate = values["learning_rate"]
     if rate is not None and not rate > 0:
         raise LitPeftError(f"learning_rate={rate}: give a positive number, e.g. 5e-4.")
     if values["warmup_steps"] < 0:
@@ -47,3 +49,13 @@ def _check_optimization(values: Mapping[str, Any]) -> None:
         )
     if values["weight_decay"] < 0:
         raise LitPeftError(f"weight_decay={values['weight_decay']}: give a number of at least 0, e.g. 0.01.")
+    check_schedule(values["lr_scheduler"], values["lr_scheduler_kwargs"] or {}, values["warmup_steps"], rate)
+    if (
+        "." not in values["optimizer"]
+    ):  # a path may come from a stranger's checkpoint, and is imported for training alone
+        find_optimizer(values["optimizer"])
+    alpha = values["neftune_noise_alpha"]
+    if alpha is not None and not alpha > 0:
+        raise LitPeftError(
+            f"neftune_noise_alpha={alpha}: give a positive number, e.g. 5, or leave it out for no noise."
+        )

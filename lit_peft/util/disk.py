@@ -10,11 +10,13 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Temporary files of this age were left by a killed process; a running one needs less time.
+from lit_peft.util.locks import is_running, process_mark
+
+# Temporary files of other machines that have this age were left by a killed process; a running one needs less time.
 _STALE_SECONDS = 3600
 
 
@@ -46,15 +48,38 @@ def sync(path: Path) -> None:
 def clear_left(target: Path, seconds: float = _STALE_SECONDS) -> None:
     """Remove the temporary files and folders `.NAME.tmp-…` next to `target` that a killed process left.
 
+    Their names say which process made them. Those of running processes stay.
+
     Args:
         target: the file or folder that they were written for.
-        seconds: their minimum age; 0 if no other process can be writing.
+        seconds: the minimum age of those of which it cannot be told, e.g. because they were made on another machine; 0
+            if no other process can be writing.
     """
-    for left in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
+    _remove_left(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"), seconds)
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove or put back what killed processes left in a folder and below it.
+
+    No other process may write to the folder: hold its lock.
+    """
+    for old in folder.rglob(".*.old"):
+        # The process was killed after it moved the old folder away, before or after it put the new one in place.
+        target = old.with_name(old.name[1:].removesuffix(".old"))
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+    _remove_left(folder.rglob(".*.tmp-*"), 0)
+
+
+def _remove_left(found: Iterable[Path], seconds: float) -> None:
+    for left in list(found):
+        running = is_running(left.name.rpartition(".tmp-")[2])
         with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
-            if time.time() - left.stat().st_mtime < seconds:
+            if running or (running is None and time.time() - left.lstat().st_mtime < seconds):
                 continue
-            if left.is_dir():
+            if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink()
@@ -63,7 +88,7 @@ def clear_left(target: Path, seconds: float = _STALE_SECONDS) -> None:
 def temporary_folder(target: Path) -> Path:
     """Create an empty folder `.NAME.tmp-…` next to `target`, to be renamed to it later."""
     clear_left(target)
-    return Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-{process_mark()}-", dir=target.parent))
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
@@ -111,7 +136,7 @@ def whole_file(target: Path) -> Iterator[Path]:
     """Give a path `.NAME.tmp-…` next to `target`, which is renamed to it at the end, or removed if the block fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     clear_left(target)
-    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary = target.with_name(f".{target.name}.tmp-{process_mark()}-{uuid.uuid4().hex[:8]}")
     try:
         yield temporary
         sync(temporary)

@@ -10,13 +10,23 @@ class LitPeftError(ValueError):
     """Bad input from the user: one paragraph that names the field, the value and the fix.
 
     The command line prints only the message (no traceback) and exits with status 2. Values may come from files that
-    somebody else wrote, so a message is cut after `MOST` characters.
+    somebody else wrote, so a message is cut after `MOST` characters, and its control characters are escaped.
     """
 
     MOST = 2000
 
     def __init__(self, message: str) -> None:
-        super().__init__(message if len(message) <= self.MOST else f"{message[: self.MOST]}…")
+        super().__init__(printable(message if len(message) <= self.MOST else f"{message[: self.MOST]}…"))
+
+
+def printable(text: str) -> str:
+    """Return a text in one line without characters that would control a terminal, which are escaped (`\\x1b`).
+
+    Line breaks, marks that change the direction of the text, and lone surrogates are escaped as well.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def closest(name: str, choices: Iterable[str], n: int = 3) -> str:

@@ -10,7 +10,10 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lit_peft.util.errors import LitPeftError
+from lit_peft.util.errors import LitPeftError, printable
+
+# How deep into a value messages look.
+_DEPTH = 20
 
 
 def check_types(owner: Any, values: Mapping[str, Any], where: str = "") -> None:
@@ -34,9 +37,38 @@ def check_types(owner: Any, values: Mapping[str, Any], where: str = "") -> None:
 
 
 def brief(value: Any, most: int = 80) -> str:
-    """Return a value as a string for a message, cut after `most` characters."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}…"
+    """Return a value as a string for a message, cut after `most` characters.
+
+    Only that much of it is looked at: a value from a file can have millions of parts, or repeat one part as often.
+    """
+    text = _start(value, most + 1)
+    return printable(text if len(text) <= most else f"{text[:most]}…")
+
+
+def _start(value: Any, most: int, depth: int = 0) -> str:
+    """Return the beginning of `repr(value)`, of `most` characters or more."""
+    kind = type(value)
+    if kind is str or kind is bytes:
+        return repr(value[:most])
+    if kind is int and value.bit_length() > 4 * most:
+        return f"an integer of {value.bit_length():,} bits"
+    if not isinstance(value, (dict, list, tuple, set, frozenset)) or not value:
+        # Tensors would print their values.
+        return repr(value) if not hasattr(value, "shape") else f"{kind.__name__} of shape {brief(tuple(value.shape))}"
+    if depth == _DEPTH:
+        return "…"
+    parts: list[str] = []
+    length = 2
+    for part in value.items() if isinstance(value, dict) else value:
+        if length > most:
+            break
+        pair = part if isinstance(value, dict) else (part,)
+        parts.append(": ".join(_start(item, most, depth + 1) for item in pair))
+        length += len(parts[-1]) + 2
+    is_tuple = isinstance(value, tuple)
+    inside = ", ".join(parts) + ("," if is_tuple and len(value) == 1 else "")
+    opening, closing = "()" if is_tuple else "[]" if isinstance(value, list) else "{}"
+    return f"{kind.__name__}({{{inside}}})" if kind is frozenset else f"{opening}{inside}{closing}"
 
 
 @cache
