@@ -251,3 +251,20 @@ def test_predictions_need_no_answer(decoder: Path, tmp_path: Path) -> None:
         data = InstructionData(base=str(decoder), predict=lines(tmp_path / "p.jsonl", row), chat_template=CHATML)
         text = data.tokenizer.decode(data.examples("predict")[0]["input_ids"])
         assert "the film" in text and "good" not in text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_several_forms_are_read_together(streaming: bool, decoder: Path, tmp_path: Path) -> None:
+    rows = forms_of("it was", [("the film", "is good")], None)
+    names = ("alpaca", "sharegpt, system column", "messages", "text")
+    files = [lines(tmp_path / f"{at}.jsonl", rows[name]) for at, name in enumerate(names)]
+    data = chats(decoder, files, streaming=streaming, batch_size=4, shuffle_buffer=1)  # type: ignore[arg-type]
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    found = {
+        tuple(ids[mask.bool()].tolist())
+        for b in batches
+        for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
+    }
+    assert sum(len(batch["input_ids"]) for batch in batches) == 4 and len(found) == 1
+    assert "film" in data.tokenizer.decode(found.pop())

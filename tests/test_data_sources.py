@@ -444,12 +444,16 @@ def test_the_command_line_and_yaml_take_every_form(
     assert "examples of an epoch" in out and "val_loss/one" in out and "best val_loss" in out
 
 
-def test_sources_of_different_forms_are_not_mixed_up(decoder: Path, tmp_path: Path) -> None:
+def test_sources_of_different_forms_give_the_same_examples(decoder: Path, tmp_path: Path) -> None:
     pairs = write(tmp_path / "a.jsonl", [{"instruction": "a film", "input": "", "output": "good"}])
     chat = [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "good"}]
     chats = write(tmp_path / "b.jsonl", [{"messages": chat}])
     made = lit_peft.InstructionData(
-        base=str(decoder), train=[pairs, chats], chat_template="{% for m in messages %}{{ m.content }} </s>{% endfor %}"
+        base=str(decoder),
+        train=[pairs, chats],
+        chat_template="{% for m in messages %}{{ m.content }} </s>{% endfor %}",
+        validation_fraction=0.0,
     )
-    with pytest.raises(LitPeftError, match=r"b.jsonl' has rows of another form than '\S+a.jsonl'"):
-        made.setup("fit")
+    made.setup("fit")
+    first, second = (dict(example) for example in made.examples("train"))
+    assert first == second

@@ -177,6 +177,7 @@ def test_chats_without_their_column_named_need_a_chat_template(decoder: Path, tm
     chat = [{"role": "user", "content": "good"}, {"role": "assistant", "content": "film"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"id": 1, "messages": chat}) + "\n")
     for streaming in (False, True):
-        data = InstructionData(base=str(decoder), train=str(tmp_path / "a.jsonl"), streaming=streaming)
+        file = str(tmp_path / "a.jsonl")
+        data = InstructionData(base=str(decoder), train=file, streaming=streaming, validation_fraction=0)
         with pytest.raises(LitPeftError, match=r"has chats \(column 'messages'\), but .* has no chat template"):
             data.setup("fit")

@@ -239,9 +239,9 @@ class ChatRenderer:
             # Some templates add no generation prompt after a tool's result, but a header before the answer.
             head = self._head if is_answer and whole.startswith(self._head, len(before)) else ""
             return Turn(self._open(whole), len(before + head), whole)
-        prompt = self._common(before, self.render(messages[:index], **extra).removesuffix(self._closing))
+        prompt = _common(self.tokenizer, before, self.render(messages[:index], **extra).removesuffix(self._closing))
         # The generation prompt may begin an answer in a way that this one does not continue, such as with reasoning.
-        if is_answer and (start := self._common(before, whole)) >= prompt:
+        if is_answer and (start := _common(self.tokenizer, before, whole)) >= prompt:
             return Turn(self._open(whole), start, whole, continues_prompt=False)
         # The answer may change earlier turns (gpt-oss drops their reasoning); it is learned after what is there before.
         tail = _after_suffix(before, whole, least=len(before) - prompt + 1) if is_answer else None
@@ -319,31 +319,33 @@ class ChatRenderer:
         ends = not self._closing or not content or not turn.text.endswith(content)
         return ends and text.startswith(turn.text)
 
-    def _common(self, first: str, second: str) -> int:
-        """Return the number of characters in the tokens with which both texts begin."""
-        a, b = (
-            self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            for text in (first, second)
-        )
-        end = 0
-        for one, other, offset in zip(a["input_ids"], b["input_ids"], a["offset_mapping"], strict=False):
-            if one != other:
-                break
-            end = offset[1]
-        return end
-
-    def unused_fields(self, names: Iterable[str]) -> list[str]:
-        """Return the names that the template's source does not contain."""
-        template = self.tokenizer.chat_template
-        source = "".join(template.values()) if isinstance(template, dict) else str(template)
-        has_reasoning = any(name in source for name in REASONING_FIELDS)
-        return [name for name in names if name not in source and not (name in REASONING_FIELDS and has_reasoning)]
-
     def end_of_turn(self) -> str | None:
         """Return what the template puts after the assistant's text; None if this cannot be found out."""
         chat = self.clean([{"role": role, "content": text} for role, text in _PROBE_CHAT[:2]])
         _, answer, tail = self._probe(*chat).rpartition(_PROBE_CHAT[1][1])
         return (tail.strip() or self._borrowed_end) if answer else None
+
+
+def unused_fields(tokenizer: Any, names: Iterable[str]) -> list[str]:
+    """Return the names that the source of a tokenizer's chat template does not contain."""
+    template = tokenizer.chat_template
+    source = "".join(template.values()) if isinstance(template, dict) else str(template)
+    has_reasoning = any(name in source for name in REASONING_FIELDS)
+    return [name for name in names if name not in source and not (name in REASONING_FIELDS and has_reasoning)]
+
+
+def _common(tokenizer: Any, first: str, second: str) -> int:
+    """Return the number of characters in the tokens with which both texts begin."""
+    a, b = (
+        tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for text in (first, second)
+    )
+    end = 0
+    for one, other, offset in zip(a["input_ids"], b["input_ids"], a["offset_mapping"], strict=False):
+        if one != other:
+            break
+        end = offset[1]
+    return end
 
 
 def _after_suffix(before: str, whole: str, least: int) -> str | None:

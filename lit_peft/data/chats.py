@@ -128,7 +128,7 @@ def read_row(batch: dict[str, list[Any]], row: int, form: Form, filled: Sequence
     Raises:
         ValueError: the row cannot be read.
     """
-    names = [name for name in (*form.columns, *form.optional) if name in batch]
+    names = [name for name in form.all_columns if name in batch]
     cells = {name: _without_nulls(batch[name][row]) if name in filled else batch[name][row] for name in names}
     return read_conversation(cells, form, with_answer)
 
@@ -168,12 +168,12 @@ def encode_chats(
     renderer = ChatRenderer(tokenizer)
     learning = () if prompts_only else ("labels", "supervised", "lost", "kept", "left_out")
     out: dict[str, list[Any]] = {name: [] for name in ("input_ids", "length", *learning)}
-    for row in range(len(batch[form.first])):
+    for row in range(len(next(iter(batch.values())))):
         cells = {name: batch[name][row] for name in template_columns}
         cells = {name: _without_nulls(cell) if name in filled_columns else cell for name, cell in cells.items()}
         extra = _template_arguments(cells, row)
         try:
-            given = read_row(batch, row, form, filled_columns, with_answer=not prompts_only or form.second is None)
+            given = read_row(batch, row, form, filled_columns, with_answer=not prompts_only)
         except ValueError as problem:
             raise RowError(row, f"{problem}.") from problem
         try:

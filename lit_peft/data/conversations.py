@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lit_peft.data.prompt_templates import parse_history
@@ -39,6 +39,7 @@ class Form:
         system: the column of the system prompt.
         history: the column of earlier questions and answers.
         has_messages: the cells of `first` are messages, so only a chat template can render them.
+        others: the forms of rows that have nothing in this form's columns.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Form:
     system: str | None = None
     history: str | None = None
     has_messages: bool = False
+    others: tuple[Form, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -59,8 +61,19 @@ class Form:
         """The columns that are read if a table has them."""
         return tuple(name for name in (self.input, self.system, self.history) if name is not None)
 
+    @property
+    def all_columns(self) -> tuple[str, ...]:
+        """The columns of this form and of the others, optional ones too."""
+        return tuple(dict.fromkeys(name for form in (self, *self.others) for name in (*form.columns, *form.optional)))
+
+    def of_row(self, cells: Mapping[str, Any]) -> Form:
+        """Return the form of a row: the first that has a value in its first column."""
+        return next((form for form in (self, *self.others) if cells.get(form.first) is not None), self)
+
     def describe(self) -> str:
         """Return the form in words, for the banner."""
+        if self.others:
+            return " and ".join(replace(form, others=()).describe() for form in (self, *self.others))
         names = " and ".join(map(repr, self.columns))
         what = {
             "messages": "chats",
@@ -158,6 +171,7 @@ def read_conversation(cells: Mapping[str, Any], form: Form, with_answer: bool = 
     Raises:
         ValueError: the row cannot be read; the text says why, with the column's name.
     """
+    form = form.of_row(cells)
     if form.second is None:
         messages = _of_column(form.first, cells.get(form.first), read_messages)
     else:

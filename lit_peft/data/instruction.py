@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.chat_rendering import ChatRenderer
+from lit_peft.data.chat_rendering import ChatRenderer, unused_fields
 from lit_peft.data.chats import (
     TEMPLATE_COLUMNS,
     chat_problem,
@@ -20,13 +19,12 @@ from lit_peft.data.chats import (
 from lit_peft.data.conversations import Form, check_format, find_form
 from lit_peft.data.files import column_values
 from lit_peft.data.notes import share_of
-from lit_peft.data.prompt_templates import TEMPLATES, fill_template, parse_history
+from lit_peft.data.prompt_templates import TEMPLATES, fill_template, parse_history, read_template
 from lit_peft.data.rows import RowError, Rows, Split, require_text, text_key
 from lit_peft.data.settings import refuse_unused
 from lit_peft.data.supervised import SupervisedData, encode_answers
-from lit_peft.models.sources import PACKAGE_PREFIX, resolve_packaged_file
 from lit_peft.models.tokenization import stop_tokens
-from lit_peft.util.errors import LitPeftError, closest, first_line
+from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.type_checks import brief
 
 if TYPE_CHECKING:
@@ -164,11 +162,6 @@ class InstructionData(SupervisedData):
         self.optional_columns = self._optional_columns(form)
         if set(form.columns) <= set(table.column_names):
             style = self.style(form)
-            if style == "chat" and not getattr(self.tokenizer, "chat_template", None):
-                raise LitPeftError(
-                    f"{field} {source!r} has {form.describe()}, but the tokenizer of {self.base!r} has no chat "
-                    "template; set data.chat_template, or use the instruct version of the base model."
-                )
             by = "rendered by the tokenizer's chat template" if style == "chat" else f"in the form {style!r}"
             if style == "chat" and not form.has_messages and self.template is None:
                 kept = "'alpaca' keeps Alpaca's form" if form.kind == "alpaca" else "'plain' keeps the plain text"
@@ -183,7 +176,18 @@ class InstructionData(SupervisedData):
         for name in table.column_names:
             first = (table[index][name] for index in range(min(len(table), _ROWS_TO_SEARCH)))
             values[name] = next((value for value in first if value is not None), None)
-        return find_form(values, self._alpaca, self.format, self.messages_column)
+        form = find_form(values, self._alpaca, self.format, self.messages_column)
+        if self.format is not None or self.messages_column is not None:
+            return form
+        # Files of several forms, one under the other: the rows of one have nothing in the columns of the others.
+        forms = [form]
+        while set(forms[-1].columns) <= values.keys():
+            values = {name: value for name, value in values.items() if name not in forms[-1].columns}
+            forms.append(find_form(values, self._alpaca, None, None))
+        others = tuple(forms[1:-1])
+        if not others or None not in column_values(table, form.first):
+            return form
+        return replace(form, has_messages=True, others=others)
 
     def style(self, form: Form) -> str:
         """Return how rows of this form are rendered: see `template`."""
@@ -200,7 +204,8 @@ class InstructionData(SupervisedData):
     def duplicate_key(self, table: Dataset) -> Callable[[int], Hashable]:
         """The prompt or the chat, with the optional columns."""
         form = self.form_of(table)
-        return text_key(table, [form.first, *self._optional_columns_of(table, form)])
+        needed = [form.first] if not form.others else [part.first for part in (form, *form.others)]
+        return text_key(table, [*needed, *self._optional_columns_of(table, form)])
 
     def check_rows(self, rows: Rows, split: Split) -> Rows:
         """Every row needs an answer; the messages of chats need a role and a content."""
@@ -218,7 +223,8 @@ class InstructionData(SupervisedData):
         chats = self._chats(rows, form, needs_answer)
         for index, messages in chats.items():
             if problem := chat_problem(messages, needs_answer, self.learn):
-                raise LitPeftError(f"{rows.locate(index)}, column {form.first!r}: {problem}.")
+                where = "" if form.others else f", column {form.first!r}"
+                raise LitPeftError(f"{rows.locate(index)}{where}: {problem}.")
         if not needs_answer or self.train_on_inputs:
             return rows
         kept = [index for index, messages in chats.items() if learned_turns(messages, self.learn)]
@@ -237,13 +243,13 @@ class InstructionData(SupervisedData):
         Raises:
             LitPeftError: names the first row that cannot be read.
         """
-        names = [name for name in (*form.columns, *form.optional) if name in rows.table.column_names]
+        names = [name for name in form.all_columns if name in rows.table.column_names]
         batch = {name: column_values(rows.table, name) for name in names}
         filled = _filled_columns(rows.table)
         found = {}
         for index in rows.indices:
             try:
-                found[index] = read_row(batch, index, form, filled, needs_answer or form.second is None)
+                found[index] = read_row(batch, index, form, filled, needs_answer)
             except ValueError as problem:
                 raise LitPeftError(f"{rows.locate(index)}: {problem}.") from problem
         return found
@@ -253,6 +259,11 @@ class InstructionData(SupervisedData):
         form = self.form_of(rows.table)
         style = self.style(form)
         if style == "chat":
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise LitPeftError(
+                    f"{rows.field} {rows.source!r} has {form.describe()}, but the tokenizer of {self.base!r} has no "
+                    "chat template; set data.chat_template, or use the instruct version of the base model."
+                )
             names = [name for name in TEMPLATE_COLUMNS if name in rows.table.column_names]
             self._note_template(rows, split, form, names)
             return self.encode_supervised(
@@ -277,7 +288,8 @@ class InstructionData(SupervisedData):
         )
 
     def _optional_columns(self, form: Form) -> tuple[str, ...]:
-        return (*form.optional, *TEMPLATE_COLUMNS) if self.style(form) == "chat" else form.optional
+        columns = form.all_columns if form.others else form.optional
+        return (*columns, *TEMPLATE_COLUMNS) if self.style(form) == "chat" else columns
 
     def _optional_columns_of(self, table: Dataset, form: Form) -> list[str]:
         return [column for column in self._optional_columns(form) if column in table.column_names]
@@ -288,7 +300,7 @@ class InstructionData(SupervisedData):
         used = [column for column in columns if column != TEMPLATE_COLUMNS[-1] and any(column_values(table, column))]
         used = ["tools" if column == "functions" else column for column in used]
         fields = template_fields(self._chats(rows, form, not self.generates(split)).values())
-        unused = renderer.unused_fields(dict.fromkeys([*used, *fields]))
+        unused = unused_fields(self.tokenizer, dict.fromkeys([*used, *fields]))
         if unused:
             self.notes.add(f"{rows.field}: the chat template does not read {', '.join(map(repr, unused))}.")
         if not self.generates(split) and not self._checked_end:
@@ -324,27 +336,6 @@ def _filled_columns(table: Dataset) -> list[str]:
 
     plain = (datasets.Json, datasets.Value)
     return [name for name, feature in table.features.items() if not isinstance(feature, plain)]
-
-
-def read_template(value: str) -> str:
-    """Return a chat template, given as itself or as the path of its file, which may be in an installed package.
-
-    Raises:
-        LitPeftError: it is neither, or the file cannot be read.
-    """
-    if "{" in value:
-        return value
-    try:
-        if value.startswith(PACKAGE_PREFIX):
-            return resolve_packaged_file(value, "data.chat_template").read_text("utf-8")
-        return Path(value).expanduser().read_text("utf-8")
-    except LitPeftError:
-        raise
-    except (OSError, ValueError) as problem:
-        raise LitPeftError(
-            f"data.chat_template {value!r} is neither a template nor a readable file ({first_line(problem)}); give "
-            "one of them."
-        ) from problem
 
 
 def encode_instructions(

@@ -1,10 +1,14 @@
-"""Prompts in Alpaca's form."""
+"""Prompts in Alpaca's form, and chat templates in files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from lit_peft.models.sources import PACKAGE_PREFIX, resolve_packaged_file
+from lit_peft.util.errors import LitPeftError, first_line
 
 _OPENING = "Below is an instruction that describes a task"
 _INPUT = ", paired with an input that provides further context"
@@ -61,3 +65,24 @@ def parse_history(cell: Any) -> list[tuple[str, str]]:
     if not is_list or not all(isinstance(pair, list) and len(pair) == 2 and None not in pair for pair in cell):
         raise ValueError("it is not a list of [instruction, answer] pairs")
     return [(str(asked), str(answer)) for asked, answer in cell]
+
+
+def read_template(value: str) -> str:
+    """Return a chat template, given as itself or as the path of its file, which may be in an installed package.
+
+    Raises:
+        LitPeftError: it is neither, or the file cannot be read.
+    """
+    if "{" in value:
+        return value
+    try:
+        if value.startswith(PACKAGE_PREFIX):
+            return resolve_packaged_file(value, "data.chat_template").read_text("utf-8")
+        return Path(value).expanduser().read_text("utf-8")
+    except LitPeftError:
+        raise
+    except (OSError, ValueError) as problem:
+        raise LitPeftError(
+            f"data.chat_template {value!r} is neither a template nor a readable file ({first_line(problem)}); give "
+            "one of them."
+        ) from problem

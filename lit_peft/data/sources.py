@@ -201,7 +201,7 @@ def read_rows(data: Any, split: Split) -> Rows | None:
         LitPeftError: a source is missing or broken, lacks a column, or no row is left.
     """
     sets = source_sets(data, split)
-    field, columns = f"data.{split}", None
+    field = f"data.{split}"
     where = {} if split == "predict" else data.where
     parts: list[Rows] = []
     groups: list[tuple[str, float | None, int]] = []
@@ -211,14 +211,7 @@ def read_rows(data: Any, split: Split) -> Rows | None:
             start = len(parts)
             for piece in pieces_of(data, source, split):
                 table = piece.table(data, split)
-                # A table may determine which columns are read.
-                before, columns = columns, data.columns(split)
-                if before not in (None, columns):
-                    raise LitPeftError(
-                        f"{field} {piece.name!r} has rows of another form than {parts[-1].source!r}: one has the "
-                        f"columns {_names(columns)}, and the other {_names(before)}. Rename the columns of one source "
-                        "({path: FILE, columns: {NEW: OLD}}), or convert the file."
-                    )
+                columns = data.columns(split)  # InstructionData finds them in the table
                 parts.append(select_rows(table, field, piece.name, columns, {}))
                 used = (*columns.values(), *data.optional_columns, *where)
                 note_unused_columns(data.notes, field, table.column_names, used)
@@ -229,10 +222,6 @@ def read_rows(data: Any, split: Split) -> Rows | None:
     if not parts:
         return None
     return keep_where(join_rows(parts, ", ".join(map(str, sets)), groups), where)
-
-
-def _names(columns: Mapping[str, str | None]) -> str:
-    return ", ".join(repr(name) for name in columns.values() if name is not None)
 
 
 def select_rows(
