@@ -172,7 +172,7 @@ def test_wrong_input_is_reported(bare: dict[str, str], tmp_path: Path, capsys: p
     for more, words in {
         ("--split", "tset", "--data.chat_template", CHAT): "--split tset is not in the data: use one of train",
         ("--examples", "0"): "--examples 0",
-        ("--data.learns", "answers"): "data.learns is not a setting",
+        ("--data.learns", "answers"): "'learns' is not a setting",
         (): "no chat template",
     }.items():
         assert main(["data", *given, *more]) == 2
