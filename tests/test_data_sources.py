@@ -7,6 +7,7 @@ import collections
 import gzip
 import json
 import lzma
+import random
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +327,7 @@ def test_streams_of_several_files_are_packed_and_resume(
     decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "BATCHES_PER_BLOCK", 2)
-    draw = __import__("random").Random(0)
+    draw = random.Random(0)
     rows = [" ".join(draw.choices(WORDS, k=draw.randint(1, 12))) for _ in range(300)]
     files = [write(tmp_path / "a.jsonl", rows[:200]), write(tmp_path / "b.jsonl", rows[200:])]
     settings: dict[str, Any] = {"streaming": True, "packing": True, "max_length": 32}
