@@ -7,6 +7,7 @@ import collections
 import gzip
 import json
 import lzma
+import random
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def test_an_error_names_the_file_and_its_row(stream: bool, decoder: Path, tmp_pa
         ("train", {"a.jsonl": 0}, "the weight of 'a.jsonl' is 0; give a number above 0"),
         ("train", {"a.jsonl": 1, "b.jsonl": "x"}, "the weight of 'b.jsonl' is 'x'"),
         ("train", [{"path": "a.jsonl", "weight": 1}, "b.jsonl"], "gives 'a.jsonl' a weight and 'b.jsonl' none"),
-        ("train", [{"path": "a.jsonl", "weigth": 1}], "'weigth', which is not one of path, weight, columns"),
+        ("train", [{"path": "a.jsonl", "share": 1}], "'share', which is not one of path, weight, columns"),
         ("train", [{"weight": 1}], "a source whose path is None"),
         ("train", {"path": "a.jsonl", "columns": ["x"]}, r"columns of 'a.jsonl' is \['x'\]"),
         ("train", {"one": "a.jsonl", "two": "b.jsonl"}, "only data.validation and data.test may have several sets"),
@@ -326,7 +327,7 @@ def test_streams_of_several_files_are_packed_and_resume(
     decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "BATCHES_PER_BLOCK", 2)
-    draw = __import__("random").Random(0)
+    draw = random.Random(0)
     rows = [" ".join(draw.choices(WORDS, k=draw.randint(1, 12))) for _ in range(300)]
     files = [write(tmp_path / "a.jsonl", rows[:200]), write(tmp_path / "b.jsonl", rows[200:])]
     settings: dict[str, Any] = {"streaming": True, "packing": True, "max_length": 32}
