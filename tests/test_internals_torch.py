@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from models import make
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_peft.nn.torch_internals import (
     DtypeKeepingDict,
+    compile_training_calls,
     computed_buffers,
     copy_all_,
     function_transforms_are_active,
@@ -19,6 +21,7 @@ from lit_peft.nn.torch_internals import (
     is_compiled,
     lerp_all_,
     own_parameter,
+    restore_calls,
     saved_factors,
     torch_handles_saved_tensors,
     version_of,
@@ -146,3 +149,35 @@ def test_a_dictionary_of_modules_moves_and_is_never_cast() -> None:
     assert {tensor.dtype for tensor in kept.state_dict().values()} == {torch.float32, torch.int64}
     assert outer[1].weight.dtype == torch.bfloat16
     assert outer.to("meta")[0]["norm"].weight.is_meta
+
+
+def test_only_training_calls_are_compiled_and_hooks_that_change_are_noticed() -> None:
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        calls.append(len(inputs))
+        return graph.forward
+
+    class Layer(nn.Linear):  # torch does not compile its own modules alone
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    torch._dynamo.reset()
+    layer, x = Layer(3, 3), torch.ones(2, 3)
+    compile_training_calls(layer, backend)
+    plain = layer.eval()(x)
+    with torch.no_grad():
+        layer.train()(x)
+    assert not calls
+    torch.testing.assert_close(layer(x), plain)
+    layer(torch.ones(5, 3))
+    assert len(calls) == 1
+    hook = layer.register_forward_hook(lambda module, args, output: 2 * output)
+    torch.testing.assert_close(layer(x), 2 * plain)
+    hook.remove()
+    torch.testing.assert_close(layer(x), plain)
+    compiled = len(calls)
+    restore_calls(layer)
+    layer(torch.ones(7, 3, requires_grad=True))
+    assert len(calls) == compiled
+    torch._dynamo.reset()
