@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from lit_peft.cli import main
 
@@ -54,6 +55,27 @@ def test_a_recipe_runs(
     assert main(["fit", *given, *quiet, "--trainer.max_steps", "2"]) == 0
     assert "train_loss" in capsys.readouterr().out
     assert (tmp_path / "runs" / "version_0" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_the_recipe_that_goes_on_from_an_adapter(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    recipes = ROOT / "configs" / "recipes"
+    small_run = ["--model.base", str(small), "--data.max_length", "1024", "--trainer.enable_progress_bar", "false"]
+    short = [*small_run, "--trainer.max_steps", "2", "--trainer.default_root_dir"]
+    assert main(["fit", "--config", str(recipes / "axolotl_instruct_lora.yaml"), *short, str(tmp_path / "first")]) == 0
+    adapter = tmp_path / "first" / "version_0" / "adapter"
+    capsys.readouterr()
+    config = ["--config", str(recipes / "continue_from_adapter.yaml"), "--model.adapter", str(adapter)]
+    assert main(["fit", *config, *short, str(tmp_path / "second")]) == 0
+    assert f"training starts from the weights in {adapter}" in capsys.readouterr().out
+    first, second = (
+        load_file(tmp_path / run / "version_0" / "adapter" / "adapter_model.safetensors") for run in ("first", "second")
+    )
+    changes = [(second[name] - tensor).abs().max() for name, tensor in first.items()]
+    assert first.keys() == second.keys() and 0 < max(changes) < 0.01
 
 
 @pytest.mark.parametrize(
