@@ -45,6 +45,9 @@ class ActivationCache(Callback):
             has to differ in each epoch); at the first step, if something below the cut is trained, e.g. a prompt.
     """
 
+    # It finds the tokens of a row by the mask.
+    needs_attention_mask = True
+
     def __init__(self, folder: str | None = None, max_gb: float = 16.0) -> None:
         self.folder, self.max_gb = folder, max_gb
         self.hits = self.misses = 0

@@ -189,3 +189,10 @@ def test_a_logger_whose_package_is_missing_is_one_line(
     assert main([*command, "--trainer.logger", "lightning.pytorch.loggers.CometLogger"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "needs a package that is not installed" in said and "comet" in said
+
+
+def test_a_trainer_that_is_no_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("trainer: true\n")
+    config = ["--config", str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")]
+    assert main(["fit", *config, "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "trainer: True in a configuration: give the settings of the Trainer" in capsys.readouterr().err

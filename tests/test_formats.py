@@ -58,7 +58,6 @@ READ: list[tuple[str, dict[str, Any]]] = [
 ]
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lora_bias": True}, "lora_bias"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
     ({"target_parameters": ["mlp.gate_proj.weight"]}, "target_parameters"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),

@@ -114,6 +114,8 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse unknown settings, and fill in those that depend on others: the tokenizer and the number of epochs."""
         config = self.config[self.subcommand]
+        if not hasattr(config.trainer, "max_steps"):
+            raise LitPeftError(f"trainer: {config.trainer!r} in a configuration: give the settings of the Trainer.")
         check_names(self.arguments, config)
         if self.subcommand == "fit" and _never_ends(config.trainer):
             config.trainer.max_epochs = DEFAULT_EPOCHS

@@ -96,8 +96,12 @@ def check_stages(module: Any, *stages: str) -> None:
     if not module.started:
         check_start(module, None)
     data = datamodule_of(module)
-    # Ranks that share a batch (tensor parallelism) have parts of the logits, which cannot be compared as they are.
-    module.task.pads_right = getattr(data, "padding_side", "left") != "left" and module.device_mesh is None
+    callbacks = getattr(trainer_of(module), "callbacks", ())
+    module.task.pads_right = (
+        getattr(data, "padding_side", "left") != "left"
+        and module.device_mesh is None  # ranks that share a batch have parts of the logits, which cannot be compared
+        and not any(getattr(callback, "needs_attention_mask", False) for callback in callbacks)
+    )
     if not hasattr(data, "extent"):
         return
     if module.task.new_head:
