@@ -519,7 +519,7 @@ def test_a_copy_of_a_prefix_computes_its_own_table() -> None:
     with torch.no_grad():
         prefix.layer(prefix.slots[0], like)
         copied = copy.deepcopy(prefix)
-        assert copied._latest is None and copied._kept is None
+        assert copied.slots[0].latest is None and copied._kept is None
         copied.embedding.add_(1.0)
         assert not torch.equal(copied.layer(copied.slots[0], like)[0], prefix.layer(prefix.slots[0], like)[0])
 

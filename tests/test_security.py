@@ -67,6 +67,6 @@ def test_the_limits_are_those_of_the_code() -> None:
     from lit_peft.formats import untrusted
     from lit_peft.util import expressions
 
-    assert (untrusted.MAX_JSON, untrusted.MAX_HEADER, untrusted.MAX_TENSORS) == (4 * 2**20, 8 * 2**20, 50_000)
+    assert (untrusted.MAX_JSON, untrusted.MAX_HEADER, untrusted.MAX_TENSORS) == (4 * 2**20, 8 * 2**20, 30_000)
     assert untrusted.MAX_PICKLE == 2 * 2**20 and 4 * untrusted.SPARE_ELEMENTS == 16 * 2**20
     assert expressions.SECONDS == 0.5 and export.MAX_VALUES == 100_000

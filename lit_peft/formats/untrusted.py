@@ -21,7 +21,7 @@ from lit_peft.util.type_checks import brief
 
 # An adapter's settings are a few KB; a safetensors header has about 100 bytes for each tensor.
 MAX_JSON, MAX_HEADER = 4 * 2**20, 8 * 2**20
-MAX_TENSORS, MAX_PARTS = 50_000, 300_000
+MAX_TENSORS, MAX_PARTS = 30_000, 300_000
 # The list of what is in a pickled file has about 80 bytes for each tensor, and so has the pickle itself.
 MAX_DIRECTORY, MAX_PICKLE = 2**21, 2**21
 # Names of modules that a folder can list to be trained in full: each is compared with all modules of the model.
