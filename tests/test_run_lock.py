@@ -67,11 +67,7 @@ def test_a_process_may_lock_a_folder_twice(tmp_path: Path) -> None:
 
 def test_a_workers_life_does_not_prolong_the_lock(tmp_path: Path) -> None:
     """Workers of a data loader live on for seconds after `kill -9` of their owner."""
-    code = (
-        "import os; lock_folder(Path(sys.argv[1]))\n"
-        "if not os.fork(): print(os.getpid(), flush=True)\n"
-        "time.sleep(60)"
-    )
+    code = "import os; lock_folder(Path(sys.argv[1]))\nif not os.fork(): print(os.getpid(), flush=True)\ntime.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", HOLD + code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     child = int(process.stdout.readline())
