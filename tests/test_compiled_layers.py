@@ -190,7 +190,11 @@ def test_a_compiler_that_fails_is_one_warning_and_the_same_run(
 
 
 @pytest.mark.heavy
-def test_a_run_with_compiled_layers_trains_the_same_weights(encoder: Path, reviews: Path) -> None:
+def test_a_run_with_compiled_layers_trains_the_same_weights(
+    encoder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Inductor would draw other numbers for the dropout of the base.
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
     compiled, plain = (fit(encoder, reviews, compile=on) for on in (True, False))
     assert counters["frames"]["total"] and any(is_compiled(layer) for layer in compiled.modules())
     torch.testing.assert_close(weights(compiled), weights(plain), rtol=1e-3, atol=1e-5)
