@@ -107,14 +107,15 @@ class LayerPrefix:
     Args:
         prefix: the prefix of all layers.
         index: the layer's index in it.
-
-    Attributes:
-        heads: the number of heads that have keys in the prefix.
     """
 
     def __init__(self, prefix: Prefix, index: int) -> None:
         self.prefix, self.slot = prefix, prefix.slots[index]
-        self.heads = prefix.shapes[index][0]
+
+    @property
+    def heads(self) -> int:
+        """The number of heads that have keys in the prefix."""
+        return self.slot.shape[0]
 
     @property
     def length(self) -> int:

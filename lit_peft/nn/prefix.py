@@ -33,15 +33,19 @@ class PrefixSlot:
 
     Layers have a slot each and do not look up their number in a list: `torch.compile` would then compile every layer by
     itself.
+
+    Attributes:
+        shape: (heads, head_dim) of the keys.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
         self.call = _SlotCall()
         self.latest: KeysAndValues | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # The computed keys and values belong to the graph of one pass, so they are neither copied nor saved.
-        return {"call": self.call, "latest": None}
+        return {**self.__dict__, "latest": None}
 
 
 class Prefix(nn.Module):
@@ -91,7 +95,8 @@ class Prefix(nn.Module):
             raise LitPeftError(f"init_std={init_std}: give a standard deviation, e.g. 0.02, or 0 for zeros.")
         check(non_linearity=non_linearity, dropout=dropout)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_virtual_tokens, self.shapes, self.dropout = num_virtual_tokens, tuple(shapes), dropout
+        self.num_virtual_tokens, self.dropout = num_virtual_tokens, dropout
+        self.slots = tuple(PrefixSlot(shape) for shape in shapes)
         self.non_linearity = non_linearity
         width = 2 * sum(heads * size for heads, size in self.shapes)
         self.down: nn.Linear | None = None
@@ -103,9 +108,18 @@ class Prefix(nn.Module):
             self.up = nn.Linear(projection_size, width, **factory)
         self.embedding = nn.Parameter(torch.empty(num_virtual_tokens, hidden_size if self.up else width, **factory))
         nn.init.normal_(self.embedding, std=init_std)
-        self.slots = tuple(PrefixSlot() for _ in self.shapes)
         # Keys and values that were computed without gradients, and the state of the weights then.
         self._kept: tuple[tuple[Any, ...], list[KeysAndValues]] | None = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(heads, head_dim) of the keys of each layer; of this process's part where matrices are split."""
+        return tuple(slot.shape for slot in self.slots)
+
+    @shapes.setter
+    def shapes(self, shapes: Sequence[tuple[int, int]]) -> None:
+        for slot, shape in zip(self.slots, shapes, strict=True):
+            slot.shape = shape
 
     def forward(self) -> Tensor:
         """Return the table of keys and values, shape (v, 2 · Σ heads · head_dim)."""
