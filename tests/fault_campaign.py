@@ -185,7 +185,8 @@ class Campaign:
         size = self.run_whole(scenario)[3]
         room = self.folder / slug(scenario.name) / f"disk{number}"
         room.mkdir(parents=True)
-        kilobytes = self.draw.randint(8, max(8, int(0.9 * size / 1024)))
+        # Whole pages, because a file system in memory rounds its size up to them.
+        kilobytes = 4 * self.draw.randint(2, max(2, int(0.9 * size / 4096)))
         mount(room, "size", kilobytes)
         try:
             where = f"disk {number} ({kilobytes} kB of {size // 1024})"
