@@ -32,7 +32,7 @@ LOADERS = {
     ".txt": "text",
 }
 # Part of the name of every cached table: raise it when a function that makes such a table changes its result.
-_TABLES_VERSION = 5
+_TABLES_VERSION = 6
 # Of files with more columns than this only the used ones are read, in blocks of this many cells.
 _WIDE, _CELLS = 1_000, 1_000_000
 # Characters of a cell; an unclosed quote makes one cell of the rest of the file.

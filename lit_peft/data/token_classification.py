@@ -224,7 +224,10 @@ def encode_words(
         first_tokens(offsets, words) for offsets, words in zip(encoded["offset_mapping"], sentences, strict=True)
     ]
     out["length"] = lengths
-    out["lost"] = [len(words) - 1 - max(indices) for indices, words in zip(out["words"], sentences, strict=True)]
+    out["lost"] = [
+        len(words) - _words_kept(indices, tokenizer.truncation_side)
+        for indices, words in zip(out["words"], sentences, strict=True)
+    ]
     if tags_column is not None:
         tags = [[declared[tag] if declared else str(tag) for tag in row] for row in batch[tags_column]]
         rows = zip(out["words"], tags, strict=True)
@@ -236,6 +239,15 @@ def encode_words(
     if not with_words:
         del out["words"]
     return out
+
+
+def _words_kept(indices: list[int], truncation_side: str) -> int:
+    """Return how many words are left of a sentence, given what `first_tokens` returns for it."""
+    kept = [index for index in indices if index >= 0]
+    if not kept:
+        return 0
+    # Words without a token of their own are not lost.
+    return max(kept) + 1 - (min(kept) if truncation_side == "left" else 0)
 
 
 def first_tokens(offsets: list[tuple[int, int]], words: list[str]) -> list[int]:
