@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz_gguf import write_llama
 from models import close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -204,38 +205,9 @@ def llama() -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def gguf_file(llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as llama.cpp stores it: its names, and q and k with the halves of each head interleaved."""
-    gguf = pytest.importorskip("gguf")
-    from tokenizers.pre_tokenizers import ByteLevel
-
+    pytest.importorskip("gguf")
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    config = llama.config
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(8)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(259)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*sorted(ByteLevel.alphabet()), "ab", "<s>", "</s>"])
-    writer.add_token_types([1] * 257 + [3, 3])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(257)
-    writer.add_eos_token_id(258)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in llama.state_dict().items():
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in name:
-                tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_llama(file, llama)
     return file
 
 

@@ -18,9 +18,7 @@ HUGE = [0, 1, 255, 2**16, 2**31 - 1, 2**32, 2**40, 2**62, 2**64 - 1]
 
 def write_tiny(file: Path) -> None:
     """Write the model."""
-    import gguf
     import torch
-    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -28,14 +26,25 @@ def write_tiny(file: Path) -> None:
         vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     config.max_position_embeddings = 64
+    write_llama(file, LlamaForCausalLM(config))
+
+
+def write_llama(file: Path, model: Any) -> None:
+    """Write a Llama of 259 tokens as llama.cpp stores it: its names, and the halves of each head interleaved."""
+    import gguf
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    config = model.config
     writer: Any = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(16)
-    writer.add_feed_forward_length(16)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(259)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*sorted(ByteLevel.alphabet()), "ab", "<s>", "</s>"])
@@ -43,9 +52,12 @@ def write_tiny(file: Path) -> None:
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(257)
     writer.add_eos_token_id(258)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
-    for name, tensor in LlamaForCausalLM(config).state_dict().items():
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:
+                tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_peft.methods.attachment import MethodSettings, attachment_or_none
 from lit_peft.models.transformers_internals import attention_implementation
+from lit_peft.nn.evaluating import evaluating
 from lit_peft.util.errors import LitPeftError
 
 
@@ -57,14 +58,8 @@ def check_packing(model: Any) -> None:
     embeddings = model.get_input_embeddings().weight
     ids = (torch.tensor([[1, 2, 3, 9, 10, 11], [6, 7, 8, 9, 10, 11]]) % len(embeddings)).to(embeddings.device)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]]).to(ids)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            rows = [model(input_ids=row, position_ids=positions, use_cache=False).logits for row in ids.split(1)]
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model):
+        rows = [model(input_ids=row, position_ids=positions, use_cache=False).logits for row in ids.split(1)]
     one, other = (row[:, 3:].float() for row in rows)
     # Masked tokens have no weight at all; what differs comes from the way experts are batched.
     tolerance = 1e-4 if rows[0].dtype == torch.float32 else 1e-2

@@ -12,6 +12,7 @@ import torch
 
 from lit_peft.models.call_arguments import arguments
 from lit_peft.models.transformers_internals import warns_without_mask
+from lit_peft.nn.evaluating import evaluating
 
 
 def ignores_right_padding(model: Any) -> bool:
@@ -29,14 +30,8 @@ def ignores_right_padding(model: Any) -> bool:
     num_ids = len(model.get_input_embeddings().weight)
     ids = (torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8]]) % num_ids).to(model.device)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0]], device=ids.device)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            first, second = (model(input_ids=row).logits[0, :4] for row in ids.split(1))
-            masked = model(input_ids=ids[:1], attention_mask=mask).logits[0, :4]
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model):
+        first, second = (model(input_ids=row).logits[0, :4] for row in ids.split(1))
+        masked = model(input_ids=ids[:1], attention_mask=mask).logits[0, :4]
     tolerance = 1e-4 if masked.dtype == torch.float32 else 5e-2
     return torch.equal(first, second) and bool((first - masked).abs().max() <= tolerance * masked.abs().max())
