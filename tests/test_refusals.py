@@ -351,3 +351,8 @@ def test_of_taking_off_full_fine_tuning() -> None:
     model = lit_peft.attach(make("bert"), FullFineTuningSettings())
     with pytest.raises(LitPeftError, match="changes the base itself: load the base again"):
         lit_peft.detach(model)
+
+
+def test_of_task_settings_that_the_task_does_not_have() -> None:
+    with pytest.raises(LitPeftError, match="task_args has 'beta', which task='causal_lm' does not have: leave task_ar"):
+        lit_peft.LoRA(base="nowhere", task_args={"beta": 0.1})

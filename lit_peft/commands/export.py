@@ -14,7 +14,9 @@ from lit_peft.util.errors import LitPeftError, closest, printable
 from lit_peft.util.type_checks import brief
 
 # The settings of a module that a checkpoint may choose, besides those of its method: they name no code to load.
-FROM_CHECKPOINT = ("base", "revision", "task", "labels", "num_labels", "dtype", "adapter_dtype", "quantization")
+FROM_CHECKPOINT = (
+    *("base", "revision", "task", "task_args", "labels", "num_labels", "dtype", "adapter_dtype", "quantization"),
+)
 # A checkpoint's settings are few; this is more labels than a head has.
 MAX_VALUES = 100_000
 # How much of a config.yaml is looked at for the method's name, which is at the start.

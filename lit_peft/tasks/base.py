@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
+from lit_peft.methods.attachment import MethodSettings
 from lit_peft.methods.positions import count_positions
 from lit_peft.models.architectures import counts_over_mask, learned_positions
 from lit_peft.models.call_arguments import arguments
@@ -131,7 +132,7 @@ class Generation:
 
 
 class Task:
-    """The head, loss and metrics of one kind of problem.
+    """The head, loss and metrics of one kind of problem. The arguments of `__init__`, if any, are its settings.
 
     Attributes:
         name: how the user calls it.
@@ -139,6 +140,8 @@ class Task:
         heads: names of the head's modules over all architectures; those a model has are trained in full.
         labelled: whether the head has one output per label.
         new_head: whether the head may be a new one, for which the base has no weights.
+        packs: whether it can train on packed rows.
+        generates: whether it generates text, with the module's `generation`.
         extras: keys of a batch that the model does not take, used by metrics and predictions.
         monitor: the metric that selects the best checkpoint, and "min" or "max".
         positions: size of the model's table of position embeddings; None without one. Set by `prepare`.
@@ -150,6 +153,8 @@ class Task:
     heads: ClassVar[tuple[str, ...]] = ()
     labelled: ClassVar[bool] = False
     new_head: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
     extras: ClassVar[tuple[str, ...]] = ()
     monitor: tuple[str, str] = ("val_loss", "min")
     positions: int | None = None
@@ -171,6 +176,13 @@ class Task:
             f"task={self.name!r} needs a {kind} model, and transformers has none of model_type={config.model_type!r}: "
             "choose another base or another task."
         )
+
+    def check_method(self, settings: MethodSettings) -> None:
+        """Refuse a method that the task cannot use; called before anything is loaded.
+
+        Raises:
+            LitPeftError: names the method, and one to use instead.
+        """
 
     def prepare(self, model: Any) -> None:
         """Note what `forward` must know of the model. Called once, after the method is attached."""

@@ -38,6 +38,8 @@ class CausalLM(Task):
     name = "causal_lm"
     auto_class = "AutoModelForCausalLM"
     new_head = False
+    packs = True
+    generates = True
     extras = ("kind", "gold")
 
     def __init__(self) -> None:

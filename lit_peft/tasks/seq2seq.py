@@ -29,6 +29,7 @@ class Seq2Seq(Task):
     name = "seq2seq"
     auto_class = "AutoModelForSeq2SeqLM"
     new_head = False
+    generates = True
     extras = ("references",)
 
     def weight(self, batch: Batch) -> Tensor:

@@ -31,15 +31,14 @@ class DataChecks:
 
         Raises:
             LitPeftError: its new tokens are not the module's; or it is packed, and the method has virtual tokens or the
-                task is not `causal_lm`.
+                task cannot use packed rows.
         """
         check_tokens(self, data)
         if getattr(data, "packing", False):
             check_method(self.settings)
-            if self.task.name != "causal_lm":
+            if not self.task.packs:
                 raise LitPeftError(
-                    f"data.packing is set, and task={self.task.name!r}: only causal_lm can train on packed rows. "
-                    "Leave packing out."
+                    f"data.packing is set, and task={self.task.name!r} cannot train on packed rows: leave packing out."
                 )
 
     def take_labels(self, data: Any) -> None:

@@ -80,6 +80,7 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         neftune_noise_alpha: strength of uniform noise on the input embeddings during training (NEFTune), e.g. 5.
         adapter: folder of a trained adapter to start from, in the format of peft, of AdapterHub or our own. The method
             and its settings must be the folder's; those that are unset are taken from it.
+        task_args: settings of the task, if it has any.
     """
 
     settings: MethodSettings
@@ -111,6 +112,7 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         neftune_noise_alpha: float | None = None,
         adapter: str | None = None,
+        task_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         values = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -118,10 +120,12 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         settings = getattr(self, "settings", None)
         own = {} if settings is None else {field.name: getattr(settings, field.name) for field in fields(settings)}
         plain = {"optimizer_args": optimizer_args or {}, "generation": generation or {}}
-        plain["lr_scheduler_kwargs"] = lr_scheduler_kwargs or {}
+        plain.update(lr_scheduler_kwargs=lr_scheduler_kwargs or {}, task_args=task_args or {})
         self.save_hyperparameters({**subclass_arguments(self), **values, **own, **plain})
-        self.task = find_task(task)
-        check_settings(values)
+        self.task = find_task(task, task_args)
+        check_settings(values, self.task)
+        if settings is not None:
+            self.task.check_method(settings)
         self.model: Any = None
         self.val_metrics, self.test_metrics = DtypeKeepingDict(), DtypeKeepingDict()
         self.strict_loading = False

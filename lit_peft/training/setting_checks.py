@@ -9,13 +9,14 @@ import torch
 
 from lit_peft.models.generation import check_generation
 from lit_peft.models.quantization import check_quantization
+from lit_peft.tasks.base import Task
 from lit_peft.training.optimizer import find_optimizer
 from lit_peft.training.schedules import check_schedule
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
 
 
-def check_settings(values: Mapping[str, Any]) -> None:
+def check_settings(values: Mapping[str, Any], task: Task) -> None:
     """Refuse values of `BaseLM`'s arguments that are out of range.
 
     Raises:
@@ -35,8 +36,8 @@ def check_settings(values: Mapping[str, Any]) -> None:
         raise LitPeftError(f"compile={values['compile']!r} is not known: use True, False or 'auto'.")
     check_quantization(values["quantization"])
     check_generation(values["generation"] or {})
-    if values["generation"] and values["task"] not in ("causal_lm", "seq2seq"):
-        raise LitPeftError(f"generation is set, but task={values['task']!r} generates no text: leave generation out.")
+    if values["generation"] and not task.generates:
+        raise LitPeftError(f"generation is set, but task={task.name!r} generates no text: leave generation out.")
 
 
 def _check_optimization(values: Mapping[str, Any]) -> None:
