@@ -10,7 +10,6 @@ from lit_peft.data.base import LitDataModule, pad_collator
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values
-from lit_peft.data.labels import parse_number
 from lit_peft.data.loaders import Collate
 from lit_peft.data.notes import drop_cut_column, share_of
 from lit_peft.data.rows import Rows, Split, require_text, text_key
@@ -89,8 +88,7 @@ class EmbeddingData(LitDataModule):
         self.text_column = text_column
         self.prefixes = dict(prefixes or {})
         self.pairs = pairs
-        # The splits whose rows have scores, and the place in a row that the text of prediction has.
-        self._scored: set[Split] = set()
+        # The place in a row that the text of prediction has.
         self._predicted = TEXT
         if pairs not in (None, "halves", "same"):
             raise LitPeftError(f"data.pairs is {brief(pairs)}; use 'halves' or 'same'.")
@@ -111,8 +109,7 @@ class EmbeddingData(LitDataModule):
         """The columns of a prepared table, which have the same names whatever those of the file are."""
         if split == "predict" or self.pairs is not None:
             return {"data.text_column": TEXT}
-        found: dict[str, str | None] = {"data.anchor_column": ANCHOR, "data.positive_column": POSITIVE}
-        return {**found, "data.score_column": SCORE} if split in self._scored else found
+        return {"data.anchor_column": ANCHOR, "data.positive_column": POSITIVE}
 
     def prepare_table(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
         """Find the columns, note them, and give them the names that the other methods know."""
@@ -129,7 +126,6 @@ class EmbeddingData(LitDataModule):
             score = next((name for name in SCORES if name in table.column_names), "")
         elif score:
             find_column(table, "data.score_column", score, (), field, source)
-        (self._scored.add if score else self._scored.discard)(split)
         roles = {ANCHOR: [anchor], POSITIVE: [positive], "negatives": negatives, SCORE: [score] if score else []}
         used = [name for names in roles.values() for name in names]
         if len(set(used)) < len(used):
@@ -164,27 +160,19 @@ class EmbeddingData(LitDataModule):
         return text_key(table, (TEXT,) if self.pairs is not None else (ANCHOR,))
 
     def check_rows(self, rows: Rows, split: Split) -> Rows:
-        """Every row needs its texts and, if there is a column of scores, a number."""
-        names = self.columns(split)
-        score = names.pop("data.score_column", None)
-        require_text(rows, names.values())
+        """Every row needs its texts; negatives may be missing."""
+        require_text(rows, self.columns(split).values())
         if split != "predict" and self.pairs == "halves":
             return self._without_short_texts(rows, split)
-        for name in negative_columns(rows.table.column_names) if ANCHOR in rows.table.column_names else ():
+        if split == "predict" or self.pairs is not None:
+            return rows
+        for name in negative_columns(rows.table.column_names):
             cells = column_values(rows.table, name)
             for index in rows.indices:
-                cell = cells[index]
-                texts = cell if isinstance(cell, list) else [cell]
+                texts = cells[index] if isinstance(cells[index], list) else [cells[index]]
                 if any(isinstance(text, (dict, list, bytes)) for text in texts):
                     raise LitPeftError(
-                        f"{rows.locate(index)}: a negative is {brief(cell)}; give a text or a list of texts."
-                    )
-        if score is not None:
-            scores = column_values(rows.table, score)
-            for index in rows.indices:
-                if parse_number(scores[index]) is None:
-                    raise LitPeftError(
-                        f"{rows.locate(index)}: the score is {brief(scores[index])}; give a number (data.score_column)."
+                        f"{rows.locate(index)}: a negative is {brief(cells[index])}; give a text or a list of texts."
                     )
         return rows
 
@@ -201,9 +189,13 @@ class EmbeddingData(LitDataModule):
 
     def encode(self, rows: Rows, split: Split) -> Any:
         """Tokens of each text, cut to `max_length`, and the score."""
-        prefixes = self.prefixes
+        prefixes, has_scores = self.prefixes, False
         if split == "predict":
             prefixes = {TEXT: self.prefixes.get(self._predicted, "")}
+        elif self.pairs is None and SCORE in rows.table.column_names:
+            # Of several sets, some may have none; their rows are encoded one set after the other.
+            scores = column_values(rows.table, SCORE)
+            has_scores = any(scores[index] is not None for index in rows.indices)
         table = tokenize(
             rows,
             encode_rows,
@@ -212,7 +204,7 @@ class EmbeddingData(LitDataModule):
             self.num_proc,
             pairs=None if split == "predict" else self.pairs,
             prefixes=dict(sorted(prefixes.items())),
-            has_score=split in self._scored,
+            has_scores=has_scores,
             max_length=self.max_length,
         )
         return drop_cut_column(table, self.notes, split, "rows", self.max_length)
@@ -252,6 +244,11 @@ class TextsCollator:
         batch["owners"] = torch.tensor([row for row, _ in places[2 * count :]], dtype=torch.long)
         # Texts with the same tokens are the same to the model. Hashes of integers are those of every process.
         batch["keys"] = torch.tensor([hash(tuple(text["input_ids"])) % 2**_KEY_BITS for text in texts])
-        if "scores" in examples[0]:
-            batch["scores"] = torch.tensor([example["scores"] for example in examples], dtype=torch.float32)
+        scores = [example.get("scores") for example in examples]
+        if None not in scores:
+            batch["scores"] = torch.tensor(scores, dtype=torch.float32)
+        elif any(score is not None for score in scores):
+            raise LitPeftError(
+                "A batch has rows with scores and rows without: give data.train sources of one form (data.score_column)."
+            )
         return batch

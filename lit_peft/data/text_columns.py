@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.files import fingerprint, require_columns
+from lit_peft.data.labels import parse_number
 from lit_peft.data.rows import RowError
 from lit_peft.data.text_classification import encode_texts
 from lit_peft.util.errors import LitPeftError
@@ -124,7 +125,7 @@ def encode_rows(
     tokenizer: Any,
     pairs: str | None,
     prefixes: dict[str, str],
-    has_score: bool,
+    has_scores: bool,
     max_length: int,
 ) -> dict[str, list[Any]]:
     """Tokenize the texts of each row: the anchor, the positive and the negatives; or the only text.
@@ -134,7 +135,7 @@ def encode_rows(
         are any; and `cut`, the number of tokens that were cut from all texts of a row.
 
     Raises:
-        RowError: a text has no tokens.
+        RowError: a text has no tokens, or a score is not a number.
     """
     rows: list[list[str]] = []
     names = negative_columns(list(batch))
@@ -178,6 +179,9 @@ def encode_rows(
                 index, f"the text {brief(empty)} has no tokens: the tokenizer knows none of its characters; remove it."
             )
         start = end
-    if has_score:
-        out["scores"] = [float(score) for score in batch[SCORE]]
+    if has_scores:
+        out["scores"] = [parse_number(score) for score in batch[SCORE]]
+        if None in out["scores"]:
+            wrong = out["scores"].index(None)
+            raise RowError(wrong, f"the score is {brief(batch[SCORE][wrong])}; give a number (data.score_column).")
     return out

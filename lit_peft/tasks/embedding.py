@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -265,7 +266,10 @@ class Embedding(Task):
         return torch.tensor(negatives if self.loss_type == "triplet" else anchors)
 
     def metrics(self, config: Any) -> dict[str, Metric]:
-        return {"loss": Mean(), **retrieval_metrics(), "spearman": Spearman()}
+        with warnings.catch_warnings():
+            # That it keeps two numbers for each row, which embeddings without scores do not even have.
+            warnings.filterwarnings("ignore", "Metric `SpearmanCorr", UserWarning)
+            return {"loss": Mean(), **retrieval_metrics(), "spearman": Spearman()}
 
     def update(self, metrics: Metrics, output: Any, batch: Batch) -> None:
         """Update the loss, and the metrics that the form of the batch allows.
