@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -210,4 +211,56 @@ def test_merge_refuses_options_without_effect(encoder: Path, tmp_path: Path, cap
     assert "--pooling is for task embedding" in capsys.readouterr().err
 
 
-del os, subprocess
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+def run(processes: int, *arguments: Any) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("embedding_run.py")), *map(str, arguments)]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("strategy", "loss_type", "size"),
+    [
+        ("ddp", "in_batch_negatives", 0),
+        ("ddp", "in_batch_negatives", 5),
+        ("ddp", "cosent", 0),
+        ("ddp", "triplet", 0),
+        ("fsdp2", "in_batch_negatives", 0),
+        ("fsdp2", "in_batch_negatives", 8),
+    ],
+)
+def test_two_processes_train_on_the_whole_batch(
+    strategy: str, loss_type: str, size: int, encoder: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """The loss, its gradients and the metrics are those of a single process with all rows."""
+    base = tmp_path / "base"
+    shutil.copytree(encoder, base)
+    config = json.loads((base / "config.json").read_text())
+    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (base / "config.json").write_text(json.dumps(config))
+    rows = [json.loads(line) for line in pairs.open()]
+    if loss_type == "cosent":
+        rows = [{**row, "score": index % 7 / 6} for index, row in enumerate(rows)]
+        for row in rows:
+            del row["negatives"]
+    elif strategy == "ddp" and loss_type == "in_batch_negatives":  # shards need as many forward passes on each process
+        rows = [{**row, "negatives": row["negatives"] * (index % 3)} for index, row in enumerate(rows)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    run(1, "auto", tmp_path / "one.pt", base, data, loss_type, 0)
+    run(2, strategy, tmp_path / "two.pt", base, data, loss_type, size)
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5) and len(one["losses"]) == 3
+    for kind in ("gradients", "trained"):
+        assert one[kind].keys() == two[kind].keys() and one[kind]
+        for name, value in one[kind].items():
+            torch.testing.assert_close(two[kind][name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert one["metrics"].keys() == two["metrics"].keys()
+    for name in ("val_ndcg_10", "val_recall_1", "val_spearman"):
+        if name in one["metrics"]:
+            assert two["metrics"][name].item() == pytest.approx(one["metrics"][name].item(), abs=1e-5)

@@ -249,6 +249,6 @@ class TextsCollator:
             batch["scores"] = torch.tensor(scores, dtype=torch.float32)
         elif any(score is not None for score in scores):
             raise LitPeftError(
-                "A batch has rows with scores and rows without: give data.train sources of one form (data.score_column)."
+                "A batch has rows with scores and rows without: give data.train files of one form (data.score_column)."
             )
         return batch
