@@ -140,7 +140,9 @@ class EmbeddingData(LitDataModule):
         names = {anchor: ANCHOR, positive: POSITIVE, **({score: SCORE} if score else {})}
         names |= {name: f"negative_{index}" for index, name in enumerate(negatives, start=1)}
         table = rename(table, names)
-        stray = [name for name in negative_columns(table.column_names) if name not in names.values()]
+        # Unread columns that happen to have such a name.
+        known = (*negative_columns(table.column_names), SCORE)
+        stray = [name for name in known if name in table.column_names and name not in names.values()]
         return one_positive_per_row(table.remove_columns(stray))
 
     def _note_prefix(self, column: str) -> None:
