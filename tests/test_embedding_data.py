@@ -53,7 +53,8 @@ def texts(data: Any, batch: dict[str, Any]) -> list[str]:
         (("query", "pos", "neg"), "anchor 'query', positive 'pos', negatives 'neg'"),
         (("question", "answer", "negative_1"), "anchor 'question', positive 'answer', negatives 'negative_1'"),
         (("sentence1", "sentence2"), "anchor 'sentence1', positive 'sentence2'."),
-        (("text1", "text2", "label"), "positive 'text2'; 'label' is not read (data.score_column reads it as a score)"),
+        (("text1", "text2", "label"), "anchor 'text1', positive 'text2'; not read: 'label'."),
+        (("question", "answer", "context"), "anchor 'question', positive 'answer'; not read: 'context'."),
         (("title", "abstract"), "anchor 'title', positive 'abstract'."),
     ],
 )
@@ -61,7 +62,7 @@ def test_columns_are_found_by_their_names(names: tuple[str, ...], note: str, enc
     data = module(encoder, write(tmp_path, named(*names)))
     batch = first(data)
     assert note in " ".join(data.report())
-    has_negative = len(names) == 3 and names[2] != "label"
+    has_negative = len(names) == 3 and names[2] not in ("label", "context")
     assert batch["texts"] == [3, 3, 3 if has_negative else 0]
     # Each anchor's positive is in the same place among the positives.
     found = texts(data, batch)
@@ -170,6 +171,17 @@ def test_pairs_are_made_of_single_texts(streaming: bool, encoder: Path, tmp_path
     data = module(encoder, write(tmp_path, rows), pairs="same", streaming=streaming)
     found = texts(data, first(data))
     assert found[:3] == found[3:] and sorted(found[:3]) == sorted(row["text"] for row in rows)
+
+
+def test_pairs_of_texts_are_validated_on_given_pairs(encoder: Path, tmp_path: Path) -> None:
+    train = write(tmp_path, [{"text": row["a"], "anchor": "awful"} for row in ROWS])
+    held_out = write(tmp_path, [{"sentence1": "great", "sentence2": "well", "score": 0.5}], "held_out.jsonl")
+    data = module(encoder, train, pairs="same", validation=held_out)
+    assert "awful" not in texts(data, first(data))
+    (batch,) = data.val_dataloader()
+    assert texts(data, batch) == ["great", "well"] and batch["scores"].tolist() == [0.5]
+    with pytest.raises(LitPeftError, match=r"has none of the columns text, sentence"):
+        module(encoder, write(tmp_path, ROWS), pairs="same").setup("fit")
 
 
 def test_a_stream_gives_the_rows_of_the_file(encoder: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class EmbeddingData(LitDataModule):
 
     The columns are found by their names, which are noted: anchor, query, question, sentence1, text1 or title; positive,
     pos, document, passage, answer, response, sentence2, text2, context, body or abstract; negative, neg, hard_negative,
-    negative_1, … ; score or similarity. A column of negatives may hold lists, and so may that of the positives, each of
+    negative_1, …; score or similarity. A column of negatives may hold lists, and so may that of the positives, each of
     which then gives a row. With `pairs`, each row is one text, of which the pair is made. Prediction reads one text per
     row.
 
@@ -65,7 +65,8 @@ class EmbeddingData(LitDataModule):
             Negatives have the positive's unless `negative` is given. In prediction, a column that is that of the
             anchor or the positive in training has its prefix, and any other has that of `text`.
         pairs: make pairs of single texts. `halves`: the first half of the words is the anchor, the second half the
-            positive. `same`: both are the whole text, and dropout makes them differ (SimCSE).
+            positive. `same`: both are the whole text, and dropout makes them differ (SimCSE). Validation and test files
+            may have pairs of their own, whose columns are found.
         **common: see `LitDataModule`.
     """
 
@@ -88,6 +89,8 @@ class EmbeddingData(LitDataModule):
         self.text_column = text_column
         self.prefixes = dict(prefixes or {})
         self.pairs = pairs
+        # With `pairs`, the splits whose rows are pairs already.
+        self._given: set[Split] = set()
         # The place in a row that the text of prediction has.
         self._predicted = TEXT
         if pairs not in (None, "halves", "same"):
@@ -107,17 +110,26 @@ class EmbeddingData(LitDataModule):
 
     def columns(self, split: Split) -> dict[str, str | None]:
         """The columns of a prepared table, which have the same names whatever those of the file are."""
-        if split == "predict" or self.pairs is not None:
+        if split == "predict" or self._makes_pairs(split):
             return {"data.text_column": TEXT}
         return {"data.anchor_column": ANCHOR, "data.positive_column": POSITIVE}
 
+    def _makes_pairs(self, split: Split) -> bool:
+        """Tell whether a split's rows are single texts, of which pairs are made."""
+        return self.pairs is not None and split not in self._given
+
     def prepare_table(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
         """Find the columns, note them, and give them the names that the other methods know."""
-        if split == "predict" or self.pairs is not None:
+        if self.pairs is not None and split in ("validation", "test"):
+            has_both = all(set(known) & set(table.column_names) for known in (ANCHORS, POSITIVES))
+            (self._given.add if has_both else self._given.discard)(split)
+        if split == "predict" or self._makes_pairs(split):
             found = find_column(table, "data.text_column", self.text_column, TEXTS, field, source)
             if split == "predict" and self.prefixes:
                 self._note_prefix(found)
-            return rename(table, {found: TEXT})
+            # Without columns that would be taken for pairs.
+            stray = [name for name in (ANCHOR, POSITIVE) if name in table.column_names and name != found]
+            return rename(table.remove_columns(stray), {found: TEXT})
         anchor = find_column(table, "data.anchor_column", self.anchor_column, ANCHORS, field, source)
         positive = find_column(table, "data.positive_column", self.positive_column, POSITIVES, field, source)
         negatives = find_negatives(table, self.negative_columns, field, source)
@@ -134,15 +146,16 @@ class EmbeddingData(LitDataModule):
                 "data.anchor_column, data.positive_column, data.negative_columns and data.score_column."
             )
         said = ", ".join(f"{role} {', '.join(map(repr, names))}" for role, names in roles.items() if names)
-        unread = [name for name in table.column_names if name not in used and name.lower() in ("label", "labels")]
-        more = f"; {unread[0]!r} is not read (data.score_column reads it as a score)" if unread else ""
+        known = {*ANCHORS, *POSITIVES, *SCORES, "label", "labels"}
+        unread = [repr(name) for name in table.column_names if name not in used and name.lower() in known]
+        more = f"; not read: {', '.join(unread)}" if unread else ""
         self.notes.add(f"{field}: {said}{more}.", once=True)
         names = {anchor: ANCHOR, positive: POSITIVE, **({score: SCORE} if score else {})}
         names |= {name: f"negative_{index}" for index, name in enumerate(negatives, start=1)}
         table = rename(table, names)
         # Unread columns that happen to have such a name.
-        known = (*negative_columns(table.column_names), SCORE)
-        stray = [name for name in known if name in table.column_names and name not in names.values()]
+        others = (*negative_columns(table.column_names), SCORE)
+        stray = [name for name in others if name in table.column_names and name not in names.values()]
         return one_positive_per_row(table.remove_columns(stray))
 
     def _note_prefix(self, column: str) -> None:
@@ -155,19 +168,19 @@ class EmbeddingData(LitDataModule):
 
     def duplicate_key(self, table: Dataset) -> Callable[[int], Hashable]:
         """The anchor and the positive, or the only text."""
-        return text_key(table, (TEXT,) if self.pairs is not None else (ANCHOR, POSITIVE))
+        return text_key(table, (ANCHOR, POSITIVE) if ANCHOR in table.column_names else (TEXT,))
 
     def group_key(self, table: Dataset) -> Callable[[int], Hashable]:
         """The anchor: a query's documents are all in one split."""
-        return text_key(table, (TEXT,) if self.pairs is not None else (ANCHOR,))
+        return text_key(table, (ANCHOR,) if ANCHOR in table.column_names else (TEXT,))
 
     def check_rows(self, rows: Rows, split: Split) -> Rows:
         """Every row needs its texts; negatives may be missing."""
         require_text(rows, self.columns(split).values())
-        if split != "predict" and self.pairs == "halves":
-            return self._without_short_texts(rows, split)
-        if split == "predict" or self.pairs is not None:
+        if split == "predict":
             return rows
+        if self._makes_pairs(split):
+            return self._without_short_texts(rows, split) if self.pairs == "halves" else rows
         for name in negative_columns(rows.table.column_names):
             cells = column_values(rows.table, name)
             for index in rows.indices:
@@ -194,7 +207,7 @@ class EmbeddingData(LitDataModule):
         prefixes, has_scores = self.prefixes, False
         if split == "predict":
             prefixes = {TEXT: self.prefixes.get(self._predicted, "")}
-        elif self.pairs is None and SCORE in rows.table.column_names:
+        elif not self._makes_pairs(split) and SCORE in rows.table.column_names:
             # Of several sets, some may have none; their rows are encoded one set after the other.
             scores = column_values(rows.table, SCORE)
             has_scores = any(scores[index] is not None for index in rows.indices)
@@ -204,7 +217,7 @@ class EmbeddingData(LitDataModule):
             self.tokenizer,
             f"Tokenizing {split}",
             self.num_proc,
-            pairs=None if split == "predict" else self.pairs,
+            pairs=self.pairs if split != "predict" and self._makes_pairs(split) else None,
             prefixes=dict(sorted(prefixes.items())),
             has_scores=has_scores,
             max_length=self.max_length,

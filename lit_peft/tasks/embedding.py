@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torchmetrics import Metric
 
-from lit_peft.methods.attachment import MethodSettings
+from lit_peft.methods.attachment import MethodSettings, attachment_or_none
 from lit_peft.models.call_arguments import arguments
 from lit_peft.models.transformers_internals import has_model_class
 from lit_peft.nn.autocast import without_autocast
@@ -141,7 +141,11 @@ class Embedding(Task):
         """Refuse to train the head alone, because there is none."""
         if settings.method == "head_only" and not settings.modules_to_save:
             raise LitPeftError(f"task={self.name!r} has no head to train alone: use another method, e.g. LoRA.")
-        self.prompt_token_id = getattr(settings, "prompt_token_id", None)
+
+    def prepare(self, model: Any) -> None:
+        """Also note which token virtual tokens stand in place of."""
+        super().prepare(model)
+        self.prompt_token_id = getattr(getattr(attachment_or_none(model), "settings", None), "prompt_token_id", None)
 
     # ------------------------------------------------------------------------------------- texts to embeddings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from lit_peft.tasks.base import Float32Metric
@@ -91,9 +91,7 @@ class RetrievalScore(Float32Metric):
     def reset(self) -> None:
         """Forget all pairs."""
         super().reset()
-        shared: nn.Module | None = getattr(self, "shared", None)  # not yet there when the class is built
-        if isinstance(shared, Retrieval):
-            shared.reset()
+        self.shared.reset()
 
 
 def retrieval_metrics() -> dict[str, RetrievalScore]:
