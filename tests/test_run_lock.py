@@ -116,9 +116,11 @@ def test_runs_that_start_at_once_get_their_own_folders(tmp_path: Path) -> None:
     assert new_run(tmp_path) == 6
     unlock_runs()
     end(process)
-    # A folder in which nothing was written is taken by the next run.
+    # A folder in which nothing was written is taken by the next run, without what a killed one had begun to write.
     (tmp_path / "version_6").rmdir()
+    (tmp_path / "version_5" / ".hparams.yaml.tmp-00000000-7-7-abc").touch()
     assert new_run(tmp_path) == 5
+    assert [path.name for path in (tmp_path / "version_5").iterdir() if path.name != ".lock"] == []
     unlock_runs()
 
 

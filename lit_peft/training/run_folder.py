@@ -99,6 +99,7 @@ def new_run(root: Path) -> int:
                 lock = lock_folder(folder)
                 if not any(folder.glob("[!.]*")):
                     _locks.append(lock)
+                    clear_folder(folder)
                     return number
                 lock.release()
         number += 1
