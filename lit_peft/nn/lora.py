@@ -108,7 +108,7 @@ class LoRALinear(LoRALayer):
         result = scale * (product + update)
         return result if bias is None else result + bias
 
-    def _decomposed(self, x: Tensor, weight: Tensor, dropout: float, codes: tuple[Tensor, ...]) -> Tensor:
+    def _decomposed(self, x: Tensor, weight: Tensor, dropout: float, codes: tuple[Tensor | None, ...]) -> Tensor:
         """DoRA with one product for W and the update. With x̃ the dropped x and m' = m / ||W + s·BA||, it is
         `W (x - x̃) + b + m' · (W x̃ + s · B A x̃)`: the base's own output is not dropped.
         """

@@ -128,11 +128,11 @@ class _LoRALinear(torch.autograd.Function):
                 grad_x = torch.mm(grad, in_dtype(dense, dtype))
                 del dense
                 if mask is None:
-                    add = grad_x.addmm if again else grad_x.addmm_
-                    grad_x = add(grad_low, a, alpha=scaling)
+                    add_product = grad_x.addmm if again else grad_x.addmm_
+                    grad_x = add_product(grad_low, a, alpha=scaling)
                 else:
-                    add = grad_x.addcmul if again else grad_x.addcmul_
-                    grad_x = add(torch.mm(grad_low, a), mask, value=scaling)
+                    add_masked = grad_x.addcmul if again else grad_x.addcmul_
+                    grad_x = add_masked(torch.mm(grad_low, a), mask, value=scaling)
                 grad_x = in_dtype(grad_x.view(x.shape), x.dtype)
             if needs[2]:
                 grad_bias = grad.sum(0)
