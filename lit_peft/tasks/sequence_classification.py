@@ -38,6 +38,7 @@ _PROBLEM_TYPES = {
     "multi_label": "multi_label_classification",
     "regression": "regression",
 }
+_MONITORS = {"multi_label": ("val_micro_f1", "max"), "regression": ("val_pearson", "max")}
 
 
 class Spearman(Float32Metric, SpearmanCorrCoef):
@@ -122,6 +123,7 @@ class SequenceClassification(Task):
             if not 0 <= value < 1:
                 raise LitPeftError(f"task_args: {name}={value}: give a number of at least 0 and below 1.")
         self.problem_type: str | None = problem_type
+        self.monitor = _MONITORS.get(problem_type or "", self.monitor)
         self.class_weights, self.pos_weight = class_weights, pos_weight
         self.label_smoothing, self.threshold = label_smoothing, threshold
 
@@ -136,6 +138,7 @@ class SequenceClassification(Task):
         learned: dict[str, Any] = {}
         if self.problem_type is None and problem_type not in (None, "single_label"):
             learned["problem_type"] = self.problem_type = problem_type
+            self.monitor = _MONITORS[str(problem_type)]
         if self.class_weights == "balanced" and not self._several:
             learned["class_weights"] = self.class_weights = class_weights(counts()[0])
         if self.pos_weight == "balanced" and self.problem_type == "multi_label":

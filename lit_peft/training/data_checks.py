@@ -54,6 +54,7 @@ class DataChecks:
                 self.hparams["num_labels"] = getattr(data, "num_labels", None)
         if learned := self.task.learn(getattr(data, "problem_type", None), partial(label_counts, data)):
             self.hparams["task_args"] = {**self.hparams.task_args, **learned}
+            _note_weights(data, learned)
         self.task.monitor = getattr(data, "monitor", None) or self.task.monitor
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
@@ -123,6 +124,15 @@ def check_stages(module: Any, *stages: str) -> None:
                 "embeddings: data.tokenizer belongs to another model, or tokens were added to it. Use the model's own "
                 "tokenizer, or a base that was saved after resize_token_embeddings."
             )
+
+
+def _note_weights(data: Any, learned: Mapping[str, Any]) -> None:
+    """Note balanced weights; of many labels, the smallest and the largest one."""
+    for name, weights in learned.items():
+        if isinstance(weights, list):
+            shown = weights if len(weights) <= 8 else [min(weights), max(weights)]
+            values = (", " if len(weights) <= 8 else " to ").join(f"{weight:.3g}" for weight in shown)
+            data.notes.add(f"task_args: balanced {name} from data.train: {values}.", once=True)
 
 
 def _check_labels(data: Any, outputs: int, own: Any) -> None:
