@@ -410,7 +410,8 @@ trainer: {{max_epochs: 12, enable_progress_bar: false, default_root_dir: runs}}
 def test_a_resumed_run_ends_as_one_without_a_break(pairs: str, encoder: Path, tmp_path: Path) -> None:
     def fit(folder: str, epochs: int, checkpoint: str | None = None) -> Any:
         pl.seed_everything(0)
-        module = lit_peft.LoRA(base=str(encoder), task="reward", r=2, lr_scheduler="constant", learning_rate=1e-3)
+        plan = {"lr_scheduler": "constant", "warmup_steps": 0}
+        module = lit_peft.LoRA(base=str(encoder), task="reward", r=2, **plan)
         data = RewardData(train=pairs, base=str(encoder), batch_size=8, max_length=16)
         trainer = pl.Trainer(**QUIET, max_epochs=epochs, default_root_dir=tmp_path / folder)
         trainer.fit(module, data, ckpt_path=checkpoint)

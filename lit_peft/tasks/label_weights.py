@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lit_peft.models.call_arguments import arguments
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
 
@@ -75,6 +76,26 @@ def _check_all_occur(name: str, counts: Sequence[int]) -> None:
             f"task_args: {name}='balanced', but no training row has the label with the index {missing[0]}: give the "
             "weights as a list."
         )
+
+
+def numbers(name: str, weights: Weights) -> list[float] | None:
+    """Return weights as numbers; None if there are none.
+
+    Raises:
+        LitPeftError: they are still to be taken from the data.
+    """
+    if weights == "balanced":
+        raise LitPeftError(
+            f"task_args: {name}='balanced' needs the labels of the training rows: give data.train, or the weights as a "
+            "list."
+        )
+    return None if weights is None else list(map(float, weights))
+
+
+def run_without_labels(model: Any, batch: Mapping[str, Any]) -> Any:
+    """Call a model whose loss is computed elsewhere."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return model(**({"use_cache": False} if "use_cache" in arguments(model) else {}), **inputs)
 
 
 class WeightedCrossEntropy:

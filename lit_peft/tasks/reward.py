@@ -11,8 +11,8 @@ from torch.nn.functional import logsigmoid
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_peft.models.call_arguments import arguments
 from lit_peft.tasks.base import Batch, Float32Metric, Generation, Mean, Metrics, Task
+from lit_peft.tasks.label_weights import run_without_labels
 from lit_peft.util.errors import LitPeftError
 
 
@@ -73,7 +73,7 @@ class Reward(Task):
 
     def run(self, model: Any, batch: Batch) -> Any:
         """Call the model on a batch without its extras; nothing is generated, so a decoder needs no cache."""
-        return model(**({"use_cache": False} if "use_cache" in arguments(model) else {}), **batch)
+        return run_without_labels(model, batch)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Return the mean loss over the pairs of a batch, a scalar, computed in float32 at least."""

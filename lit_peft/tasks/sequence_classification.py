@@ -18,7 +18,6 @@ from torchmetrics.classification import (
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_peft.models.call_arguments import arguments
 from lit_peft.tasks.base import Batch, Float32Metric, Generation, Mean, Metrics, Task, finite
 from lit_peft.tasks.label_weights import (
     Counts,
@@ -27,7 +26,9 @@ from lit_peft.tasks.label_weights import (
     check_count,
     check_weights,
     class_weights,
+    numbers,
     positive_weights,
+    run_without_labels,
 )
 from lit_peft.tasks.target_metrics import label_metrics, regression_metrics
 from lit_peft.util.errors import LitPeftError
@@ -182,8 +183,7 @@ class SequenceClassification(Task):
         """Call the model, without the labels if the loss is computed here."""
         if not self._own_loss or "labels" not in batch:
             return super().run(model, batch)
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return model(**({"use_cache": False} if "use_cache" in arguments(model) else {}), **inputs)
+        return run_without_labels(model, batch)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """As `Task.loss`; in float32 if it is computed here."""
@@ -193,23 +193,14 @@ class SequenceClassification(Task):
         if self.problem_type == "regression":
             return mse_loss(logits, batch["labels"].float().reshape(logits.shape))
         if self.problem_type == "multi_label":
-            weight = self._numbers("pos_weight")
+            weight = numbers("pos_weight", self.pos_weight)
             weight_tensor = None if weight is None else torch.tensor(weight, dtype=logits.dtype, device=logits.device)
             return binary_cross_entropy_with_logits(logits, batch["labels"].float(), pos_weight=weight_tensor)
         return self._weighted(logits, batch["labels"])
 
     @property
     def _weighted(self) -> WeightedCrossEntropy:
-        return WeightedCrossEntropy(self._numbers("class_weights"), self.label_smoothing)
-
-    def _numbers(self, name: str) -> list[float] | None:
-        weights = getattr(self, name)
-        if weights == "balanced":
-            raise LitPeftError(
-                f"task_args: {name}='balanced' needs the labels of the training rows: give data.train (without "
-                "data.streaming), or the weights as a list."
-            )
-        return None if weights is None else list(weights)
+        return WeightedCrossEntropy(numbers("class_weights", self.class_weights), self.label_smoothing)
 
     def weight(self, batch: Batch) -> Tensor:
         if self.class_weights is None or self._several:
