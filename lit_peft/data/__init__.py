@@ -11,6 +11,7 @@ _NAMES = {
     "MultipleChoiceData": "lit_peft.data.multiple_choice",
     "QuestionAnsweringData": "lit_peft.data.question_answering",
     "ReasoningData": "lit_peft.data.reasoning",
+    "RewardData": "lit_peft.data.reward",
     "Seq2SeqData": "lit_peft.data.seq2seq",
     "TextClassificationData": "lit_peft.data.text_classification",
     "TokenClassificationData": "lit_peft.data.token_classification",

@@ -8,6 +8,7 @@ from lit_peft.data.base import LitDataModule as LitDataModule
 from lit_peft.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
 from lit_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
 from lit_peft.data.reasoning import ReasoningData as ReasoningData
+from lit_peft.data.reward import RewardData as RewardData
 from lit_peft.data.seq2seq import Seq2SeqData as Seq2SeqData
 from lit_peft.data.text_classification import TextClassificationData as TextClassificationData
 from lit_peft.data.token_classification import TokenClassificationData as TokenClassificationData
@@ -19,6 +20,7 @@ __all__ = [
     "MultipleChoiceData",
     "QuestionAnsweringData",
     "ReasoningData",
+    "RewardData",
     "Seq2SeqData",
     "TextClassificationData",
     "TokenClassificationData",

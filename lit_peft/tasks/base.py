@@ -143,6 +143,7 @@ class Task:
         packs: whether it can train on packed rows.
         generates: whether it generates text, with the module's `generation`.
         extras: keys of a batch that the model does not take, used by metrics and predictions.
+        free_settings: its settings that change no weight and no loss, so that a trained model may be given others.
         monitor: the metric that selects the best checkpoint, and "min" or "max".
         positions: size of the model's table of position embeddings; None without one. Set by `prepare`.
         pads_right: whether all batches for the loss are known to be padded on the right.
@@ -156,6 +157,7 @@ class Task:
     packs: ClassVar[bool] = False
     generates: ClassVar[bool] = False
     extras: ClassVar[tuple[str, ...]] = ()
+    free_settings: ClassVar[tuple[str, ...]] = ()
     monitor: tuple[str, str] = ("val_loss", "min")
     positions: int | None = None
     counts_positions: bool = False
@@ -183,6 +185,21 @@ class Task:
         Raises:
             LitPeftError: names the method, and one to use instead.
         """
+
+    def learn(self, problem_type: str | None, counts: Callable[[], tuple[list[int], int]]) -> dict[str, Any]:
+        """Take from the data the settings that depend on it. Called before the model is built.
+
+        Args:
+            problem_type: `single_label`, `multi_label` or `regression`; None if the data does not say.
+            counts: returns how many training rows have each label, and how many there are.
+
+        Returns:
+            The settings that were taken, to be recorded with those that were given.
+
+        Raises:
+            LitPeftError: a setting contradicts the data.
+        """
+        return {}
 
     def prepare(self, model: Any) -> None:
         """Note what `forward` must know of the model. Called once, after the method is attached."""

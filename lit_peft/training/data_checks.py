@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from lit_peft.data.labels import label_counts
 from lit_peft.tasks.packed import check_method
 from lit_peft.training.lightning_internals import datamodule_of, trainer_of
 from lit_peft.training.new_tokens import check_tokens
@@ -44,12 +46,15 @@ class DataChecks:
     def take_labels(self, data: Any) -> None:
         """Use the data's labels if the task has labels and the settings name none, and the data's metric if it has one.
 
-        The metric selects the best checkpoint.
+        The metric selects the best checkpoint. What the task learns of the data is recorded as `task_args`.
         """
         if self.task.labelled and self.hparams.labels is None and self.hparams.num_labels is None:
             self.hparams["labels"] = getattr(data, "label_names", None)
             if self.hparams.labels is None:
                 self.hparams["num_labels"] = getattr(data, "num_labels", None)
+        if learned := self.task.learn(getattr(data, "problem_type", None), partial(label_counts, data)):
+            self.hparams["task_args"] = {**self.hparams.task_args, **learned}
+            _note_weights(data, learned)
         self.task.monitor = getattr(data, "monitor", None) or self.task.monitor
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
@@ -119,6 +124,15 @@ def check_stages(module: Any, *stages: str) -> None:
                 "embeddings: data.tokenizer belongs to another model, or tokens were added to it. Use the model's own "
                 "tokenizer, or a base that was saved after resize_token_embeddings."
             )
+
+
+def _note_weights(data: Any, learned: Mapping[str, Any]) -> None:
+    """Note balanced weights; of many labels, the smallest and the largest one."""
+    for name, weights in learned.items():
+        if isinstance(weights, list):
+            shown = weights if len(weights) <= 8 else [min(weights), max(weights)]
+            values = (", " if len(weights) <= 8 else " to ").join(f"{weight:.3g}" for weight in shown)
+            data.notes.add(f"task_args: balanced {name} from data.train: {values}.", once=True)
 
 
 def _check_labels(data: Any, outputs: int, own: Any) -> None:
