@@ -1,8 +1,7 @@
-"""Preference tuning against TRL's trainers: losses, gradients and metrics on the same model and batch; and as a task."""
+"""Preference tuning against TRL's trainers, on the same model and batch; and as the task of a module."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lit_peft
-from lit_peft import LitPeftError, LoRASettings
+from lit_peft import LoRASettings
 from lit_peft.tasks import find_task
 
 VOCABULARY = 61
@@ -240,9 +239,7 @@ def test_losses_without_a_reference_equal_trls(trl_models: Any, kind: str, monke
         settings["simpo_gamma"] = 0.4
         alpha, smoothing = 0.5 * ("likelihood" in kind), 0.1 * ("smoothing" in kind)
         settings.update({"rpo_alpha": alpha} if alpha else {}, **({"label_smoothing": smoothing} if smoothing else {}))
-        arguments = CPOConfig(
-            **common, loss_type="simpo", simpo_gamma=0.4, cpo_alpha=alpha, label_smoothing=smoothing
-        )
+        arguments = CPOConfig(**common, loss_type="simpo", simpo_gamma=0.4, cpo_alpha=alpha, label_smoothing=smoothing)
         trainer = CPOTrainer(theirs, arguments, train_dataset=data, processing_class=tokenizer)
     batch = pair_batch()
     halves = {

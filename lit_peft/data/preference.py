@@ -304,7 +304,11 @@ class PreferenceData(LitDataModule):
             return table
         key = fingerprint(get_fingerprint(table), "split_answers")
         table = table.map(
-            split_answers, batched=True, remove_columns=table.column_names, new_fingerprint=key, desc="Taking answers apart"
+            split_answers,
+            batched=True,
+            remove_columns=table.column_names,
+            new_fingerprint=key,
+            desc="Splitting pairs",
         )
         settings = {"is_encoder_decoder": self.is_encoder_decoder}
         return table.map(

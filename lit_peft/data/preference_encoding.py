@@ -73,7 +73,8 @@ def encode_preferences(
     for row in range(len(next(iter(batch.values())))):
         cells = {name: values[row] for name, values in batch.items()}
         cells = {name: without_nulls(cell) if name in filled_columns else cell for name, cell in cells.items()}
-        left_out, texts = "", [([], [])] * max(len(form.answers), 1)
+        left_out = ""
+        texts: list[tuple[Tokens, Tokens]] = [([], [])] * max(len(form.answers), 1)
         try:
             label = None if form.label is None else read_label(cells[form.label], form.label)
             prompt, answers = read_preference(cells, form)
@@ -107,7 +108,9 @@ def encode_preferences(
     return out
 
 
-def _rendered(renderer: ChatRenderer, prompt: list[Any], answer: list[Any], extra: dict[str, Any]) -> tuple[Tokens, Tokens]:
+def _rendered(
+    renderer: ChatRenderer, prompt: list[Any], answer: list[Any], extra: dict[str, Any]
+) -> tuple[Tokens, Tokens]:
     """Return the tokens of a chat, and its labels.
 
     Raises:
@@ -124,8 +127,8 @@ def _rendered(renderer: ChatRenderer, prompt: list[Any], answer: list[Any], extr
         ) from problem
     if len(parts) > 1:
         raise ValueError(
-            "the chat template renders the turns of an answer differently when later ones follow, so they are no single "
-            "text; set data.chat_template to one that only appends"
+            "the chat template renders the turns of an answer differently when later ones follow, so they are not "
+            "one text; set data.chat_template to one that only appends"
         )
     add_rendered(out, renderer.tokenizer, parts[0].text, parts[0].spans, _NO_LIMIT)
     return out["input_ids"][0], out["labels"][0]

@@ -147,7 +147,9 @@ def read_preference(cells: Mapping[str, Any], form: PreferenceForm) -> tuple[lis
     prompt = read_conversation(cells, form.prompt, with_answer=False)
     if not form.answers:
         if not prompt or not isinstance(prompt[-1], dict) or prompt[-1].get("role") != "assistant":
-            raise ValueError(f"column {form.prompt.first!r}: the last message is not the assistant's; put the answer last")
+            raise ValueError(
+                f"column {form.prompt.first!r}: the last message is not the assistant's; put the answer last"
+            )
         answer = {key: value for key, value in prompt[-1].items() if key != "weight"}
         return prompt[:-1], [[answer]]
     return prompt, [_answer(cells.get(column), column) for column in form.answers]
@@ -159,7 +161,9 @@ def _answer(cell: Any, column: str) -> list[Any]:
     messages = read_messages(cell)
     first = messages[0] if messages else None
     if not isinstance(first, dict) or first.get("role") != "assistant":
-        raise ValueError(f"column {column!r}: the answer does not start with the assistant's turn; it has {brief(cell)}")
+        raise ValueError(
+            f"column {column!r}: the answer does not start with the assistant's turn; it has {brief(cell)}"
+        )
     return messages
 
 

@@ -184,6 +184,13 @@ class Task:
             LitPeftError: names the method, and one to use instead.
         """
 
+    def check_data(self, data: Any) -> None:
+        """Refuse a data module whose batches are of another kind; called before the base is loaded.
+
+        Raises:
+            LitPeftError: says what the task needs.
+        """
+
     def prepare(self, model: Any) -> None:
         """Note what `forward` must know of the model. Called once, after the method is attached."""
         self.positions = learned_positions(model)

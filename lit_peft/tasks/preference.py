@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,6 +123,11 @@ class Preference(CausalLM):
         # The precomputed log-probabilities of the reference.
         self.table = ReferenceTable()
 
+    @property
+    def compares_with_base(self) -> bool:
+        """Whether the loss compares the model with the base without its adapter."""
+        return self.settings.needs_reference
+
     def model_class(self, config: Any) -> Any:
         """Return the class of a causal LM or, for an encoder-decoder, of a sequence-to-sequence model."""
         if not getattr(config, "is_encoder_decoder", False):
@@ -131,13 +137,13 @@ class Preference(CausalLM):
         return transformers.AutoModelForSeq2SeqLM
 
     def check_method(self, settings: MethodSettings) -> None:
-        if isinstance(settings, FullFineTuningSettings) and self.settings.needs_reference:
-            if not self.precompute_reference:
-                raise LitPeftError(
-                    f"task_args: loss_type={self.settings.loss_type!r} compares the model with the base, which "
-                    "FullFineTuning changes: set precompute_reference: true, use a loss without a reference (simpo, "
-                    "orpo), or use LoRA or another method that leaves the base as it is."
-                )
+        needed = self.settings.needs_reference and not self.precompute_reference
+        if needed and isinstance(settings, FullFineTuningSettings):
+            raise LitPeftError(
+                f"task_args: loss_type={self.settings.loss_type!r} compares the model with the base, which "
+                "FullFineTuning changes: set precompute_reference: true, use a loss without a reference (simpo, orpo), "
+                "or use LoRA or another method that leaves the base as it is."
+            )
 
     def check_data(self, data: Any) -> None:
         """Refuse data of the other kind: single answers for a loss on pairs, or pairs for KTO.
@@ -176,10 +182,9 @@ class Preference(CausalLM):
         if ("desirable" in batch) != settings.is_unpaired:
             raise LitPeftError(self._wrong_rows("desirable" in batch))
         first = 0 if model.config.is_encoder_decoder else 1  # the first token of a text is not predicted
-        inputs = {name: value for name, value in batch.items() if name not in self.extras}
-        other = {name.removeprefix(_OTHER): value for name, value in batch.items() if name.startswith(_OTHER)}
+        inputs, *others = _parts(batch)
         # Before the model, whose activations then need not be there at the same time.
-        ref, ref_other = self._reference(model, batch, inputs, other)
+        ref, *ref_others = self._reference(model, batch)
         if settings.sft_on_prompt:
             inputs["labels"] = self._with_prompts(model, batch)
         output, every = self._log_probs(model, inputs)
@@ -190,7 +195,7 @@ class Preference(CausalLM):
         found.logps = sums / tokens.clamp(min=1) if settings.averages else sums
         found.rewards = (settings.strength * (found.logps - ref_sums)).detach()
         if settings.is_unpaired:
-            found.kl = self._divergence(model, other, ref_other)
+            found.kl = self._divergence(model, others[0], ref_others[0])
             found.losses = kto_losses(sums - ref_sums, found.kl, batch["desirable"], settings)
         else:
             (chosen, rejected), (ref_chosen, ref_rejected) = sums.chunk(2), ref_sums.chunk(2)
@@ -208,44 +213,43 @@ class Preference(CausalLM):
         loss: Tensor = output.loss
         return loss
 
+    def loss_only(self, model: Any) -> AbstractContextManager[None]:
+        return SupervisedLoss.of(model).active()
+
     def _log_probs(self, model: Any, inputs: Batch) -> tuple[Any, Tensor]:
         """Run the model, and return its output and the log-probabilities of the labels, [rows, length]."""
-        if self.supervised is None:
-            self.supervised = SupervisedLoss.of(model)
+        supervised, run = SupervisedLoss.of(model), super().forward
         # The head may be another one than in the last call: the reference has the base's.
-        context = self.supervised.active() if self.supervised.enabled else nullcontext()
-        run = super().forward
-        with context:
-            return self.supervised.token_log_probs(lambda: run(model, inputs), inputs["labels"])
+        with supervised.active() if supervised.enabled else nullcontext():
+            return supervised.token_log_probs(lambda: run(model, inputs), inputs["labels"])
 
-    def _reference(self, model: Any, batch: Batch, inputs: Batch, other: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """Return the reference's log-probabilities of the answers, and of the mismatched ones."""
+    def _reference(self, model: Any, batch: Batch) -> list[Tensor | None]:
+        """Return the reference's log-probabilities of the answers, and of the mismatched ones if there are any."""
         if not self.settings.needs_reference:
-            return None, None
+            return [None]
         if self.precompute_reference:
-            found = self.table.look_up(batch.get("key"), inputs["labels"])
-            return found, self.table.look_up(other.get("key"), other["labels"]) if other else None
+            return [self.table.look_up(part.get("key"), part["labels"]) for part in _parts(batch)]
         with reference_model(model):
-            return self.reference_log_probs(model, inputs, other)
+            return [self._log_probs(model, part)[1] for part in _parts(batch)]
 
-    def reference_log_probs(self, model: Any, inputs: Batch, other: Batch) -> tuple[Tensor, Tensor | None]:
-        """Return the log-probabilities of the labels with a model that is the reference, [rows, length].
+    def reference_rows(self, model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Run a model that is the reference on all rows of a batch.
 
         Args:
             model: the model, see `reference_model`.
-            inputs: the rows of the batch.
-            other: its mismatched rows; empty if there are none.
+            batch: the batch; its mismatched rows count, too.
+
+        Yields:
+            Keys [rows], labels [rows, length], and log-probabilities of the labels [rows, length].
         """
-        other = {name: value for name, value in other.items() if name != "key"}
-        found = self._log_probs(model, inputs)[1]
-        return found, self._log_probs(model, other)[1] if other else None
+        for part in _parts(batch):
+            yield part["key"], part["labels"], self._log_probs(model, part)[1]
 
     def _divergence(self, model: Any, other: Batch, ref_other: Tensor | None) -> Tensor:
         """Return KTO's estimate of the divergence, from the answers to other prompts, over all processes."""
         assert ref_other is not None
         with torch.no_grad():
-            inputs = {name: value for name, value in other.items() if name != "key"}
-            ratios = (self._log_probs(model, inputs)[1] - ref_other).sum(1)
+            ratios = (self._log_probs(model, other)[1] - ref_other).sum(1)
         sums = torch.stack([ratios.sum(), ratios.new_tensor(float(len(ratios)))])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
@@ -265,7 +269,7 @@ class Preference(CausalLM):
         return labels
 
     def _likelihood(self, labels: Tensor, log_probs: Tensor) -> Tensor | float:
-        """Return the weighted negative log-likelihood of the chosen rows, the mean over the tokens that have a label."""
+        """Return the weighted negative log-likelihood of the chosen rows, the mean over their labels."""
         weight = 1.0 if self.settings.loss_type == "orpo" else self.settings.rpo_alpha
         if not weight:
             return 0.0
@@ -315,7 +319,7 @@ class Preference(CausalLM):
 
     def predict(self, model: Any, batch: Batch, generation: Generation) -> list[dict[str, Any]]:
         """Return for each pair `prompt`, `chosen`, `rejected`, `accurate`, `margin`, and the rewards and
-        log-probabilities of both answers; for each single answer `prompt`, `completion`, `label`, `reward` and `logp`."""
+        log-probabilities of both answers; for each single answer `prompt`, `completion`, `label`, `reward`, `logp`."""
         output = self.forward(model, batch)
         rewards, logps = output.rewards.tolist(), output.logps.tolist()
         prompts, answers = _texts(batch, generation.tokenizer, model.config.is_encoder_decoder)
@@ -338,6 +342,13 @@ class Preference(CausalLM):
             }
             for chosen, rejected in zip(range(pairs), range(pairs, 2 * pairs), strict=True)
         ]
+
+
+def _parts(batch: Batch) -> list[Batch]:
+    """Return the rows of a batch and, if it has any, the mismatched ones."""
+    own = {name: value for name, value in batch.items() if not name.startswith(_OTHER)}
+    other = {name.removeprefix(_OTHER): value for name, value in batch.items() if name.startswith(_OTHER)}
+    return [own, other] if other else [own]
 
 
 def _texts(batch: Batch, tokenizer: Any, is_encoder_decoder: bool) -> tuple[list[str], list[str]]:

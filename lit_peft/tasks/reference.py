@@ -60,8 +60,8 @@ class ReferenceTable:
         """
         if keys is None:
             raise LitPeftError(
-                "precompute_reference is set, but the batch has no key for each row, by which the reference's values are "
-                "found: use PreferenceData, or leave precompute_reference out."
+                "precompute_reference is set, but the batch has no keys, by which the reference's values are found: "
+                "use PreferenceData, or leave precompute_reference out."
             )
         if self.keys.device != labels.device:
             self.keys, self.starts, self.values = (
