@@ -93,6 +93,9 @@ def test_config_runs(
         ]
         (tmp_path / "train.json").write_text(json.dumps(rows))
         given = ["--data.train", "train.json"]
+    if "PreferenceData" in text:
+        rows = [{"prompt": f"What of {at}?", "chosen": "It is good.", "rejected": "It is bad."} for at in range(80)]
+        (tmp_path / "preferences.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     limits = ["--data.limit_train", "64", "--data.limit_validation", "32"]
     quiet = ["--trainer.enable_progress_bar", "false"]
     assert main(["fit", "--config", str(config), *given, *limits, *QUICK, *quiet]) == 0

