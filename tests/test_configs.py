@@ -99,6 +99,9 @@ def test_config_runs(
     if "label_columns: " in text:
         lines = [f"film {at} of {at * at},{at % 2},{at % 3 % 2},{at % 5 % 2}" for at in range(80)]
         (tmp_path / "labels.csv").write_text("\n".join(["text,positive,imdb,acting", *lines]))
+    if "PreferenceData" in text:
+        rows = [{"prompt": f"What of {at}?", "chosen": "It is good.", "rejected": "It is bad."} for at in range(80)]
+        (tmp_path / "preferences.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     limits = ["--data.limit_train", "64", "--data.limit_validation", "32"]
     quiet = ["--trainer.enable_progress_bar", "false"]
     assert main(["fit", "--config", str(config), *given, *limits, *QUICK, *quiet]) == 0

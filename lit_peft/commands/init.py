@@ -85,6 +85,14 @@ FORMS = {
         batch_size=8,
         max_length=512,
     ),
+    "preference": _Form(
+        "PreferenceData",
+        "columns `prompt`, `chosen`, `rejected`; or `prompt`, `completion`, `label` with loss_type: kto",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        {"task_args": ({"loss_type": "sigmoid", "beta": 0.1}, "DPO; or hinge, ipo, robust, simpo, orpo, kto")},
+        batch_size=4,
+        max_length=512,
+    ),
 }
 
 

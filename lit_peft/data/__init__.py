@@ -9,6 +9,7 @@ _NAMES = {
     "InstructionData": "lit_peft.data.instruction",
     "LitDataModule": "lit_peft.data.base",
     "MultipleChoiceData": "lit_peft.data.multiple_choice",
+    "PreferenceData": "lit_peft.data.preference",
     "QuestionAnsweringData": "lit_peft.data.question_answering",
     "ReasoningData": "lit_peft.data.reasoning",
     "RewardData": "lit_peft.data.reward",

@@ -6,6 +6,7 @@ from lit_peft.data.causal_lm import CausalLMData as CausalLMData
 from lit_peft.data.instruction import InstructionData as InstructionData
 from lit_peft.data.base import LitDataModule as LitDataModule
 from lit_peft.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
+from lit_peft.data.preference import PreferenceData as PreferenceData
 from lit_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
 from lit_peft.data.reasoning import ReasoningData as ReasoningData
 from lit_peft.data.reward import RewardData as RewardData
@@ -18,6 +19,7 @@ __all__ = [
     "InstructionData",
     "LitDataModule",
     "MultipleChoiceData",
+    "PreferenceData",
     "QuestionAnsweringData",
     "ReasoningData",
     "RewardData",

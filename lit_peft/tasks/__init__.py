@@ -9,6 +9,7 @@ from typing import Any
 from lit_peft.tasks.base import Task
 from lit_peft.tasks.causal_lm import CausalLM
 from lit_peft.tasks.multiple_choice import MultipleChoice
+from lit_peft.tasks.preference import Preference
 from lit_peft.tasks.question_answering import QuestionAnswering
 from lit_peft.tasks.reward import Reward
 from lit_peft.tasks.seq2seq import Seq2Seq
@@ -27,6 +28,7 @@ TASKS: dict[str, type[Task]] = {
         MultipleChoice,
         QuestionAnswering,
         Reward,
+        Preference,
     )
 }
 

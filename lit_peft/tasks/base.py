@@ -201,6 +201,13 @@ class Task:
         """
         return {}
 
+    def check_data(self, data: Any) -> None:
+        """Refuse a data module whose batches are of another kind; called before the base is loaded.
+
+        Raises:
+            LitPeftError: says what the task needs.
+        """
+
     def prepare(self, model: Any) -> None:
         """Note what `forward` must know of the model. Called once, after the method is attached."""
         self.positions = learned_positions(model)

@@ -30,9 +30,7 @@ def build_model(module: Any) -> nn.Module:
         LitPeftError: the base cannot be loaded, or the method's settings do not fit it.
     """
     hparams, task = module.hparams, module.task
-    settings, config = _base_settings(hparams), _config(module)
-    dtype = getattr(torch, hparams.dtype) if hparams.dtype else torch.get_default_dtype()
-    model, missing = load_base(settings, config, task.model_class(config), dtype, task.heads)
+    model, missing = load_bare_base(module)
     if not task.new_head:
         check_weights_found(hparams.base, hparams.task, missing)
     model.train()  # transformers returns models in evaluation mode, and Lightning keeps the mode it finds
@@ -44,6 +42,18 @@ def build_model(module: Any) -> nn.Module:
     if module.device_mesh is not None:  # set by ModelParallelStrategy
         shard(model, module.device_mesh)
     return model
+
+
+def load_bare_base(module: Any) -> tuple[nn.Module, set[str]]:
+    """Load the base of a `BaseLM` without its method; also return the names of the parameters that it lacks.
+
+    Raises:
+        LitPeftError: the base cannot be loaded.
+    """
+    hparams, task = module.hparams, module.task
+    config = _config(module)
+    dtype = getattr(torch, hparams.dtype) if hparams.dtype else torch.get_default_dtype()
+    return load_base(_base_settings(hparams), config, task.model_class(config), dtype, task.heads)
 
 
 def build_empty_model(module: Any) -> Any:

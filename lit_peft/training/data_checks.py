@@ -10,6 +10,7 @@ from lit_peft.data.labels import label_counts
 from lit_peft.tasks.packed import check_method
 from lit_peft.training.lightning_internals import datamodule_of, trainer_of
 from lit_peft.training.new_tokens import check_tokens
+from lit_peft.training.reference import precompute_reference
 from lit_peft.training.run_record import RECORD, check_checkpoint, check_same_base, run_record, say, say_new_length
 from lit_peft.training.start_adapter import check_start
 from lit_peft.util.errors import LitPeftError
@@ -36,6 +37,7 @@ class DataChecks:
                 task cannot use packed rows.
         """
         check_tokens(self, data)
+        self.task.check_data(data)
         if getattr(data, "packing", False):
             check_method(self.settings)
             if not self.task.packs:
@@ -73,6 +75,8 @@ class DataChecks:
         check_stages(self, "train", "validation")
         if self.hparams.adapter is not None and not self.started:
             say(f"training starts from the weights in {self.hparams.adapter}", "adapter:")
+            if getattr(self.task, "compares_with_base", False):
+                say("it is the base without that adapter; to compare with both, merge them first", "reference:")
         self.run = run_record(self)
         if self.resumed is not None:
             say_new_length(self, self.resumed, self.run)
@@ -124,6 +128,8 @@ def check_stages(module: Any, *stages: str) -> None:
                 "embeddings: data.tokenizer belongs to another model, or tokens were added to it. Use the model's own "
                 "tokenizer, or a base that was saved after resize_token_embeddings."
             )
+    if getattr(module.task, "precompute_reference", False):
+        precompute_reference(module, data, stages)
 
 
 def _note_weights(data: Any, learned: Mapping[str, Any]) -> None:
