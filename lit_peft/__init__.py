@@ -14,6 +14,7 @@ _NAMES = {
     },
     "BaseLM": "lit_peft.training.module",
     "CausalLMData": "lit_peft.data.causal_lm",
+    "EmbeddingData": "lit_peft.data.embedding",
     "InstructionData": "lit_peft.data.instruction",
     "LitPeftError": "lit_peft.util.errors",
     "MultipleChoiceData": "lit_peft.data.multiple_choice",

@@ -8,6 +8,7 @@ from lit_peft.modules import AdapterP as AdapterP
 from lit_peft.methods.adapter_p import AdapterPSettings as AdapterPSettings
 from lit_peft.training.module import BaseLM as BaseLM
 from lit_peft.data.causal_lm import CausalLMData as CausalLMData
+from lit_peft.data.embedding import EmbeddingData as EmbeddingData
 from lit_peft.modules import FullFineTuning as FullFineTuning
 from lit_peft.modules import HeadOnly as HeadOnly
 from lit_peft.data.instruction import InstructionData as InstructionData
@@ -63,6 +64,7 @@ __all__ = [
     "AdapterPSettings",
     "BaseLM",
     "CausalLMData",
+    "EmbeddingData",
     "FullFineTuning",
     "HeadOnly",
     "InstructionData",

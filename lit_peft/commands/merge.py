@@ -20,12 +20,23 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--adapter", required=True, help="the adapter's folder")
     parser.add_argument("--output", required=True, help="the new folder")
     parser.add_argument("--max_shard_size", default="5GB", help="maximum size of a weights file")
+    parser.add_argument(
+        "--pooling", choices=["mean", "last", "cls"], help="of task embedding: write what sentence-transformers needs"
+    )
+    parser.add_argument("--normalize", choices=["true", "false"], help="the same; true if unset")
     options = parser.parse_args(arguments)
+    if options.pooling is not None:
+        if options.task not in (None, "embedding"):
+            raise LitPeftError(f"--pooling is for task embedding, and --task is {options.task}: leave one of them out.")
+        options.task = "embedding"
+    elif options.normalize is not None:
+        raise LitPeftError("--normalize has no effect without --pooling: leave it out.")
     size = re.fullmatch(r"(\d+(?:\.\d+)?)(?:KB|MB|GB|TB)", options.max_shard_size, re.IGNORECASE)
     if size is None or not float(size[1]):
         raise LitPeftError(f"--max_shard_size {options.max_shard_size}: give a size above 0, e.g. 500MB or 5GB.")
 
     from lit_peft.formats.folder import load_adapter, new_folder
+    from lit_peft.formats.sentence_transformers import write_modules
     from lit_peft.methods.lora import merge
     from lit_peft.models.tokenization import adapter_tokenizer
 
@@ -36,4 +47,6 @@ def run(arguments: list[str]) -> None:
         # A base without a tokenizer can be merged, too.
         with contextlib.suppress(LitPeftError):
             adapter_tokenizer([options.adapter], options.base, "--base", options.revision).save_pretrained(folder)
+        if options.pooling is not None:
+            write_modules(folder, model.config.hidden_size, options.pooling, options.normalize != "false")
     print(f"merged: {options.output}")

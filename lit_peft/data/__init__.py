@@ -6,6 +6,7 @@ from lit_peft.util.lazy import lazy_names
 
 _NAMES = {
     "CausalLMData": "lit_peft.data.causal_lm",
+    "EmbeddingData": "lit_peft.data.embedding",
     "InstructionData": "lit_peft.data.instruction",
     "LitDataModule": "lit_peft.data.base",
     "MultipleChoiceData": "lit_peft.data.multiple_choice",

@@ -3,6 +3,7 @@
 # Made by tools/make_stubs.py from the code. Do not edit.
 
 from lit_peft.data.causal_lm import CausalLMData as CausalLMData
+from lit_peft.data.embedding import EmbeddingData as EmbeddingData
 from lit_peft.data.instruction import InstructionData as InstructionData
 from lit_peft.data.base import LitDataModule as LitDataModule
 from lit_peft.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
@@ -16,6 +17,7 @@ from lit_peft.data.token_classification import TokenClassificationData as TokenC
 
 __all__ = [
     "CausalLMData",
+    "EmbeddingData",
     "InstructionData",
     "LitDataModule",
     "MultipleChoiceData",

@@ -8,6 +8,7 @@ from typing import Any
 
 from lit_peft.tasks.base import Task
 from lit_peft.tasks.causal_lm import CausalLM
+from lit_peft.tasks.embedding import Embedding
 from lit_peft.tasks.multiple_choice import MultipleChoice
 from lit_peft.tasks.preference import Preference
 from lit_peft.tasks.question_answering import QuestionAnswering
@@ -29,6 +30,7 @@ TASKS: dict[str, type[Task]] = {
         QuestionAnswering,
         Reward,
         Preference,
+        Embedding,
     )
 }
 

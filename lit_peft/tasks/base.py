@@ -142,11 +142,13 @@ class Task:
         new_head: whether the head may be a new one, for which the base has no weights.
         packs: whether it can train on packed rows.
         generates: whether it generates text, with the module's `generation`.
+        unused: names of modules of the model that the task does not run, so that they are never trained.
         extras: keys of a batch that the model does not take, used by metrics and predictions.
         free_settings: its settings that change no weight and no loss, so that a trained model may be given others.
         monitor: the metric that selects the best checkpoint, and "min" or "max".
         positions: size of the model's table of position embeddings; None without one. Set by `prepare`.
         pads_right: whether all batches for the loss are known to be padded on the right.
+        group: the processes that have the parts of a batch, if others have parts of the model; None: all.
     """
 
     name: ClassVar[str]
@@ -156,12 +158,14 @@ class Task:
     new_head: ClassVar[bool] = True
     packs: ClassVar[bool] = False
     generates: ClassVar[bool] = False
+    unused: ClassVar[tuple[str, ...]] = ()
     extras: ClassVar[tuple[str, ...]] = ()
     free_settings: ClassVar[tuple[str, ...]] = ()
     monitor: tuple[str, str] = ("val_loss", "min")
     positions: int | None = None
     counts_positions: bool = False
     pads_right: bool = False
+    group: Any = None
 
     def model_class(self, config: Any) -> Any:
         """Return the auto class that builds a model of this config for the task.

@@ -103,7 +103,8 @@ def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
     """Attach the module's method, and train the task's head: the known heads, and what the base has no weights for."""
     head = {name for name, _ in model.named_children() if name in module.task.heads}
     new = {name for name, _ in model.named_parameters(remove_duplicate=False) if name in missing}
-    for name in new:
+    unused = module.task.unused
+    for name in (name for name in new if name.partition(".")[0] not in unused):
         # The module, if all of its parameters are new; else this parameter alone.
         owner = name.rpartition(".")[0]
         inside = {f"{owner}.{inner}" for inner, _ in model.get_submodule(owner).named_parameters()}
@@ -119,5 +120,8 @@ def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
             fold_prompts(model)
     if module.hparams.add_tokens:
         attachment_of(model).tokenizer = module.tokenizer
+    for name, part in model.named_children():
+        if name in unused:  # it gets no gradient, for which DDP would wait
+            part.requires_grad_(False)
     if module.hparams.adapter_dtype is not None:
         set_trained_dtype(attachment_of(model), getattr(torch, module.hparams.adapter_dtype))

@@ -110,6 +110,8 @@ def check_stages(module: Any, *stages: str) -> None:
         and module.device_mesh is None  # ranks that share a batch have parts of the logits, which cannot be compared
         and not any(getattr(callback, "needs_attention_mask", False) for callback in callbacks)
     )
+    if module.device_mesh is not None:
+        module.task.group = module.device_mesh["data_parallel"].get_group()
     if not hasattr(data, "extent"):
         return
     if module.task.new_head:
