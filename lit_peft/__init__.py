@@ -16,6 +16,7 @@ _NAMES = {
     "CausalLMData": "lit_peft.data.causal_lm",
     "InstructionData": "lit_peft.data.instruction",
     "LitPeftError": "lit_peft.util.errors",
+    "MaskedLMData": "lit_peft.data.masked_lm",
     "MultipleChoiceData": "lit_peft.data.multiple_choice",
     "QuestionAnsweringData": "lit_peft.data.question_answering",
     "ReasoningData": "lit_peft.data.reasoning",

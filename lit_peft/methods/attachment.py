@@ -244,7 +244,8 @@ class Attachment:
                     self.train(path)
 
     def _warn_if_tied(self, path: str, name: str) -> None:
-        tied = tied_names(self.model, path)
+        # Not the second name that a head has for the bias of a layer in it.
+        tied = [other for other in tied_names(self.model, path) if not path.startswith(f"{other.rpartition('.')[0]}.")]
         if tied:
             warnings.warn(
                 f"modules_to_save={name!r}: {path} shares its weight with {', '.join(tied[:3])} in the base. Only the "

@@ -8,6 +8,7 @@ from typing import Any
 
 from lit_peft.tasks.base import Task
 from lit_peft.tasks.causal_lm import CausalLM
+from lit_peft.tasks.masked_lm import MaskedLM
 from lit_peft.tasks.multiple_choice import MultipleChoice
 from lit_peft.tasks.question_answering import QuestionAnswering
 from lit_peft.tasks.seq2seq import Seq2Seq
@@ -18,7 +19,15 @@ from lit_peft.util.type_checks import brief, check_types
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (CausalLM, Seq2Seq, SequenceClassification, TokenClassification, MultipleChoice, QuestionAnswering)
+    for task in (
+        CausalLM,
+        Seq2Seq,
+        SequenceClassification,
+        TokenClassification,
+        MultipleChoice,
+        QuestionAnswering,
+        MaskedLM,
+    )
 }
 
 

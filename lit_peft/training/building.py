@@ -14,6 +14,7 @@ from torch import nn
 
 from lit_peft.methods.adapter_dtype import set_trained_dtype
 from lit_peft.methods.attachment import attachment_of
+from lit_peft.methods.changes import tied_names
 from lit_peft.models.loading import BaseSettings, check_weights_found, empty_model, load_base, load_config
 from lit_peft.nn.torch_internals import DtypeKeepingDict
 from lit_peft.tasks.base import Task, float32_default
@@ -93,7 +94,7 @@ def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
     """Attach the module's method, and train the task's head: the known heads, and what the base has no weights for."""
     head = {name for name, _ in model.named_children() if name in module.task.heads}
     new = {name for name, _ in model.named_parameters(remove_duplicate=False) if name in missing}
-    for name in new:
+    for name in (name for name in new if not _is_second_name(model, name)):
         # The module, if all of its parameters are new; else this parameter alone.
         owner = name.rpartition(".")[0]
         inside = {f"{owner}.{inner}" for inner, _ in model.get_submodule(owner).named_parameters()}
@@ -111,3 +112,9 @@ def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
         attachment_of(model).tokenizer = module.tokenizer
     if module.hparams.adapter_dtype is not None:
         set_trained_dtype(attachment_of(model), getattr(torch, module.hparams.adapter_dtype))
+
+
+def _is_second_name(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is one that a layer inside its module computes with: the bias of BERT's output embeddings."""
+    owner = name.rpartition(".")[0]
+    return any(other.startswith(f"{owner}.") for other in tied_names(model, name))
