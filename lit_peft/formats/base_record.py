@@ -38,8 +38,10 @@ def base_record(model: nn.Module) -> dict[str, Any]:
     original values the model no longer has.
     """
     attachment = attachment_of(model)
-    trained = sorted({*map(base_name, attachment.saved), *resized_parameters(attachment)})
-    return {**_record(_base_weights(model, attachment.adapted, trained), model), "trained": trained}
+    saved = [path for found in (attachment, *attachment.below) for path in found.saved]
+    adapted = {path: module for found in (attachment, *attachment.below) for path, module in found.adapted.items()}
+    trained = sorted({*map(base_name, saved), *resized_parameters(attachment)})
+    return {**_record(_base_weights(model, adapted, trained), model), "trained": trained}
 
 
 def same_base(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> bool:

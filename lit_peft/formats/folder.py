@@ -21,7 +21,9 @@ from lit_peft.util.disk import whole_folder, write_failure
 from lit_peft.util.errors import LitPeftError, first_line
 
 
-def load_adapter(model: Model, folder: str | Path, check_base: bool = True, name: str | None = None) -> Model:
+def load_adapter(
+    model: Model, folder: str | Path, check_base: bool = True, name: str | None = None, with_head: bool = True
+) -> Model:
     """Attach the adapter in a folder to a model, ready for `model.eval()`.
 
     Args:
@@ -30,6 +32,8 @@ def load_adapter(model: Model, folder: str | Path, check_base: bool = True, name
         check_base: refuse a model that is not the base the adapter was trained on, if the folder says which it was.
         name: the adapter's name. It is loaded beside the adapters that the model already has, and becomes the active
             one. When None, the model must be bare.
+        with_head: also load what the folder has of `modules_to_save`, e.g. a head. Without, a bottleneck adapter can be
+            loaded into a model with another head, to stack a task's adapter on it.
 
     Returns:
         The same model, with the adapter attached.
@@ -41,16 +45,21 @@ def load_adapter(model: Model, folder: str | Path, check_base: bool = True, name
     folder = Path(folder)
     if name is not None:
         with new_adapter(model, name):
-            return load_adapter(model, folder, check_base)
+            return load_adapter(model, folder, check_base, with_head=with_head)
     config = _read_config(folder)
     if check_base:
         base_record.check_base(model, folder)
+    if not with_head and ("peft_type" in config or "config" not in config):
+        raise LitPeftError(
+            f"with_head=False needs a folder in AdapterHub's format, which all bottleneck adapters have, and {folder} "
+            "has another one: leave with_head out."
+        )
     if "peft_type" in config:
         return peft.read(model, folder, config)
     if own.KEY in config:
         return own.read(model, folder, config)
     if "config" in config:
-        return adapterhub.read(model, folder, config)
+        return adapterhub.read(model, folder, config, with_head)
     raise LitPeftError(
         f"{folder}/adapter_config.json has neither 'peft_type' (peft) nor 'config' (AdapterHub), so its format is not "
         "known: give a folder that one of these libraries saved."

@@ -11,6 +11,7 @@ import torch
 from lit_peft.formats.folder import load_adapter, save_adapter
 from lit_peft.methods import adapters
 from lit_peft.methods.attachment import MethodSettings
+from lit_peft.methods.stack import Stack
 
 
 class AdapterMethods:
@@ -41,8 +42,8 @@ class AdapterMethods:
         self.configure_model()
         adapters.add_adapter(self.model, name, settings)
 
-    def set_adapter(self, name: str | None) -> None:
-        """Make an adapter the active one, or none if `name` is None; the module's own is called `default`."""
+    def set_adapter(self, name: str | Stack | None) -> None:
+        """Make an adapter or a `Stack` active, or none if `name` is None; the module's own is called `default`."""
         adapters.set_adapter(self.model, name)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
