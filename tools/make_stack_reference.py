@@ -6,9 +6,9 @@ It needs an environment of its own, because `adapters` needs an older transforme
     pip install adapters==1.3.0
     python tools/make_stack_reference.py
 
-For each architecture: a tiny random model for classification, a language adapter and a task adapter; the logits of their
-stack, of each adapter alone and of the base, and the gradients of the task adapter in the stack. The language adapter of
-BERT is trained for a few steps by masked language modeling, and saved with its head.
+For each architecture: a tiny random model for classification, a language adapter and a task adapter; the logits of
+their stack, of each adapter alone and of the base, and the gradients of the task adapter in the stack. The language
+adapter of BERT is trained for a few steps by masked language modeling, and saved with its head.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 from lit_peft.data.causal_lm import CausalLMData as CausalLMData
 from lit_peft.data.instruction import InstructionData as InstructionData
 from lit_peft.data.base import LitDataModule as LitDataModule
+from lit_peft.data.masked_lm import MaskedLMData as MaskedLMData
 from lit_peft.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
 from lit_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
 from lit_peft.data.reasoning import ReasoningData as ReasoningData
@@ -16,6 +17,7 @@ __all__ = [
     "CausalLMData",
     "InstructionData",
     "LitDataModule",
+    "MaskedLMData",
     "MultipleChoiceData",
     "QuestionAnsweringData",
     "ReasoningData",

@@ -56,8 +56,14 @@ def base_name_or_path(model: nn.Module) -> str:
     return str(getattr(model, BASE_ATTRIBUTE, None) or getattr(model, "name_or_path", None) or "")
 
 
-def check_base(model: nn.Module, folder: Path) -> None:
+def check_base(model: nn.Module, folder: Path, any_class: bool = False) -> None:
     """Check that a bare model is the base that the adapter in a folder was trained on.
+
+    Args:
+        model: the model.
+        folder: the adapter's folder.
+        any_class: whether the model may be of another class, whose backbone may have parts that the base's had not
+            (BERT's pooler) or lack some: only the sampled values are compared then.
 
     Raises:
         LitPeftError: the shapes or the sampled values of its weights differ from the recorded ones.
@@ -67,7 +73,7 @@ def check_base(model: nn.Module, folder: Path) -> None:
         return
     trained = recorded.get("trained")
     found = _record(_base_weights(model, {}, trained if isinstance(trained, list) else []), model)
-    if found["shapes"] == recorded.get("shapes"):
+    if any_class or found["shapes"] == recorded.get("shapes"):
         sample = recorded.get("sample")
         expected = sample if isinstance(sample, dict) else {}
         if all(_is_close(values, expected[name]) for name, values in found["sample"].items() if name in expected):

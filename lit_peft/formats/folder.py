@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,18 @@ from torch import nn
 
 from lit_peft.formats import adapterhub, base_record, own, peft
 from lit_peft.formats.card import write_card
-from lit_peft.formats.files import write_extra
+from lit_peft.formats.files import read_extra, write_extra
 from lit_peft.formats.untrusted import read_json
-from lit_peft.methods.adapters import new_adapter
+from lit_peft.methods.adapters import active_adapter, adapter_names, new_adapter
 from lit_peft.methods.attachment import Attachment, Model, attachment_of
+from lit_peft.methods.stack import names_of
 from lit_peft.nn.finite import non_finite_names
 from lit_peft.util.disk import whole_folder, write_failure
 from lit_peft.util.errors import LitPeftError, first_line
+from lit_peft.util.type_checks import brief
+
+# Key of a folder's `lit_peft.json`: the names of the adapters that this one was stacked on.
+BELOW = "stacked_on"
 
 
 def load_adapter(
@@ -47,8 +53,15 @@ def load_adapter(
         with new_adapter(model, name):
             return load_adapter(model, folder, check_base, with_head=with_head)
     config = _read_config(folder)
+    below = read_extra(folder).get(BELOW)
+    if isinstance(below, list) and not adapter_names(model):
+        warnings.warn(
+            f"{folder} was trained stacked on {brief(below)}, which this model does not have: load that adapter first, "
+            "then call lit_peft.set_adapter with a lit_peft.Stack (in a run: model.stack).",
+            stacklevel=2,
+        )
     if check_base:
-        base_record.check_base(model, folder)
+        base_record.check_base(model, folder, any_class=not with_head)
     if not with_head and ("peft_type" in config or "config" not in config):
         raise LitPeftError(
             f"with_head=False needs a folder in AdapterHub's format, which all bottleneck adapters have, and {folder} "
@@ -119,7 +132,8 @@ def write_adapter(
     else:
         adapterhub.write(model, folder, name, extended=format is None)
     base = base_record.base_record(model)
-    write_extra(folder, {base_record.KEY: base})
+    below = names_of(active_adapter(model))[:-1]
+    write_extra(folder, {base_record.KEY: base, **({BELOW: list(below)} if below else {})})
     if attachment.tokenizer is not None:
         attachment.tokenizer.save_pretrained(folder)
     write_card(model, folder, str(base["name"]))

@@ -1,7 +1,7 @@
 """Adapters stacked in each layer, as in MAD-X: the next one adapts what the one before it returned.
 
-MAD-X (arXiv:2005.00052), section 2: a language adapter, learned from text by masked language modeling, lies under a task
-adapter. The language adapter is frozen while the task adapter is trained, and replaced by that of another language
+MAD-X (arXiv:2005.00052), section 2: a language adapter, learned from text by masked language modeling, lies under a
+task adapter. The language adapter is frozen while the task adapter is trained, and replaced by that of another language
 afterwards. A stack consists of named adapters, which are saved and loaded one by one.
 """
 
@@ -39,7 +39,9 @@ class Stack:
 
     def __init__(self, *names: str) -> None:
         if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
-            raise LitPeftError(f"Stack{names!r}: give the names of two or more different adapters, the first one first.")
+            raise LitPeftError(
+                f"Stack{names!r}: give the names of two or more different adapters, the first one first."
+            )
         object.__setattr__(self, "names", names)
 
     def __repr__(self) -> str:
@@ -65,13 +67,13 @@ def check_stack(attachments: Mapping[str, Attachment]) -> None:
         settings = attachment.settings
         if not settings.stacks:
             raise LitPeftError(
-                f"The adapter {name!r} ({settings.method}) cannot be in a stack: only the bottleneck adapters AdapterH, "
-                "AdapterP and Parallel can."
+                f"The adapter {name!r} ({settings.method}) cannot be in a stack: only bottleneck adapters can, which "
+                "are AdapterH, AdapterP and Parallel."
             )
         if name in below and settings.trainable_token_indices:
             raise LitPeftError(
-                f"The adapter {name!r} has tokens of its own, so no other adapter can be stacked on it: train it without "
-                "trainable_token_indices and add_tokens."
+                f"The adapter {name!r} has tokens of its own, so no other adapter can be stacked on it: train it "
+                "without trainable_token_indices and add_tokens."
             )
         if name in below and not getattr(settings, "original_ln_after", True):
             raise LitPeftError(

@@ -21,6 +21,7 @@ from lit_peft.tasks.base import Task, float32_default
 from lit_peft.training.lightning_internals import replace_average_model, trainer_of
 from lit_peft.training.new_tokens import choose_rows, start_rows
 from lit_peft.training.sharding import shard
+from lit_peft.training.stack_setting import load_below, put_on_top
 from lit_peft.training.start_adapter import attach_from_folder, fold_prompts
 
 
@@ -100,6 +101,7 @@ def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
         inside = {f"{owner}.{inner}" for inner, _ in model.get_submodule(owner).named_parameters()}
         head.add(owner if inside <= new else name)
     adapter = module.hparams.adapter
+    below = load_below(module, model)
     choose_rows(module, model)
     if adapter is not None and not module.started and Path(adapter).is_dir():
         attach_from_folder(module, model, sorted(head))
@@ -108,6 +110,7 @@ def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
         start_rows(module, model)
         if adapter is not None:
             fold_prompts(model)
+    put_on_top(model, below)
     if module.hparams.add_tokens:
         attachment_of(model).tokenizer = module.tokenizer
     if module.hparams.adapter_dtype is not None:
