@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Words of two and of three tokens, in addition to those that are one.
-PIECES = ["un", "##watch", "##able", "##ly", "."]
+PIECES = ["un", "##watch", "##able", "##ly", ".", ","]
 
 
 @cache

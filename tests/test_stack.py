@@ -364,7 +364,7 @@ def test_a_run_on_a_stack_resumes_is_tested_and_exported(
     # Stopped after one epoch and resumed: the same, bit for bit.
     assert main(["fit", "--config", config, *half, "--trainer.max_epochs", "1"]) == 0
     stopped = tmp_path / "half" / "version_0" / "checkpoints" / "last.ckpt"
-    before = shutil.copy(stopped, tmp_path / "stopped.ckpt")
+    before = str(shutil.copy(stopped, tmp_path / "stopped.ckpt"))
     assert main(["fit", "--config", config, *half, "--ckpt_path", before]) == 0
     (resumed,) = (path for path in (tmp_path / "half").glob("version_*/checkpoints/last.ckpt") if path != stopped)
     again = torch.load(resumed, weights_only=True)["state_dict"]

@@ -153,11 +153,12 @@ def word_numbers(text: str, offsets: Sequence[tuple[int, int]], word_ids: Sequen
         The number of each token's word, from 0.
     """
     numbers: list[int] = []
-    number, before = -1, None
+    number, before, last = -1, None, 0
     for (start, end), word in zip(offsets, word_ids, strict=True):
-        spaced = end > start and (text[start].isspace() or (start > 0 and text[start - 1].isspace()))
-        if before is None or word != before or spaced:
+        # The white space is a part of the token, or of none.
+        spaced = end > start and any(letter.isspace() for letter in (*text[last:start], text[start]))
+        if number < 0 or word != before or spaced:
             number += 1
         numbers.append(number)
-        before = word
+        before, last = word, end
     return numbers

@@ -56,7 +56,7 @@ class MaskedLM(Task):
         try:
             return super().model_class(config)
         except LitPeftError as error:
-            raise LitPeftError(f"{error} For a decoder that is task='causal_lm'.") from None
+            raise LitPeftError(f"{error} A decoder is trained with task='causal_lm'.") from None
 
     def prepare(self, model: Any) -> None:
         super().prepare(model)
