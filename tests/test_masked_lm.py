@@ -25,7 +25,7 @@ from lit_peft.data.masking import Masking, word_numbers
 from lit_peft.data.streaming import BATCHES_PER_BLOCK
 
 MASK = 4
-TEXT = "the unwatchable film was a weak story. this good acting is wonderful, it was unwatchably awful."
+TEXT = "the unwatchable film was a weak story. this good acting is wonderful, it was unwatchly awful."
 
 
 @pytest.fixture(scope="module")

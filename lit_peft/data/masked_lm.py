@@ -209,7 +209,8 @@ def _tokens_and_words(texts: list[str], tokenizer: Any, has_words: bool) -> Iter
     """Yield the tokens of each text and, with `has_words`, the numbers of their words."""
     pieces = [list(text_pieces(text)) for text in texts]
     flat = list(chain(*pieces))
-    encoded = tokenizer(flat, add_special_tokens=False, return_offsets_mapping=has_words, verbose=False) if flat else {}
+    options = {"add_special_tokens": False, "return_offsets_mapping": has_words, "verbose": False}
+    encoded: Any = tokenizer(flat, **options) if flat else None
     at = 0
     for parts in pieces:
         tokens: list[int] = []
