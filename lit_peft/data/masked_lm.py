@@ -18,6 +18,7 @@ from lit_peft.util.errors import LitPeftError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
 
 
 class MaskedLMData(LitDataModule):
@@ -133,6 +134,13 @@ class MaskedLMData(LitDataModule):
         masks = self._masks(tokenizer.mask_token_id, len(tokenizer), tuple(tokenizer.all_special_ids))
         return MaskCollator(pad, masks, f"{self.seed} {split}")
 
+    def masked(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Return an example with masks, to look at: `input_ids` and `labels`, lists of int."""
+        collator = self.collator("train")
+        assert isinstance(collator, MaskCollator)
+        ids, labels = collator.mask(example, f"{example['input_ids']}")
+        return {"input_ids": ids.tolist(), "labels": labels.tolist()}
+
     def _masks(self, mask_token_id: int, vocabulary: int, special_ids: tuple[int, ...] = ()) -> Masking:
         shares = (self.mlm_probability, self.mask_replace_prob, self.random_replace_prob)
         return Masking(self.masking, *shares, mask_token_id, vocabulary, special_ids)
@@ -154,16 +162,16 @@ class MaskCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate a batch; see `PadCollator`."""
-        keys = (
-            [f"{self.key} {examples.key} {place}" for place in examples.places]
-            if isinstance(examples, Drawn)
-            else [f"{self.key} {example['input_ids']}" for example in examples]
-        )
-        masked = (
-            self.masks(example["input_ids"], example.get("words"), key)
-            for example, key in zip(examples, keys, strict=True)
-        )
+        if isinstance(examples, Drawn):
+            keys = [f"{examples.key} {place}" for place in examples.places]
+        else:
+            keys = [f"{example['input_ids']}" for example in examples]
+        masked = [self.mask(example, key) for example, key in zip(examples, keys, strict=True)]
         return self.pad([{"input_ids": ids, "labels": labels} for ids, labels in masked])
+
+    def mask(self, example: dict[str, Any], key: str) -> tuple[Tensor, Tensor]:
+        """Return the masked tokens of an example and the labels, see `Masking`."""
+        return self.masks(example["input_ids"], example.get("words"), f"{self.key} {key}")
 
 
 def encode_text(
