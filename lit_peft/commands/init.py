@@ -71,6 +71,15 @@ FORMS = {
         settings={"doc_stride": (128, "overlap in tokens of the windows of a long context")},
         max_length=384,
     ),
+    "masked_lm": _Form(
+        "MaskedLMData",
+        "column `text` (text_column)",
+        "google-bert/bert-base-uncased",
+        settings={
+            "masking": ("whole_word", "what is masked: token, whole_word or span"),
+            "mlm_probability": (0.15, "share of the tokens to predict"),
+        },
+    ),
     "multiple_choice": _Form(
         "MultipleChoiceData",
         "columns `question`, `choices` (a list) and `answer`; or choice_columns: [a, b, c, d]",

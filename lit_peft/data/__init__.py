@@ -9,6 +9,7 @@ _NAMES = {
     "EmbeddingData": "lit_peft.data.embedding",
     "InstructionData": "lit_peft.data.instruction",
     "LitDataModule": "lit_peft.data.base",
+    "MaskedLMData": "lit_peft.data.masked_lm",
     "MultipleChoiceData": "lit_peft.data.multiple_choice",
     "PreferenceData": "lit_peft.data.preference",
     "QuestionAnsweringData": "lit_peft.data.question_answering",

@@ -6,6 +6,7 @@ from lit_peft.data.causal_lm import CausalLMData as CausalLMData
 from lit_peft.data.embedding import EmbeddingData as EmbeddingData
 from lit_peft.data.instruction import InstructionData as InstructionData
 from lit_peft.data.base import LitDataModule as LitDataModule
+from lit_peft.data.masked_lm import MaskedLMData as MaskedLMData
 from lit_peft.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
 from lit_peft.data.preference import PreferenceData as PreferenceData
 from lit_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
@@ -20,6 +21,7 @@ __all__ = [
     "EmbeddingData",
     "InstructionData",
     "LitDataModule",
+    "MaskedLMData",
     "MultipleChoiceData",
     "PreferenceData",
     "QuestionAnsweringData",

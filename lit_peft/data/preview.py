@@ -10,6 +10,7 @@ from typing import Any
 
 from lit_peft.data.collate import IGNORE
 from lit_peft.data.encoding import token_counts
+from lit_peft.data.masked_lm import MaskedLMData
 from lit_peft.data.packing import pack
 from lit_peft.data.rows import Rows
 from lit_peft.data.supervised import SupervisedData
@@ -122,6 +123,8 @@ def pieces(data: Any, example: dict[str, Any]) -> list[Piece]:
         data: the data module that made the example.
         example: one of `examples_of`.
     """
+    if isinstance(data, MaskedLMData) and "labels" not in example and "texts" not in example:
+        example = data.masked(example)
     tokenizer, ids, labels = data.tokenizer, example["input_ids"], example.get("labels")
     if ids and isinstance(ids[0], (list, tuple)):
         # Of a pair, the chosen text comes first.
@@ -131,6 +134,9 @@ def pieces(data: Any, example: dict[str, Any]) -> list[Piece]:
     if isinstance(labels, (list, tuple)) and len(labels) == len(ids):
         if isinstance(data, SupervisedData):
             return _runs(tokenizer, ids, [(label != IGNORE, "") for label in labels])
+        if isinstance(data, MaskedLMData):
+            notes = ["" if label == IGNORE else _text(tokenizer, [label]).strip() for label in labels]
+            return _runs(tokenizer, ids, [(label != IGNORE, note) for label, note in zip(labels, notes, strict=True)])
         if (names := getattr(data, "label_names", None)) is not None:
             notes = ["" if label == IGNORE else str(names[label]) for label in labels]
             return _runs(tokenizer, ids, [(bool(note), note) for note in notes])

@@ -38,8 +38,10 @@ def base_record(model: nn.Module) -> dict[str, Any]:
     original values the model no longer has.
     """
     attachment = attachment_of(model)
-    trained = sorted({*map(base_name, attachment.saved), *resized_parameters(attachment)})
-    return {**_record(_base_weights(model, attachment.adapted, trained), model), "trained": trained}
+    saved = [path for found in (attachment, *attachment.below) for path in found.saved]
+    adapted = {path: module for found in (attachment, *attachment.below) for path, module in found.adapted.items()}
+    trained = sorted({*map(base_name, saved), *resized_parameters(attachment)})
+    return {**_record(_base_weights(model, adapted, trained), model), "trained": trained}
 
 
 def same_base(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
@@ -54,8 +56,14 @@ def base_name_or_path(model: nn.Module) -> str:
     return str(getattr(model, BASE_ATTRIBUTE, None) or getattr(model, "name_or_path", None) or "")
 
 
-def check_base(model: nn.Module, folder: Path) -> None:
+def check_base(model: nn.Module, folder: Path, any_class: bool = False) -> None:
     """Check that a bare model is the base that the adapter in a folder was trained on.
+
+    Args:
+        model: the model.
+        folder: the adapter's folder.
+        any_class: whether the model may be of another class, whose backbone may have parts that the base's had not
+            (BERT's pooler) or lack some: only the sampled values are compared then.
 
     Raises:
         LitPeftError: the shapes or the sampled values of its weights differ from the recorded ones.
@@ -65,7 +73,7 @@ def check_base(model: nn.Module, folder: Path) -> None:
         return
     trained = recorded.get("trained")
     found = _record(_base_weights(model, {}, trained if isinstance(trained, list) else []), model)
-    if found["shapes"] == recorded.get("shapes"):
+    if any_class or found["shapes"] == recorded.get("shapes"):
         sample = recorded.get("sample")
         expected = sample if isinstance(sample, dict) else {}
         if all(_is_close(values, expected[name]) for name, values in found["sample"].items() if name in expected):

@@ -9,6 +9,7 @@ from typing import Any
 from lit_peft.tasks.base import Task
 from lit_peft.tasks.causal_lm import CausalLM
 from lit_peft.tasks.embedding import Embedding
+from lit_peft.tasks.masked_lm import MaskedLM
 from lit_peft.tasks.multiple_choice import MultipleChoice
 from lit_peft.tasks.preference import Preference
 from lit_peft.tasks.question_answering import QuestionAnswering
@@ -31,6 +32,7 @@ TASKS: dict[str, type[Task]] = {
         Reward,
         Preference,
         Embedding,
+        MaskedLM,
     )
 }
 

@@ -12,6 +12,7 @@ from lit_peft.training.lightning_internals import datamodule_of, trainer_of
 from lit_peft.training.new_tokens import check_tokens
 from lit_peft.training.reference import precompute_reference
 from lit_peft.training.run_record import RECORD, check_checkpoint, check_same_base, run_record, say, say_new_length
+from lit_peft.training.stack_setting import check_stack_record, stack_record
 from lit_peft.training.start_adapter import check_start
 from lit_peft.util.errors import LitPeftError
 
@@ -69,6 +70,7 @@ class DataChecks:
             for line in check_checkpoint(self, datamodule_of(self), checkpoint, path, stage):  # type: ignore[arg-type]
                 say(line)
             check_same_base(self, checkpoint, path)
+            check_stack_record(self, checkpoint.get(RECORD) or {}, path, stage)
             self.resumed = checkpoint.get(RECORD)
 
     def on_fit_start(self) -> None:
@@ -77,7 +79,7 @@ class DataChecks:
             say(f"training starts from the weights in {self.hparams.adapter}", "adapter:")
             if getattr(self.task, "compares_with_base", False):
                 say("it is the base without that adapter; to compare with both, merge them first", "reference:")
-        self.run = run_record(self)
+        self.run = {**run_record(self), "stack": stack_record(self)}
         if self.resumed is not None:
             say_new_length(self, self.resumed, self.run)
             self.resumed = None

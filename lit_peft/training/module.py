@@ -81,6 +81,8 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         adapter: folder of a trained adapter to start from, in the format of peft, of AdapterHub or our own. The method
             and its settings must be the folder's; those that are unset are taken from it.
         task_args: settings of the task, if it has any.
+        stack: folder of a trained bottleneck adapter, or several, to stack this one on: it lies before this one in each
+            layer and stays as it is (MAD-X: a language's adapter under a task's).
     """
 
     settings: MethodSettings
@@ -113,6 +115,7 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         neftune_noise_alpha: float | None = None,
         adapter: str | None = None,
         task_args: dict[str, Any] | None = None,
+        stack: str | list[str] | None = None,
     ) -> None:
         super().__init__()
         values = {name: value for name, value in locals().items() if name not in ("self", "__class__")}

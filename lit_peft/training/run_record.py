@@ -32,8 +32,8 @@ _TRAINING_ONLY = {
     *("loraplus_lr_ratio", "init_weights", "init_std", "prompt_tuning_init", "prompt_tuning_init_text"),
     *("prompt_tuning_init_labels", "tokenizer_name_or_path"),
 }
-# Compared in other ways: the labels may come from the data, and the base may have moved.
-_COMPARED_APART = {"base", "labels", "num_labels"}
+# Compared in other ways: the labels may come from the data, and the base and the adapters below may have moved.
+_COMPARED_APART = {"base", "labels", "num_labels", "stack"}
 
 
 def run_record(module: Any) -> dict[str, Any]:
