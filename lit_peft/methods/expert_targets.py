@@ -44,8 +44,7 @@ def find_parameters(
         LitPeftError: a name matches nothing, or a parameter cannot be adapted, or no parameter is left.
     """
     parameters = dict(model.named_parameters())
-    # Biases are one row for each expert.
-    experts = {name for name in stacked_experts(model) if not name.rpartition(".")[2].endswith("bias")}
+    experts = set(stacked_experts(model))
     if target_experts and not experts:
         raise LitPeftError(
             f"target_experts=True, but {type(model).__name__} has no experts that are stored as one parameter: leave "

@@ -21,6 +21,8 @@ def stacked_experts(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in module.named_parameters(path, recurse=False):
             stacked = parameter.dim() == 3 and min(parameter.shape) > 1
             named = parameter.dim() == 2 and not isinstance(module, nn.Linear) and "experts" in name.split(".")
+            # One bias for each expert is a matrix too.
+            named = named and not name.endswith("bias")
             if (stacked or named) and parameter.is_floating_point():
                 found[name] = parameter
     return found

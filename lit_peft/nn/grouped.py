@@ -35,7 +35,7 @@ def grouped_lora(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, ends: T
         return _by_kernel(x, weight, left, right, ends.to(torch.int32), scaling)
     bounds = [0, *ends.tolist()]
     groups = [(g, start, end) for g, (start, end) in enumerate(itertools.pairwise(bounds)) if end > start]
-    return _GroupedLoRA.apply(x, weight, left, right, scaling, groups)  # type: ignore[no-any-return]
+    return _GroupedLoRA.apply(x, weight, left, right, scaling, groups)
 
 
 def _needs_gradient(weight: Tensor) -> bool:
@@ -95,11 +95,11 @@ class _GroupedLoRA(torch.autograd.Function):
                 torch.mm(part, weight[g].T, out=grad_x[start:end])
                 grad_x[start:end].addmm_(part_inner, left[g].T)
             if grad_weight is not None:
-                grad_weight[g] = rows.T @ part
+                torch.mm(rows.T, part, out=grad_weight[g])
             if grad_left is not None:
-                grad_left[g] = rows.T @ part_inner
+                torch.mm(rows.T, part_inner, out=grad_left[g])
             if grad_right is not None:
-                grad_right[g] = (inner[start:end].T @ part).mul_(ctx.scaling)
+                torch.mm(inner[start:end].T, part, out=grad_right[g]).mul_(ctx.scaling)
         if grad_x is not None:
             _clear_rest(ctx.groups, grad_x)
         return grad_x, grad_weight, grad_left, grad_right, None, None
