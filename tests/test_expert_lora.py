@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import shutil
+import subprocess
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +18,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+import yaml
 from models import checkpointing
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lit_peft
 from lit_peft import LoRASettings
+from lit_peft.cli import main
 from lit_peft.formats.peft_experts import as_peft, expert_layers
 from lit_peft.methods.attachment import attachment_of
 from lit_peft.models.experts import experts_adapted, experts_left_out, stacked_experts
 from lit_peft.nn.expert_lora import ExpertLoRA
 from lit_peft.nn.grouped import LowRankSum, grouped_lora
+from lit_peft.training.sharding import shard, whole
 from lit_peft.util.errors import LitPeftError
 
 BASE: dict[str, Any] = {
@@ -219,8 +228,9 @@ def test_shared_experts_do_not_stand_for_all_experts(tmp_path: Path) -> None:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained and all(".shared_expert." in name for name in trained)
     lit_peft.save_adapter(model, tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(bare), str(tmp_path / "a"))
     again = lit_peft.load_adapter(bare, tmp_path / "a")
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(again), logits(model)) and close(logits(theirs), logits(model))
 
 
 def test_a_folder_of_another_number_of_experts_is_refused(tmp_path: Path) -> None:
@@ -537,3 +547,96 @@ def test_layers_and_exclusions_apply_to_experts_too() -> None:
     settings = LoRASettings(target_experts=True, exclude_modules=r".*layers\.0\..*")
     paths = list(attachment_of(lit_peft.attach(moe("mixtral"), settings)).adapted)
     assert len(paths) == 4 and all("layers.1." in path for path in paths)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Any]:
+    """A process group of this process, and its mesh as the strategies make it."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    names = ("data_parallel", "tensor_parallel")
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=names)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text"])
+def test_sharded_and_replicated_experts_train_the_same(kind: str, alone: Any) -> None:
+    plain, sharded, replicated = adapted(kind), adapted(kind), adapted(kind)
+    plain(input_ids=IDS, labels=IDS).loss.backward()
+    expected = [p.grad for p in plain.parameters() if p.requires_grad]
+    shard(sharded, alone)
+    sharded.to("cpu")  # as strategies do, and FSDP2 looks all of its parameters up
+    for _ in range(2):
+        sharded.zero_grad()
+        sharded(input_ids=IDS, labels=IDS).loss.backward()
+    found = [whole(p.grad) for p in sharded.parameters() if p.requires_grad and p.grad is not None]
+    assert len(found) == len(expected) and all(close(a, b) for a, b in zip(found, expected, strict=True))
+    nn.parallel.DistributedDataParallel(replicated)(input_ids=IDS, labels=IDS).loss.backward()
+    found = [p.grad for p in replicated.parameters() if p.requires_grad and p.grad is not None]
+    assert len(found) == len(expected) and all(close(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def mixture(tokenizer_folder: Path, folder: Path) -> Path:
+    torch.manual_seed(0)
+    shape = {**BASE, **QWEN, "vocab_size": 40, "eos_token_id": 4, "initializer_range": 0.2}
+    transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shape)).save_pretrained(folder)
+    for file in tokenizer_folder.iterdir():
+        shutil.copy(file, folder)
+    return folder
+
+
+def fit(base: Path, data: Path, out: Path, *more: str) -> list[str]:
+    config = {
+        "model": {"class_path": "LoRA", "init_args": {"base": str(base), "target_experts": True, "r": 4}},
+        "data": {"class_path": "CausalLMData", "init_args": {"train": str(data), "limit_train": 32}},
+        "trainer": {"max_epochs": 1, "enable_progress_bar": False, "accelerator": "cpu", "devices": 1},
+    }
+    out.mkdir()
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    return ["fit", "--config", str(out / "config.yaml"), "--trainer.default_root_dir", str(out), *more]
+
+
+def test_the_command_trains_experts_says_what_it_costs_and_saves_them(
+    tokenizer_folder: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = mixture(tokenizer_folder, tmp_path / "base")
+    assert main(fit(base, reviews, tmp_path / "run")) == 0
+    shown = capsys.readouterr().out
+    trained = 2 * 4 * 4 * ((32 + 32) + (16 + 32))  # layers, experts, rank
+    assert f"experts:   LoRA on 4 parameters × 4 experts trains {trained:,} parameters" in shown
+    (folder,) = (tmp_path / "run").glob("*/adapter")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder))
+    ids = IDS % 40
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        assert close(lit_peft.load_adapter(model, folder)(input_ids=ids).logits, expected)
+    assert main(["merge", "--base", str(base), "--adapter", str(folder), "--output", str(tmp_path / "merged")]) == 0
+    with torch.no_grad():
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert close(merged(input_ids=ids).logits, expected)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_the_experts_that_one_does(
+    strategy: str, tokenizer_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    base = mixture(tokenizer_folder, tmp_path / "base")
+    assert main(fit(base, reviews, tmp_path / "one", "--data.batch_size", "16")) == 0
+    file = Path(__file__).parents[1] / "configs" / "strategies" / f"{strategy}.yaml"
+    more = ["--config", str(file), "--trainer.accelerator", "cpu", "--trainer.devices", "2", "--data.batch_size", "8"]
+    script = tmp_path / "run.py"
+    script.write_text("import sys\nfrom lit_peft.cli import main\nassert main(sys.argv[1:]) == 0\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command += fit(base, reviews, tmp_path / "two", *more)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-6000:]
+    one, two = (
+        load_file(next((tmp_path / name).glob("*/adapter")) / "adapter_model.safetensors") for name in ("one", "two")
+    )
+    assert set(one) == set(two)
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], atol=1e-5, rtol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +15,13 @@ from lit_peft.nn.lora_layer import InitLoRA, LoRALayer, check
 from lit_peft.nn.torch_internals import own_parameter
 from lit_peft.util.errors import LitPeftError
 
+_LOCK = threading.Lock()
+
 
 class ExpertLoRA(LoRALayer):
     """A and B for each matrix of a stacked parameter, `W_e + s · B_e A_e` (2106.09685, for each expert e).
 
-    While the layer is active, an attribute hides the parameter from the code of its module. It multiplies as the sum
-    would, without building it (see `LowRankSum`).
+    The layer computes nothing itself: `LoRAExperts` lets the code of the experts see the sum in the place of W.
 
     A has the shape (experts, r, in_features) and B has (experts, out_features, r), as peft counts inputs and outputs:
     W has the shape (experts, out_features, in_features), or (experts, in_features, out_features) where the module says
@@ -47,7 +49,6 @@ class ExpertLoRA(LoRALayer):
         init_lora_weights: InitLoRA = "kaiming",
     ) -> None:
         self.parameter_name = parameter_name
-        self.is_hidden = False
         *stack, rows, columns = experts.get_parameter(parameter_name).shape
         self.stack = tuple(stack)
         # Rows are inputs. Only for stacked weights, as in peft.
@@ -93,21 +94,6 @@ class ExpertLoRA(LoRALayer):
         left, right = self.factors()
         return left @ right * self.scaling
 
-    def hide(self) -> None:
-        """Let the code of the module see `W + s · B A` in the place of its parameter."""
-        vars(self.base_layer)[self.parameter_name] = _Seen(self)
-        self.is_hidden = True
-
-    def restore_base(self) -> nn.Module:
-        if self.is_hidden:
-            vars(self.base_layer).pop(self.parameter_name, None)
-            self.is_hidden = False
-        return super().restore_base()
-
-    def resume(self) -> None:
-        super().resume()
-        self.hide()
-
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, experts={math.prod(self.stack)}"
 
@@ -116,7 +102,8 @@ class LoRAExperts(nn.Module):
     """The experts of a mixture, with a LoRA for some of their parameters.
 
     The experts compute as they did: with the model's routing, its activation, and the implementation that
-    transformers chose for them (`experts_implementation`).
+    transformers chose for them (`experts_implementation`). During their forward, an attribute hides each adapted
+    parameter. It multiplies as `W + s · B A` would, without building the sum (see `LowRankSum`).
 
     Args:
         base_layer: the experts.
@@ -126,9 +113,9 @@ class LoRAExperts(nn.Module):
     def __init__(self, base_layer: nn.Module, layers: Mapping[str, ExpertLoRA]) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.running = 0
         for name, layer in layers.items():
             self.add_module(f"lora_{name}", layer)
-            layer.hide()
 
     @property
     def layers(self) -> dict[str, ExpertLoRA]:
@@ -138,7 +125,19 @@ class LoRAExperts(nn.Module):
     # The compiler cannot follow weights that are no tensors.
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_layer(*args, **kwargs)
+        # Hidden as long as any thread is in here; otherwise FSDP2 needs to find the parameters.
+        attributes = vars(self.base_layer)
+        with _LOCK:
+            self.running += 1
+            attributes.update({name: _Seen(layer) for name, layer in self.layers.items()})
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            with _LOCK:
+                self.running -= 1
+                if not self.running:
+                    for name in self.layers:
+                        attributes.pop(name, None)
 
     def restore_base(self) -> nn.Module:
         """Return the experts as they were before they were adapted, bit for bit."""
@@ -147,11 +146,12 @@ class LoRAExperts(nn.Module):
         return self.base_layer
 
     def __getattr__(self, name: str) -> Any:
-        # Models read the attributes of their experts.
+        # Models read the attributes of their experts, and DBRX also their weights.
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
+            layer = self.layers.get(name)
+            return getattr(super().__getattr__("base_layer"), name) if layer is None else _Seen(layer)
 
 
 class _Seen:
