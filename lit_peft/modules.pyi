@@ -161,6 +161,8 @@ class LoRA(LoRAMixin, BaseLM):
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         target_modules: str | Sequence[str] | None = None,
+        target_parameters: list[str] | tuple[str, ...] | None = None,
+        target_experts: bool = False,
         exclude_modules: str | Sequence[str] | None = None,
         rank_pattern: dict[str, int] = ...,
         alpha_pattern: dict[str, float] = ...,
@@ -179,7 +181,12 @@ class LoRA(LoRAMixin, BaseLM):
             lora_alpha: scales the updates by `lora_alpha / r`.
             lora_dropout: dropout probability on the input of the update.
             target_modules: the modules to adapt: a list of names, a regular expression, or `"all-linear"`. None selects
-                the query and value projections.
+                the query and value projections, and an empty list none (for `target_parameters` alone).
+            target_parameters: parameters to adapt that are no linear layers, by their names or the last parts of them, as
+                in peft: the stacked weights of a mixture's experts, e.g. `["experts.gate_up_proj", "experts.down_proj"]`.
+                Each expert has an A and a B of its own.
+            target_experts: adapt every parameter that holds the weights of several experts, besides `target_modules`. This
+                trains r · (d_in + d_out) parameters for each of the experts, so many more than for the other layers.
             exclude_modules: names or a regular expression of modules to leave out.
             rank_pattern: ranks that differ from `r`, by regular expression on the module's name.
             alpha_pattern: values that differ from `lora_alpha`, by regular expression on the module's name.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lit_peft.formats.files import read_extra
 from lit_peft.methods.attachment import attachment_of, base_name
+from lit_peft.methods.expert_targets import target_name
 from lit_peft.methods.tokens import NAME as TOKEN_ROWS
 from lit_peft.methods.tokens import resized_parameters
 from lit_peft.models.hub import cached_commit
@@ -123,7 +124,8 @@ def _base_weights(model: nn.Module, adapted: Mapping[str, nn.Module], excluded: 
     for path, layer in adapted.items():
         if isinstance(layer, LoRALayer):
             original = layer.original_weight if layer.original_weight is not None else layer.unmerged_weight
-            name = f"{path}.weight".removeprefix(start)
+            target = target_name(path, layer)
+            name = (target if target != path else f"{path}.weight").removeprefix(start)
             if original is not None and name in weights:
                 weights[name] = original
     return weights

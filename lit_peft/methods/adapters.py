@@ -213,8 +213,8 @@ def hotswap_adapter(model: Model, name: str) -> Model:
         slot.lora_B.zero_()
         if path in fitting:
             layer = fitting[path]
-            slot.lora_A[: layer.r] = layer.lora_A.to(slot.lora_A.device)
-            slot.lora_B[:, : layer.r] = layer.lora_B.to(slot.lora_B.device) * (layer.scaling / slot.scaling)
+            slot.lora_A[..., : layer.r, :] = layer.lora_A.to(slot.lora_A.device)
+            slot.lora_B[..., : layer.r] = layer.lora_B.to(slot.lora_B.device) * (layer.scaling / slot.scaling)
     return model
 
 
