@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lit_peft.callbacks.last_checkpoint import LastCheckpoint
 
 from lit_peft.methods.attachment import trainable_parameters
-from lit_peft.models.experts import experts_left_out
+from lit_peft.models.experts import experts_adapted, experts_left_out
 
 
 class RunBanner(Callback):
@@ -40,7 +40,7 @@ class RunBanner(Callback):
             "base": facts.get("base", ""),
             "task": facts.get("task", ""),
             "method": facts.get("method", type(pl_module).__name__),
-            "experts": experts_left_out(pl_module) or "",
+            "experts": "; ".join(filter(None, (experts_adapted(pl_module), experts_left_out(pl_module)))),
             "trainable": f"{trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.3f} %)",
             "length": _length(trainer) + (f" ({self.length_note})" if self.length_note else ""),
             "precision": f"{trainer.precision} on {trainer.world_size} × {device}",

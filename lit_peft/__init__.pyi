@@ -15,6 +15,7 @@ from lit_peft.data.instruction import InstructionData as InstructionData
 from lit_peft.util.errors import LitPeftError as LitPeftError
 from lit_peft.modules import LoRA as LoRA
 from lit_peft.methods.lora import LoRASettings as LoRASettings
+from lit_peft.data.masked_lm import MaskedLMData as MaskedLMData
 from lit_peft.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
 from lit_peft.modules import PTuning as PTuning
 from lit_peft.methods.p_tuning import PTuningSettings as PTuningSettings
@@ -29,6 +30,7 @@ from lit_peft.methods.prompt_tuning import PromptTuningSettings as PromptTuningS
 from lit_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
 from lit_peft.data.reasoning import ReasoningData as ReasoningData
 from lit_peft.data.seq2seq import Seq2SeqData as Seq2SeqData
+from lit_peft.methods.stack import Stack as Stack
 from lit_peft.data.text_classification import TextClassificationData as TextClassificationData
 from lit_peft.data.token_classification import TokenClassificationData as TokenClassificationData
 from lit_peft.methods.adapters import active_adapter as active_adapter
@@ -71,6 +73,7 @@ __all__ = [
     "LitPeftError",
     "LoRA",
     "LoRASettings",
+    "MaskedLMData",
     "MultipleChoiceData",
     "PTuning",
     "PTuningSettings",
@@ -85,6 +88,7 @@ __all__ = [
     "QuestionAnsweringData",
     "ReasoningData",
     "Seq2SeqData",
+    "Stack",
     "TextClassificationData",
     "TokenClassificationData",
     "active_adapter",

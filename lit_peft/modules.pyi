@@ -59,6 +59,7 @@ class FullFineTuning(FullFineTuningMixin, BaseLM):
         neftune_noise_alpha: float | None = None,
         adapter: str | None = None,
         task_args: dict[str, Any] | None = None,
+        stack: str | list[str] | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
         trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
@@ -105,6 +106,7 @@ class HeadOnly(HeadOnlyMixin, BaseLM):
         neftune_noise_alpha: float | None = None,
         adapter: str | None = None,
         task_args: dict[str, Any] | None = None,
+        stack: str | list[str] | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
         trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
@@ -151,6 +153,7 @@ class LoRA(LoRAMixin, BaseLM):
         neftune_noise_alpha: float | None = None,
         adapter: str | None = None,
         task_args: dict[str, Any] | None = None,
+        stack: str | list[str] | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
         trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
@@ -158,6 +161,8 @@ class LoRA(LoRAMixin, BaseLM):
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         target_modules: str | Sequence[str] | None = None,
+        target_parameters: list[str] | tuple[str, ...] | None = None,
+        target_experts: bool = False,
         exclude_modules: str | Sequence[str] | None = None,
         rank_pattern: dict[str, int] = ...,
         alpha_pattern: dict[str, float] = ...,
@@ -176,7 +181,12 @@ class LoRA(LoRAMixin, BaseLM):
             lora_alpha: scales the updates by `lora_alpha / r`.
             lora_dropout: dropout probability on the input of the update.
             target_modules: the modules to adapt: a list of names, a regular expression, or `"all-linear"`. None selects
-                the query and value projections.
+                the query and value projections, and an empty list none (for `target_parameters` alone).
+            target_parameters: parameters to adapt that are no linear layers, by their names or the last parts of them, as
+                in peft: the stacked weights of a mixture's experts, e.g. `["experts.gate_up_proj", "experts.down_proj"]`.
+                Each expert has an A and a B of its own.
+            target_experts: adapt every parameter that holds the weights of several experts, besides `target_modules`. This
+                trains r · (d_in + d_out) parameters for each of the experts, so many more than for the other layers.
             exclude_modules: names or a regular expression of modules to leave out.
             rank_pattern: ranks that differ from `r`, by regular expression on the module's name.
             alpha_pattern: values that differ from `lora_alpha`, by regular expression on the module's name.
@@ -226,6 +236,7 @@ class AdapterH(AdapterHMixin, BaseLM):
         neftune_noise_alpha: float | None = None,
         adapter: str | None = None,
         task_args: dict[str, Any] | None = None,
+        stack: str | list[str] | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
         trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
@@ -321,6 +332,7 @@ class AdapterP(AdapterPMixin, BaseLM):
         neftune_noise_alpha: float | None = None,
         adapter: str | None = None,
         task_args: dict[str, Any] | None = None,
+        stack: str | list[str] | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
         trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
@@ -414,6 +426,7 @@ class Parallel(ParallelMixin, BaseLM):
         neftune_noise_alpha: float | None = None,
         adapter: str | None = None,
         task_args: dict[str, Any] | None = None,
+        stack: str | list[str] | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
         trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
@@ -506,6 +519,7 @@ class PrefixTuning(PrefixTuningMixin, BaseLM):
         neftune_noise_alpha: float | None = None,
         adapter: str | None = None,
         task_args: dict[str, Any] | None = None,
+        stack: str | list[str] | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
         trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
@@ -579,6 +593,7 @@ class PTuningV2(PTuningV2Mixin, BaseLM):
         neftune_noise_alpha: float | None = None,
         adapter: str | None = None,
         task_args: dict[str, Any] | None = None,
+        stack: str | list[str] | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
         trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
@@ -652,6 +667,7 @@ class PTuning(PTuningMixin, BaseLM):
         neftune_noise_alpha: float | None = None,
         adapter: str | None = None,
         task_args: dict[str, Any] | None = None,
+        stack: str | list[str] | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
         trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
@@ -718,6 +734,7 @@ class PromptTuning(PromptTuningMixin, BaseLM):
         neftune_noise_alpha: float | None = None,
         adapter: str | None = None,
         task_args: dict[str, Any] | None = None,
+        stack: str | list[str] | None = None,
         *,
         modules_to_save: tuple[str, ...] | list[str] | None = None,
         trainable_token_indices: list[int] | dict[str, list[int]] | None = None,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from masked_base import save_base
 
 from lit_peft.cli import main
 from lit_peft.methods.registry import METHODS
@@ -46,7 +47,8 @@ def test_config_runs_on_a_small_encoder(
     (tmp_path / "data.csv").write_text("\n".join(["source,text,label", *(f"{source},{row}" for row in rows[1:])]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit-peft"])
-    small = ["--model.base", str(encoder), "--data.train", "data.csv", "--trainer.enable_progress_bar", "false"]
+    base = save_base(tmp_path / "base") if config.stem == "masked_lm" else encoder  # its tokenizer has a mask token
+    small = ["--model.base", str(base), "--data.train", "data.csv", "--trainer.enable_progress_bar", "false"]
     assert main(["fit", "--config", str(config), *small, *QUICK]) == 0
     assert "train_loss" in capsys.readouterr().out
 
@@ -92,6 +94,15 @@ def test_config_runs(
         ]
         (tmp_path / "train.json").write_text(json.dumps(rows))
         given = ["--data.train", "train.json"]
+    if "class_path: RewardData" in text:
+        pairs = [{"chosen": f"film {at} is good", "rejected": f"film {at} is bad"} for at in range(80)]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    if "label_columns: " in text:
+        lines = [f"film {at} of {at * at},{at % 2},{at % 3 % 2},{at % 5 % 2}" for at in range(80)]
+        (tmp_path / "labels.csv").write_text("\n".join(["text,positive,imdb,acting", *lines]))
+    if "PreferenceData" in text:
+        rows = [{"prompt": f"What of {at}?", "chosen": "It is good.", "rejected": "It is bad."} for at in range(80)]
+        (tmp_path / "preferences.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     limits = ["--data.limit_train", "64", "--data.limit_validation", "32"]
     quiet = ["--trainer.enable_progress_bar", "false"]
     assert main(["fit", "--config", str(config), *given, *limits, *QUICK, *quiet]) == 0

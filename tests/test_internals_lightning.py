@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,25 @@ def test_a_log_is_continued(tmp_path: Path) -> None:
         assert logger.experiment.rows == start + 2
     lines = (tmp_path / "version_0" / "metrics.csv").read_text().split()
     assert lines == ["accuracy,loss,step", ",1.0,0", ",1.0,1", ",1.0,2", ",1.0,3", "1.0,,4", "1.0,,5"]
+
+
+def test_a_log_whose_header_could_not_be_written_keeps_its_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    logger = fence.AppendingCSVLogger(tmp_path, name=None, version=0)
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.save()
+    logger.log_metrics({"accuracy": 1.0}, 1)
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="No space"):
+        disk.setattr(fence, "write_file", full)
+        logger.save()
+    log = tmp_path / "version_0" / "metrics.csv"
+    assert log.read_text().split() == ["loss,step", "1.0,0"]
+    logger.save()  # at the end of a run that failed, when there may be space again
+    assert log.read_text().split() == ["accuracy,loss,step", ",1.0,0", "1.0,,1"]
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])

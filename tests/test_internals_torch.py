@@ -21,6 +21,7 @@ from lit_peft.nn.torch_internals import (
     is_compiled,
     lerp_all_,
     own_parameter,
+    reshaped,
     restore_calls,
     saved_factors,
     torch_handles_saved_tensors,
@@ -45,6 +46,26 @@ def test_a_parameter_is_found_behind_an_attribute_of_the_same_name() -> None:
     vars(layer)["weight"] = weight.double()
     assert layer.weight.dtype == torch.float64 and own_parameter(layer, "weight") is weight
     assert own_parameter(layer, "bias") is None and own_parameter(layer, "nothing") is None
+
+
+def test_an_autograd_function_may_return_what_was_reshaped_and_have_it_changed_in_place() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return reshaped((2 * x).view(6), (2, 3))
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return 2 * grad
+
+    x = torch.ones(2, 3, requires_grad=True)
+    out = Double.apply(x)
+    out.add_(1)  # torch raises here if it is a view
+    assert out.tolist() == [[3.0] * 3] * 2
+    out.sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [[2.0] * 3] * 2
+    tensor = torch.zeros(6)
+    assert reshaped(tensor, (2, 3)).data_ptr() == tensor.data_ptr()
 
 
 def test_the_version_grows_with_each_change_in_place() -> None:

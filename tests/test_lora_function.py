@@ -154,13 +154,11 @@ def test_the_input_is_saved_once_and_no_dropped_copy() -> None:
     assert all(out.requires_grad for out in outputs)
 
 
-def test_what_is_more_than_two_products_takes_the_plain_path() -> None:
+def test_a_base_that_is_more_than_a_product_takes_the_plain_path() -> None:
     x = torch.randn(3, 12)
     hooked = layer()
     hooked.base_layer.register_forward_hook(lambda module, args, out: out * 0)
     assert not is_plain(hooked, x) and not is_plain(layer(), x.bfloat16())
-    dora = layer(use_dora=True)
-    assert not is_plain(dora, x)
     merged = layer()
     merged.merge()
     assert not is_plain(merged, x)
@@ -319,3 +317,24 @@ def test_doras_norm_makes_no_matrix_as_large_as_the_weight(kind: str) -> None:
     whole = module.dense_weight() + module.scaling * module.lora_B @ module.lora_A
     torch.testing.assert_close(norm, torch.linalg.vector_norm(whole, dim=1), rtol=1e-6, atol=0)
     assert largest < module.weight.numel()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["linear", "Conv1D"])
+def test_dora_with_one_product_equals_its_plain_formula(kind: str, dropout: float) -> None:
+    x = torch.randn(2, 3, 12, requires_grad=True)
+    module = layer(kind, use_dora=True, lora_dropout=dropout)
+    for parameter in (module.lora_A, module.lora_B):
+        nn.init.normal_(parameter)
+    trained = [x, module.lora_A, module.lora_B, module.lora_magnitude]
+    results = []
+    for plain in (False, True):
+        torch.manual_seed(1)
+        handle = module.base_layer.register_forward_hook(lambda *_: None) if plain else None
+        assert is_plain(module, x) is not plain
+        out = module(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), trained)])
+        if handle is not None:
+            handle.remove()
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5 * float(slow.abs().max()))

@@ -19,7 +19,7 @@ from test_resume import write_config
 from lit_peft.cli import main
 from lit_peft.training.run_folder import lock_run, new_run, unlock_runs
 from lit_peft.util import locks
-from lit_peft.util.disk import clear_folder, temporary_folder, whole_folder, write_file
+from lit_peft.util.disk import clear_dead, clear_folder, temporary_folder, whole_folder, write_file
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.locks import FolderInUseError, lock_folder, process_mark
 
@@ -116,9 +116,19 @@ def test_runs_that_start_at_once_get_their_own_folders(tmp_path: Path) -> None:
     assert new_run(tmp_path) == 6
     unlock_runs()
     end(process)
-    # A folder in which nothing was written is taken by the next run.
+    # A folder in which nothing was written is taken by the next run. What killed runs had begun to write goes.
     (tmp_path / "version_6").rmdir()
-    assert new_run(tmp_path) == 5
+    (tmp_path / "version_4" / "checkpoints").mkdir()
+    code = "import sys, time; from pathlib import Path; from lit_peft.util.disk import temporary_folder; "
+    code += "[temporary_folder(Path(each)) for each in sys.argv[1:]]; print('made', flush=True); time.sleep(60)"
+    parts = ("4/checkpoints/last.ckpt", "4/adapter", "5/hparams.yaml")
+    process = start(code, *(tmp_path / f"version_{part}" for part in parts))
+    left = list(tmp_path.rglob(".*.tmp-*"))
+    assert len(left) == 3
+    clear_dead(tmp_path.glob("version_*"))
+    assert all(file.exists() for file in left)  # the process still runs
+    end(process)
+    assert new_run(tmp_path) == 5 and not any(file.exists() for file in left)
     unlock_runs()
 
 

@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lit_peft
+from lit_peft.nn import LoRALinear
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 cases = pytest.importorskip("cases", reason="the benchmarks folder and peft are needed")
@@ -28,6 +31,30 @@ def test_products_of_the_floor_and_the_adapters_alone() -> None:
     adapters = 6 * lit_peft.trainable_parameters(made["lit_peft"][0]) * shape.rows * shape.length
     assert count["lit_peft"] <= 1.02 * (count["floor"] + adapters)
     assert count["lit_peft"] <= 0.85 * count["peft"]
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts the operations of torch that run within it, those of the backward pass included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("settings", "limit"), [({}, 12), ({"use_dora": True}, 40)], ids=["LoRA", "DoRA"])
+def test_operations_of_each_adapted_layer(settings: dict[str, bool], limit: int) -> None:
+    """On a GPU a step of a small batch takes as long as it takes to launch them. peft has 30 and 60."""
+    frozen = torch.nn.Linear(8, 8, bias=False).requires_grad_(False)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    counts = []
+    for layer in (frozen, LoRALinear(frozen, **settings)):
+        layer(x).sum().backward()  # from now on the gradients are there
+        with CountCalls() as calls:
+            layer(x).sum().backward()
+        counts.append(calls.count)
+    assert counts[1] - counts[0] <= limit, counts
 
 
 @pytest.mark.parametrize(

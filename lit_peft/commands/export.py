@@ -60,7 +60,22 @@ def run(arguments: list[str]) -> None:
         _check_tensors(module, checkpoint["state_dict"], path)
         module.load_state_dict(checkpoint["state_dict"])
         write_adapter(module.model, folder, options.format)
+        _note_stack(checkpoint, folder)
     print(f"exported: {options.output}")
+
+
+def _note_stack(checkpoint: Mapping[str, Any], folder: Path) -> None:
+    """Write into an exported folder on which adapters its own was stacked."""
+    from lit_peft.formats.files import write_extra
+    from lit_peft.formats.folder import BELOW
+
+    run = checkpoint.get("run")
+    record = run.get("stack") if isinstance(run, dict) else None
+    entries = record if isinstance(record, list) else []
+    names = [str(entry.get("name"))[:200] for entry in entries[:100] if isinstance(entry, dict)]
+    if names:
+        write_extra(folder, {BELOW: names})
+        print(f"stacked on: {printable(', '.join(names))}, which is not in the folder")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

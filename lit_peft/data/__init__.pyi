@@ -6,9 +6,12 @@ from lit_peft.data.causal_lm import CausalLMData as CausalLMData
 from lit_peft.data.embedding import EmbeddingData as EmbeddingData
 from lit_peft.data.instruction import InstructionData as InstructionData
 from lit_peft.data.base import LitDataModule as LitDataModule
+from lit_peft.data.masked_lm import MaskedLMData as MaskedLMData
 from lit_peft.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
+from lit_peft.data.preference import PreferenceData as PreferenceData
 from lit_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
 from lit_peft.data.reasoning import ReasoningData as ReasoningData
+from lit_peft.data.reward import RewardData as RewardData
 from lit_peft.data.seq2seq import Seq2SeqData as Seq2SeqData
 from lit_peft.data.text_classification import TextClassificationData as TextClassificationData
 from lit_peft.data.token_classification import TokenClassificationData as TokenClassificationData
@@ -18,9 +21,12 @@ __all__ = [
     "EmbeddingData",
     "InstructionData",
     "LitDataModule",
+    "MaskedLMData",
     "MultipleChoiceData",
+    "PreferenceData",
     "QuestionAnsweringData",
     "ReasoningData",
+    "RewardData",
     "Seq2SeqData",
     "TextClassificationData",
     "TokenClassificationData",

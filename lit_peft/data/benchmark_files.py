@@ -132,3 +132,9 @@ def _member(item: Any, key: str, expected: type, where: str) -> Any:
             "correct it, or give a file with the hub's columns."
         )
     return value
+
+
+def join_columns(batch: dict[str, list[Any]], column: str, template: str, names: list[str]) -> dict[str, list[Any]]:
+    """Fill a template from the columns it names, and return the texts as one column."""
+    rows = zip(*(batch[name] for name in names), strict=True)
+    return {column: [template.format(**dict(zip(names, row, strict=True))) for row in rows]}

@@ -129,7 +129,7 @@ def read_row(batch: dict[str, list[Any]], row: int, form: Form, filled: Sequence
         ValueError: the row cannot be read.
     """
     names = [name for name in form.all_columns if name in batch]
-    cells = {name: _without_nulls(batch[name][row]) if name in filled else batch[name][row] for name in names}
+    cells = {name: without_nulls(batch[name][row]) if name in filled else batch[name][row] for name in names}
     return read_conversation(cells, form, with_answer)
 
 
@@ -170,8 +170,8 @@ def encode_chats(
     out: dict[str, list[Any]] = {name: [] for name in ("input_ids", "length", *learning)}
     for row in range(len(next(iter(batch.values())))):
         cells = {name: batch[name][row] for name in template_columns}
-        cells = {name: _without_nulls(cell) if name in filled_columns else cell for name, cell in cells.items()}
-        extra = _template_arguments(cells, row)
+        cells = {name: without_nulls(cell) if name in filled_columns else cell for name, cell in cells.items()}
+        extra = template_arguments(cells, row)
         try:
             given = read_row(batch, row, form, filled_columns, with_answer=not prompts_only)
         except ValueError as problem:
@@ -248,7 +248,7 @@ def _template_problem(problem: Exception) -> str:
     )
 
 
-def _template_arguments(cells: dict[str, Any], row: int) -> dict[str, Any]:
+def template_arguments(cells: dict[str, Any], row: int) -> dict[str, Any]:
     """Return the row's tools, documents and other arguments of the template; cells may be JSON text.
 
     Raises:
@@ -276,10 +276,10 @@ def _template_arguments(cells: dict[str, Any], row: int) -> dict[str, Any]:
     return arguments
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Drop the empty members of objects."""
     if isinstance(value, dict):
-        return {key: _without_nulls(member) for key, member in value.items() if member is not None}
+        return {key: without_nulls(member) for key, member in value.items() if member is not None}
     if isinstance(value, list):
-        return [_without_nulls(member) for member in value]
+        return [without_nulls(member) for member in value]
     return value

@@ -33,11 +33,13 @@ class PadCollator:
 
         Args:
             examples: each with `input_ids` (list of int) and optionally `token_type_ids` (same length) and `labels`
-                (a number, or a list as long as `input_ids`). Keys other than these and `extra_keys` are dropped.
+                (a number; a list as long as `input_ids`; or a list of floats, as many for each example). Keys other
+                than these and `extra_keys` are dropped.
 
         Returns:
             int64 tensors `input_ids`, `attention_mask` and, if given, `token_type_ids`, [batch, length]; `labels`
-            [batch] or [batch, length], -100 on padding; a list for each of `extra_keys`.
+            [batch] or [batch, length], -100 on padding, or of lists of floats [batch, floats], float32; a list for each
+            of `extra_keys`.
         """
         import torch
 
@@ -56,6 +58,8 @@ class PadCollator:
             labels = [example["labels"] for example in examples]
             if isinstance(labels[0], (int, float)):
                 batch["labels"] = torch.tensor(labels)
+            elif labels[0] and isinstance(labels[0][0], float):
+                batch["labels"] = torch.tensor(labels, dtype=torch.float32)
             else:
                 batch["labels"] = self._pad(labels, longest, IGNORE)
         batch.update({name: [example[name] for example in examples] for name in self.extra_keys})

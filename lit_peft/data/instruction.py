@@ -245,7 +245,7 @@ class InstructionData(SupervisedData):
         """
         names = [name for name in form.all_columns if name in rows.table.column_names]
         batch = {name: column_values(rows.table, name) for name in names}
-        filled = _filled_columns(rows.table)
+        filled = filled_columns(rows.table)
         found = {}
         for index in rows.indices:
             try:
@@ -272,7 +272,7 @@ class InstructionData(SupervisedData):
                 encode_chats,
                 form=form,
                 template_columns=names,
-                filled_columns=_filled_columns(rows.table),
+                filled_columns=filled_columns(rows.table),
                 learn=self.learn,
             )
         return self.encode_supervised(
@@ -330,7 +330,7 @@ class InstructionData(SupervisedData):
             )
 
 
-def _filled_columns(table: Dataset) -> list[str]:
+def filled_columns(table: Dataset) -> list[str]:
     """Return the columns whose objects were given the members of all rows, filled with nulls."""
     import datasets
 

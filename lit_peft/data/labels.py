@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from lit_peft.data.collate import IGNORE
+from lit_peft.data.files import column_values
 from lit_peft.data.notes import Notes, share_of
 from lit_peft.data.rows import Rows
 from lit_peft.util.errors import LitPeftError
@@ -70,6 +73,29 @@ def check_hidden_labels(rows: Rows, labels: Sequence[Any], notes: Notes, known: 
             notes.add(f"{start}, which is a class here. If it stands for {meaning}, remove these rows.", warn=True)
             continue
         raise LitPeftError(f"{start}, which stands for {meaning}: remove these rows, or give their labels.")
+
+
+def label_counts(data: Any) -> tuple[list[int], int]:
+    """Count the labels of a data module's training rows, after `setup`.
+
+    Returns:
+        For each label, the number of rows (of tagged texts: words) with it; and the number of rows (words).
+
+    Raises:
+        LitPeftError: the rows have no labels, or are not read before training.
+    """
+    names = getattr(data, "label_names", None)
+    if names is None or data.streaming or "train" not in data.rows:
+        raise LitPeftError(
+            "Balanced weights need the labels of all training rows: give data.train without data.streaming, or give "
+            "the weights as a list in task_args."
+        )
+    found = column_values(data.examples("train"), "labels")
+    if getattr(data, "problem_type", None) == "multi_label":  # 0 or 1 for each label
+        return [int(sum(values)) for values in zip(*found, strict=True)], len(found)
+    flat = [label for labels in found for label in (labels if isinstance(labels, list) else [labels])]
+    counted = Counter(label for label in flat if label != IGNORE)
+    return [counted[index] for index in range(len(names))], counted.total()
 
 
 def parse_number(value: Any) -> float | None:

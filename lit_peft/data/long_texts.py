@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Characters that are tokenized at a time. The tokenizers keep about 600 bytes for each token until they return.
@@ -28,20 +28,27 @@ def token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _long_text_ids(text: str, tokenizer: Any) -> list[int]:
-    first, last = _special_ends(tokenizer)
-    ids, start = first, 0
+    first, last = special_ends(tokenizer)
+    ids = first
+    for piece in text_pieces(text):
+        ids = ids + tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids + last
+
+
+def text_pieces(text: str) -> Iterator[str]:
+    """Yield a text in pieces of at most 500,000 characters, which begin with white space where there is any."""
+    start = 0
     while start < len(text):
         end = start + _PIECE
         if end < len(text):
             # From its last white space on, the text belongs to the next piece; the tokens of a word have its space.
             end = max((text.rfind(space, start + 1, end) for space in " \n"), default=-1)
             end = end if end > start else start + _PIECE
-        ids = ids + tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+        yield text[start:end]
         start = end
-    return ids + last
 
 
-def _special_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+def special_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the tokens that a tokenizer puts before a text and after it."""
     whole = list(tokenizer("a")["input_ids"])
     inner = list(tokenizer("a", add_special_tokens=False)["input_ids"])

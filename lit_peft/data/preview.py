@@ -10,6 +10,7 @@ from typing import Any
 
 from lit_peft.data.collate import IGNORE
 from lit_peft.data.encoding import token_counts
+from lit_peft.data.masked_lm import MaskedLMData
 from lit_peft.data.packing import pack
 from lit_peft.data.rows import Rows
 from lit_peft.data.supervised import SupervisedData
@@ -67,20 +68,19 @@ def examples_of(data: Any, split: str) -> Any:
     """Return the examples of a split; of a stream, the first ones, in the order of training."""
     if not (data.streaming and split == "train"):
         return data.examples(split)
-    aligned = not hasattr(data, "max_target_length")  # a target has a length of its own
-    examples = (example for batch in data.train_dataloader() for example in _unbatched(batch, aligned))
+    examples = (example for batch in data.train_dataloader() for example in _unbatched(data, batch))
     return list(islice(examples, STREAM_EXAMPLES))
 
 
-def _unbatched(batch: dict[str, Any], aligned: bool) -> Iterator[dict[str, Any]]:
-    """Yield the examples of a padded batch, without its padding.
-
-    Args:
-        batch: the batch.
-        aligned: each row of `labels` has a label for each token.
-    """
+def _unbatched(data: Any, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the examples of a padded batch, without its padding."""
+    # A target has a length of its own, and so have the labels of a text.
+    aligned = not hasattr(data, "max_target_length") and not _has_several(data)
     if "choices" in batch:
         yield from _unbatched_choices(batch)
+        return
+    if hasattr(data, "chosen_column"):
+        yield from _unbatched_pairs(batch)
         return
     for row, mask in enumerate(batch["attention_mask"].bool()):
         example: dict[str, Any] = {"input_ids": batch["input_ids"][row][mask].tolist()}
@@ -91,6 +91,19 @@ def _unbatched(batch: dict[str, Any], aligned: bool) -> Iterator[dict[str, Any]]
             if key in batch:
                 example[key] = int(batch[key][row]) - int(mask.int().argmax())
         yield example
+
+
+def _unbatched_pairs(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """As `_unbatched`, for pairs of a chosen and a rejected text."""
+    texts = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)]
+    half = len(texts) // 2
+    for pair in zip(texts[:half], texts[half:], strict=True):
+        yield {"input_ids": list(pair)}
+
+
+def _has_several(data: Any) -> bool:
+    """Tell whether each row has several labels or several numbers to predict."""
+    return getattr(data, "problem_type", None) in ("multi_label", "regression")
 
 
 def _unbatched_choices(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -110,12 +123,20 @@ def pieces(data: Any, example: dict[str, Any]) -> list[Piece]:
         data: the data module that made the example.
         example: one of `examples_of`.
     """
+    if isinstance(data, MaskedLMData) and "labels" not in example and "texts" not in example:
+        example = data.masked(example)
     tokenizer, ids, labels = data.tokenizer, example["input_ids"], example.get("labels")
     if ids and isinstance(ids[0], (list, tuple)):
-        return _of_several(tokenizer, ids, labels)
+        # Of a pair, the chosen text comes first.
+        return _of_several(tokenizer, ids, 0 if labels is None and hasattr(data, "chosen_column") else labels)
+    if labels is not None and _has_several(data):
+        return [Piece(_text(tokenizer, ids)), Piece("\n→ "), Piece(_several(data, labels), True)]
     if isinstance(labels, (list, tuple)) and len(labels) == len(ids):
         if isinstance(data, SupervisedData):
             return _runs(tokenizer, ids, [(label != IGNORE, "") for label in labels])
+        if isinstance(data, MaskedLMData):
+            notes = ["" if label == IGNORE else _text(tokenizer, [label]).strip() for label in labels]
+            return _runs(tokenizer, ids, [(label != IGNORE, note) for label, note in zip(labels, notes, strict=True)])
         if (names := getattr(data, "label_names", None)) is not None:
             notes = ["" if label == IGNORE else str(names[label]) for label in labels]
             return _runs(tokenizer, ids, [(bool(note), note) for note in notes])
@@ -139,6 +160,13 @@ def _of_several(tokenizer: Any, texts: Sequence[Sequence[int]], labels: Any) -> 
     for index, ids in enumerate(texts):
         out += [Piece(f"{'' if index == 0 else chr(10)}({index}) "), Piece(_text(tokenizer, ids), index in right)]
     return out
+
+
+def _several(data: Any, values: Sequence[float]) -> str:
+    """Return the labels of a row, or its numbers with their names, as text."""
+    if data.problem_type == "regression":
+        return ", ".join(f"{name}: {value:g}" for name, value in zip(data.label_names, values, strict=True))
+    return ", ".join(name for name, value in zip(data.label_names, values, strict=True) if value) or "no label"
 
 
 def _label(data: Any, label: Any) -> str:
@@ -212,10 +240,12 @@ def _column(examples: Any, name: str) -> Iterable[Any]:
 
 def _label_counts(data: Any, examples: Any) -> dict[str, int]:
     names = getattr(data, "label_names", None)
-    if not names:
+    if not names or getattr(data, "problem_type", None) == "regression":
         return {}
     found: Counter[str] = Counter()
     for labels in _column(examples, "labels"):
+        if _has_several(data):
+            labels = [index for index, value in enumerate(labels) if value]
         several = labels if isinstance(labels, (list, tuple)) else [labels]
         found.update(_label(data, label) for label in several if label != IGNORE)
     # A class without an example is worth knowing about.

@@ -34,8 +34,9 @@ def data_record(data: Any, splits: Iterable[str] = ("train", "validation")) -> d
 
     Returns:
         `splits`, which maps each split to its number of `rows` (None for a stream), the `hash` of its examples, and the
-        `source`, a hash of its rows before they were tokenized; and `tokenizer`, a hash. Empty for something that is
-        no data module of lit_peft.
+        `source`, a hash of its rows before they were tokenized; `tokenizer`, a hash; and `drawn`, the settings by which
+        each batch is changed at random, if the data module has any (`drawing_settings`). Empty for something that is no
+        data module of lit_peft.
     """
     if not (hasattr(data, "examples") and hasattr(data, "rows")):
         return {}
@@ -48,14 +49,19 @@ def data_record(data: Any, splits: Iterable[str] = ("train", "validation")) -> d
             examples = data.examples(split)
             source = get_fingerprint(getattr(rows, "table", None))
             found[split] = {"rows": len(examples), "hash": examples_digest(examples), "source": source}
-    return {"splits": found, "tokenizer": tokenizer_digest(data.tokenizer)[:16]}
+    drawn = {name: getattr(data, name) for name in getattr(data, "drawing_settings", ())}
+    return {"splits": found, "tokenizer": tokenizer_digest(data.tokenizer)[:16], **({"drawn": drawn} if drawn else {})}
 
 
 def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return how two records of `data_record` differ, one phrase for each split; an empty list if they do not."""
     if not before.get("splits") or not now.get("splits"):
         return []
-    return [
+    one, other = before.get("drawn") or {}, now.get("drawn") or {}
+    drawn = [
+        f"data.{name} was {one[name]!r} and is {other.get(name)!r} now" for name in one if one[name] != other.get(name)
+    ]
+    return drawn + [
         _difference(f"data.{split}", before, now, split)
         for split in dict.fromkeys((*before["splits"], *now["splits"]))
         if _hash_of(before, split) != _hash_of(now, split)

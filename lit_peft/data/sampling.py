@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -15,6 +15,19 @@ from lit_peft.data.packing import pack, swap_equal_lengths
 
 # Batches sorted by length together: enough for little padding, few enough for the order to stay random.
 _BATCHES_PER_BUCKET = 50
+
+
+class Drawn(list[Any]):
+    """The indices or examples of a training batch, for collators that draw something anew for each example.
+
+    Attributes:
+        key: names the epoch, and of a stream the block, of which they are.
+        places: the place of each in the order of that epoch or block, the same for any number of processes.
+    """
+
+    def __init__(self, items: Iterable[Any], key: str, places: Sequence[int]) -> None:
+        super().__init__(items)
+        self.key, self.places = key, places
 
 
 class SeededBatches(DistributedSampler[list[Any]]):
@@ -87,8 +100,9 @@ class SeededBatches(DistributedSampler[list[Any]]):
             swap = swap_equal_lengths(self.lengths, generator)
             swapped = (swap if chosen is None else chosen[swap]).tolist()
             rows = [[swapped[index] for index in self.packs[row]] for row in rows]
-        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        return iter(batches[self.start :])
+        places, starts = range(self.rank, self.total_size, self.num_replicas), range(0, len(rows), self.batch_size)
+        parts = [slice(start, start + self.batch_size) for start in starts]
+        return iter([Drawn(rows[part], str(self.epoch), places[part]) for part in parts[self.start :]])
 
 
 def weights_digest(*values: Sequence[float]) -> int:
@@ -174,6 +188,8 @@ class ByBatch(Dataset[list[Any]]):
         return len(self.examples)
 
     def __getitem__(self, indices: list[Any]) -> list[Any]:
+        if isinstance(indices, Drawn):
+            return Drawn(self[list(indices)], indices.key, indices.places)
         if isinstance(indices[0], list):
             return [self[row] for row in indices]
         if hasattr(self.examples, "__getitems__"):

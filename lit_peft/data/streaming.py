@@ -19,7 +19,7 @@ from lit_peft.data.lengths import encode_to_length
 from lit_peft.data.notes import note_unused_columns
 from lit_peft.data.packing import pack, train_collator
 from lit_peft.data.rows import Rows
-from lit_peft.data.sampling import weights_digest
+from lit_peft.data.sampling import Drawn, weights_digest
 from lit_peft.data.sources import Piece, missing_split, pieces_of, source_sets
 from lit_peft.util.errors import LitPeftError, causes
 
@@ -214,9 +214,10 @@ class Stream(IterableDataset[tuple[int, list[Any] | LitPeftError]]):
         if self.buffer > 1 or self.capacity is not None:
             draw.shuffle(examples)
         even = -(-len(examples) // self.num_replicas) * self.num_replicas
-        share = [examples[index % len(examples)] for index in range(self.rank, even, self.num_replicas)]
-        starts = range(0, len(share), self.batch_size)
-        return [self.collate(share[start : start + self.batch_size]) for start in starts]
+        places = range(self.rank, even, self.num_replicas)
+        share = [examples[index % len(examples)] for index in places]
+        parts = [slice(start, start + self.batch_size) for start in range(0, len(share), self.batch_size)]
+        return [self.collate(Drawn(share[part], f"{self.epoch} {number}", places[part])) for part in parts]
 
 
 def make_stream(data: Any) -> Stream:

@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, with one label each."""
+"""Texts, or pairs of texts, with labels."""
 
 from __future__ import annotations
 
@@ -9,16 +9,25 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.base import LitDataModule, pad_collator
-from lit_peft.data.benchmark_files import to_hub_columns, tsv_columns
+from lit_peft.data.benchmark_files import join_columns, to_hub_columns, tsv_columns
 from lit_peft.data.benchmarks import apply_benchmark, find_benchmark
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values, fingerprint, require_columns
+from lit_peft.data.label_sets import (
+    LabelSets,
+    check_columns,
+    find_label_sets,
+    note_label_sets,
+    read_targets,
+    to_vectors,
+)
 from lit_peft.data.labels import Label, canonical_label, check_hidden_labels, parse_number
 from lit_peft.data.notes import drop_cut_column, share_of
 from lit_peft.data.rows import Rows, Split, require_text, text_key
 from lit_peft.data.settings import refuse_unused
+from lit_peft.data.streaming import training_sample
 from lit_peft.util.errors import LitPeftError, closest
 
 if TYPE_CHECKING:
@@ -26,11 +35,15 @@ if TYPE_CHECKING:
 
 
 class TextClassificationData(LitDataModule):
-    """Texts (or pairs of texts) with one label each.
+    """Texts (or pairs of texts) with one label each, or several.
 
     Labels may be numbers or names; the classes are the sorted labels of the training rows. A number written as text
     ("1", "1.0") is the same label as the number. Batches: `input_ids`, `attention_mask`, `token_type_ids` if the
     tokenizer has them, all [batch, length], and `labels` [batch].
+
+    Rows have several labels if the label column has lists (of names or numbers; [] for no label), if
+    `label_separator` divides its text, or if `label_columns` names a column for each label. `labels` of a batch are
+    then 0 or 1 [batch, labels], float32. With `regression`, `label_columns` are the numbers to predict.
 
     With `benchmark`, the dataset, the columns, the labels and the metric that selects the best checkpoint are those of
     the benchmark. `validation` and `test` are its validation split, because the labels of its test split are hidden.
@@ -41,10 +54,13 @@ class TextClassificationData(LitDataModule):
     Args:
         text_column: column of the text.
         text_pair_column: column of a second text, for tasks on pairs.
-        label_column: column of the label.
+        label_column: column of the label; `labels` if there is no `label`.
         labels: all labels, in the order of the classes; unset: those of the training rows, sorted. Needed to predict or
             test without the training file.
         regression: labels are numbers to predict, not classes; not with `labels`.
+        label_columns: a column of 0 and 1 for each label, instead of `label_column`; with `regression`, the columns of
+            the numbers to predict.
+        label_separator: what separates the labels in a text such as "sports, politics", e.g. ",".
         benchmark: a task of GLUE or SuperGLUE by name, such as "glue/mrpc" or "super_glue/boolq".
         **common: see `LitDataModule`.
     """
@@ -57,6 +73,8 @@ class TextClassificationData(LitDataModule):
         labels: list[str] | None = None,
         regression: bool = False,
         benchmark: str | None = None,
+        label_columns: list[str] | None = None,
+        label_separator: str | None = None,
         **common: Any,
     ) -> None:
         self.regression = regression
@@ -71,6 +89,8 @@ class TextClassificationData(LitDataModule):
                 "text_pair_column": text_pair_column is not None,
                 "label_column": label_column != "label",
                 "regression": regression and not known.regression,
+                "label_columns": label_columns is not None,
+                "label_separator": label_separator is not None,
             }
             refuse_unused(f"with data.benchmark {benchmark!r}, which sets it", own)
             apply_benchmark(known, common, known.validation)
@@ -82,17 +102,40 @@ class TextClassificationData(LitDataModule):
             text_pair_column = known.text_pair and self._column_of("pair", known.text_pair)
             label_column = "label"
         if self.regression:
-            refuse_unused("with data.regression, because labels are then numbers", {"labels": labels is not None})
+            given = {"labels": labels is not None, "label_separator": label_separator is not None}
+            refuse_unused("with data.regression, because labels are then numbers", given)
+        if label_columns is not None:
+            check_columns(label_columns, self.regression)
+            separate = {"label_separator": label_separator is not None, "label_column": label_column != "label"}
+            refuse_unused("with data.label_columns", {**separate, "labels": labels is not None})
         super().__init__(**common)
         self.text_column = text_column
         self.text_pair_column = text_pair_column
         self.label_column = label_column
         self.labels = labels
+        self.label_columns = label_columns
+        self.label_separator = label_separator
+        # How the rows write several labels; None: each has one, or no table has been read.
+        self._sets: LabelSets | None = None
+        self._is_read = False
+        self.optional_columns = ("labels",) if label_column == "label" else ()
 
     # ----------------------------------------------------------------------------------------- labels
 
+    @property
+    def problem_type(self) -> str | None:
+        """`single_label`, `multi_label`, or `regression` for several numbers; None for one number."""
+        if self.regression:
+            return None if self.label_columns is None else "regression"
+        if self.label_columns is None and self.label_separator is None and not self._is_read:
+            training_sample(self)  # reads a table, if there is one
+        several = self._sets is not None or self.label_columns is not None or self.label_separator is not None
+        return "multi_label" if several else "single_label"
+
     @cached_property
     def _label_ids(self) -> dict[Label, int]:
+        if self.label_columns is not None:
+            return {name: index for index, name in enumerate(self.label_columns)}
         if self.labels is not None:
             names = [canonical_label(label) for label in self.labels]
             if None in names or len(set(names)) < len(names) or len(names) < 2:
@@ -101,15 +144,19 @@ class TextClassificationData(LitDataModule):
         if "train" not in self.rows:
             raise LitPeftError("data.train is not given, so the labels are unknown; give data.train or data.labels.")
         rows = self.rows["train"]
-        declared = getattr(rows.table.features[self.label_column], "names", None)
+        feature = rows.table.features[self.label_column]
+        declared = getattr(feature if self._sets is None else getattr(feature, "feature", None), "names", None)
         if declared:
             return {name: index for index, name in enumerate(declared)}
-        values = self._labels_of(rows)
-        present = {self._label(rows, values, index) for index in rows.indices}
+        if self._sets is not None:
+            present = {label for labels in self._sets.read(rows).values() for label in labels}
+        else:
+            values = self._labels_of(rows)
+            present = {self._label(rows, values, index) for index in rows.indices}
         if len(present) < 2:
             raise LitPeftError(
                 f"{rows.field} {rows.source!r}: column {self.label_column!r} has only the label "
-                f"{next(iter(present))!r}; classification needs at least two."
+                f"{next(iter(present), None)!r}; classification needs at least two."
             )
         # Numbers by value, then names by alphabet.
         ordered = sorted(present, key=lambda label: (isinstance(label, str), label))
@@ -117,13 +164,13 @@ class TextClassificationData(LitDataModule):
 
     @property
     def label_names(self) -> list[str] | None:
-        """The labels as text, in the order of the classes. None in regression."""
-        return None if self.regression else [str(label) for label in self._label_ids]
+        """The labels as text, in the order of the classes; the columns of several targets. None for one target."""
+        return None if self.regression and self.label_columns is None else [str(label) for label in self._label_ids]
 
     @property
     def num_labels(self) -> int:
-        """The number of classes; 1 in regression."""
-        return 1 if self.regression else len(self._label_ids)
+        """The number of classes; in regression, of targets."""
+        return 1 if self.regression and self.label_columns is None else len(self._label_ids)
 
     def _labels_of(self, rows: Rows) -> list[Any]:
         """Return the labels of the rows' table in one form; None for an empty cell."""
@@ -162,6 +209,7 @@ class TextClassificationData(LitDataModule):
 
     def prepare_table(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
         """As `LitDataModule.prepare_table`; texts that a benchmark keeps in several columns are joined."""
+        self._find_labels(table, split, field)
         if self._config:
             table = to_hub_columns(table, self._config, self.label_column, split, f"{field} {source!r}")
         table = super().prepare_table(table, split, field, source)
@@ -177,6 +225,19 @@ class TextClassificationData(LitDataModule):
         is_benchmark_tsv = self.tsv is not None and source.lower().endswith(".tsv")
         return self._drop_broken_lines(table, split, field) if is_benchmark_tsv else table
 
+    def _find_labels(self, table: Dataset, split: Split, field: str) -> None:
+        """Find the column of the labels, and whether each row has several; note it if so."""
+        if split == "predict" or self._config or self.regression:
+            return
+        names = table.column_names
+        if self.label_column == "label" and "label" not in names and "labels" in names:
+            self.label_column = "labels"
+        found = find_label_sets(table, self.label_column, self.label_columns, self.label_separator)
+        # Once lists are found, all files must have them; reading a row without one is an error.
+        self._sets, self._is_read = found or self._sets, True
+        if found is not None:
+            self.notes.add(f"{field}: {found.describe()}.", once=True)
+
     def _drop_broken_lines(self, table: Dataset, split: Split, field: str) -> Dataset:
         """Drop the lines of GLUE's files that a line break within a cell has split."""
         names = [name for name in self.columns(split).values() if name and name in table.column_names]
@@ -191,7 +252,9 @@ class TextClassificationData(LitDataModule):
     def columns(self, split: Split) -> dict[str, str | None]:
         """The text column(s), and the label column except for prediction."""
         needed = {"data.text_column": self.text_column, "data.text_pair_column": self.text_pair_column}
-        if split != "predict":
+        if split != "predict" and self.label_columns is not None:
+            needed.update({f"data.label_columns {name!r}": name for name in self.label_columns})
+        elif split != "predict":
             needed["data.label_column"] = self.label_column
         return needed
 
@@ -218,12 +281,26 @@ class TextClassificationData(LitDataModule):
     def check_rows(self, rows: Rows, split: Split) -> Rows:
         """Every row needs a text and, except for prediction, a label."""
         require_text(rows, (self.text_column, self.text_pair_column))
-        if split != "predict":
+        if split != "predict" and self._several:
+            # Without the labels' numbers, which are known once the training rows are.
+            _ = self._sets.read(rows) if self._sets is not None else self._vectors(rows)
+        elif split != "predict":
             self._check_hidden_labels(rows, split)
             values = self._labels_of(rows)
             for index in rows.indices:
                 self._label(rows, values, index)
         return rows
+
+    @property
+    def _several(self) -> bool:
+        """Whether each row has several labels, or several numbers to predict."""
+        return self._sets is not None or self.label_columns is not None
+
+    def _vectors(self, rows: Rows) -> list[list[float]]:
+        """Return the numbers to predict, or 0 or 1 for each label, of each row."""
+        if self._sets is None:
+            return read_targets(rows, self.label_columns or ())
+        return to_vectors(rows, self._sets.read(rows), self._label_ids)
 
     def _check_hidden_labels(self, rows: Rows, split: Split) -> None:
         if self.regression:
@@ -239,7 +316,8 @@ class TextClassificationData(LitDataModule):
 
     def encode(self, rows: Rows, split: Split) -> Any:
         """Tokens, cut to `max_length`, and the label's number."""
-        label_column = None if split == "predict" else self.label_column
+        label_column = None if split == "predict" or self._several else self.label_column
+        vectors = self._vectors(rows) if self._several and split != "predict" else None
         if label_column is not None:
             values = self._labels_of(rows)
             for index in rows.indices:
@@ -268,6 +346,9 @@ class TextClassificationData(LitDataModule):
             max_length=self.max_length,
         )
         table = drop_cut_column(table, self.notes, split, "texts", self.max_length)
+        if vectors is not None:
+            note_label_sets(self.notes, split, vectors, None if self._sets is None else list(self._label_ids))
+            return table.add_column("labels", vectors)
         return table.add_column("questions", self._questions(rows)) if self._scores_questions(split) else table
 
     def collator(self, split: Split) -> PadCollator:
@@ -277,12 +358,6 @@ class TextClassificationData(LitDataModule):
     def _scores_questions(self, split: Split) -> bool:
         """Tell whether the answers to a question are also scored together."""
         return bool(self._question) and split in ("validation", "test")
-
-
-def join_columns(batch: dict[str, list[Any]], column: str, template: str, names: list[str]) -> dict[str, list[Any]]:
-    """Fill a template from the columns it names, and return the texts as one column."""
-    rows = zip(*(batch[name] for name in names), strict=True)
-    return {column: [template.format(**dict(zip(names, row, strict=True))) for row in rows]}
 
 
 def encode_texts(

@@ -47,13 +47,14 @@ def supports(attachment: Attachment) -> bool:
     return isinstance(attachment.settings, BottleneckSettings)
 
 
-def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
+def read(model: Model, folder: Path, config: dict[str, Any], with_head: bool = True) -> Model:
     """Attach the adapter in an AdapterHub folder to a bare model, and load the head that is saved beside it, if any.
 
     Args:
         model: the base model.
         folder: the adapter's folder; the head is `model_head.safetensors` or `pytorch_model_head.bin`.
         config: the content of its `adapter_config.json`.
+        with_head: load the head; without, also leave out other modules of `modules_to_save`.
 
     Returns:
         The same model, with the adapter attached.
@@ -69,6 +70,8 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
         )
     head = read_tensors(folder, "model_head.safetensors", "pytorch_model_head.bin") or {}
     settings, stored = _read_settings(config, stored, model, folder)
+    if not with_head:
+        settings = dataclasses.replace(settings, modules_to_save=None)
     _check_sizes(settings, stored, model, folder)
     limit = ElementLimit(stored, f"{folder}/adapter_config.json")
     with limit:
@@ -86,6 +89,8 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
     try:
         attachment = attachment_of(model)
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        if not with_head:
+            head = {name: tensor for name, tensor in head.items() if name in attachment.saved}
         for name in head:
             if name not in parameters:
                 raise LitPeftError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lit_peft.formats.files import read_extra
 from lit_peft.methods.attachment import attachment_of, base_name
+from lit_peft.methods.expert_targets import target_name
 from lit_peft.methods.tokens import NAME as TOKEN_ROWS
 from lit_peft.methods.tokens import resized_parameters
 from lit_peft.models.hub import cached_commit
@@ -38,8 +39,10 @@ def base_record(model: nn.Module) -> dict[str, Any]:
     original values the model no longer has.
     """
     attachment = attachment_of(model)
-    trained = sorted({*map(base_name, attachment.saved), *resized_parameters(attachment)})
-    return {**_record(_base_weights(model, attachment.adapted, trained), model), "trained": trained}
+    saved = [path for found in (attachment, *attachment.below) for path in found.saved]
+    adapted = {path: module for found in (attachment, *attachment.below) for path, module in found.adapted.items()}
+    trained = sorted({*map(base_name, saved), *resized_parameters(attachment)})
+    return {**_record(_base_weights(model, adapted, trained), model), "trained": trained}
 
 
 def same_base(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
@@ -54,8 +57,14 @@ def base_name_or_path(model: nn.Module) -> str:
     return str(getattr(model, BASE_ATTRIBUTE, None) or getattr(model, "name_or_path", None) or "")
 
 
-def check_base(model: nn.Module, folder: Path) -> None:
+def check_base(model: nn.Module, folder: Path, any_class: bool = False) -> None:
     """Check that a bare model is the base that the adapter in a folder was trained on.
+
+    Args:
+        model: the model.
+        folder: the adapter's folder.
+        any_class: whether the model may be of another class, whose backbone may have parts that the base's had not
+            (BERT's pooler) or lack some: only the sampled values are compared then.
 
     Raises:
         LitPeftError: the shapes or the sampled values of its weights differ from the recorded ones.
@@ -65,7 +74,7 @@ def check_base(model: nn.Module, folder: Path) -> None:
         return
     trained = recorded.get("trained")
     found = _record(_base_weights(model, {}, trained if isinstance(trained, list) else []), model)
-    if found["shapes"] == recorded.get("shapes"):
+    if any_class or found["shapes"] == recorded.get("shapes"):
         sample = recorded.get("sample")
         expected = sample if isinstance(sample, dict) else {}
         if all(_is_close(values, expected[name]) for name, values in found["sample"].items() if name in expected):
@@ -115,7 +124,8 @@ def _base_weights(model: nn.Module, adapted: Mapping[str, nn.Module], excluded: 
     for path, layer in adapted.items():
         if isinstance(layer, LoRALayer):
             original = layer.original_weight if layer.original_weight is not None else layer.unmerged_weight
-            name = f"{path}.weight".removeprefix(start)
+            target = target_name(path, layer)
+            name = (target if target != path else f"{path}.weight").removeprefix(start)
             if original is not None and name in weights:
                 weights[name] = original
     return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,16 +13,23 @@ from torch import nn
 
 from lit_peft.formats import adapterhub, base_record, own, peft
 from lit_peft.formats.card import write_card
-from lit_peft.formats.files import write_extra
+from lit_peft.formats.files import read_extra, write_extra
 from lit_peft.formats.untrusted import read_json
-from lit_peft.methods.adapters import new_adapter
+from lit_peft.methods.adapters import active_adapter, adapter_names, new_adapter
 from lit_peft.methods.attachment import Attachment, Model, attachment_of
+from lit_peft.methods.stack import names_of
 from lit_peft.nn.finite import non_finite_names
 from lit_peft.util.disk import whole_folder, write_failure
 from lit_peft.util.errors import LitPeftError, first_line
+from lit_peft.util.type_checks import brief
+
+# Key of a folder's `lit_peft.json`: the names of the adapters that this one was stacked on.
+BELOW = "stacked_on"
 
 
-def load_adapter(model: Model, folder: str | Path, check_base: bool = True, name: str | None = None) -> Model:
+def load_adapter(
+    model: Model, folder: str | Path, check_base: bool = True, name: str | None = None, with_head: bool = True
+) -> Model:
     """Attach the adapter in a folder to a model, ready for `model.eval()`.
 
     Args:
@@ -30,6 +38,8 @@ def load_adapter(model: Model, folder: str | Path, check_base: bool = True, name
         check_base: refuse a model that is not the base the adapter was trained on, if the folder says which it was.
         name: the adapter's name. It is loaded beside the adapters that the model already has, and becomes the active
             one. When None, the model must be bare.
+        with_head: also load what the folder has of `modules_to_save`, e.g. a head. Without, a bottleneck adapter can be
+            loaded into a model with another head, to stack a task's adapter on it.
 
     Returns:
         The same model, with the adapter attached.
@@ -41,16 +51,28 @@ def load_adapter(model: Model, folder: str | Path, check_base: bool = True, name
     folder = Path(folder)
     if name is not None:
         with new_adapter(model, name):
-            return load_adapter(model, folder, check_base)
+            return load_adapter(model, folder, check_base, with_head=with_head)
     config = _read_config(folder)
+    below = read_extra(folder).get(BELOW)
+    if isinstance(below, list) and not adapter_names(model):
+        warnings.warn(
+            f"{folder} was trained stacked on {brief(below)}, which this model does not have: load that adapter first, "
+            "then call lit_peft.set_adapter with a lit_peft.Stack (in a run: model.stack).",
+            stacklevel=2,
+        )
     if check_base:
-        base_record.check_base(model, folder)
+        base_record.check_base(model, folder, any_class=not with_head)
+    if not with_head and ("peft_type" in config or "config" not in config):
+        raise LitPeftError(
+            f"with_head=False needs a folder in AdapterHub's format, which all bottleneck adapters have, and {folder} "
+            "has another one: leave with_head out."
+        )
     if "peft_type" in config:
         return peft.read(model, folder, config)
     if own.KEY in config:
         return own.read(model, folder, config)
     if "config" in config:
-        return adapterhub.read(model, folder, config)
+        return adapterhub.read(model, folder, config, with_head)
     raise LitPeftError(
         f"{folder}/adapter_config.json has neither 'peft_type' (peft) nor 'config' (AdapterHub), so its format is not "
         "known: give a folder that one of these libraries saved."
@@ -110,7 +132,8 @@ def write_adapter(
     else:
         adapterhub.write(model, folder, name, extended=format is None)
     base = base_record.base_record(model)
-    write_extra(folder, {base_record.KEY: base})
+    below = names_of(active_adapter(model))[:-1]
+    write_extra(folder, {base_record.KEY: base, **({BELOW: list(below)} if below else {})})
     if attachment.tokenizer is not None:
         attachment.tokenizer.save_pretrained(folder)
     write_card(model, folder, str(base["name"]))

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.formats.files import copy_tensors
+from lit_peft.formats.peft_experts import as_peft, expert_layers, from_peft, parameter_names, parameters_in_file
 from lit_peft.formats.untrusted import check_names
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.targets import default_targets, find_targets, first_fitting, pattern_values
 from lit_peft.methods.tokens import token_rows
+from lit_peft.nn.expert_lora import ExpertLoRA
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief, check_types
@@ -32,6 +34,7 @@ READ = {
     "lora_alpha",
     "lora_dropout",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "rank_pattern",
     "alpha_pattern",
@@ -89,22 +92,32 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
     check_names(values.get("modules_to_save"), f"{_FILE}: modules_to_save")
     modules_to_save = _modules_to_save(model, values.get("modules_to_save") or (), stored)
     layers = values.pop("layers_to_transform", None)
-    targets = find_targets(
-        model,
-        values["target_modules"] if "target_modules" in values else default_targets(model),
-        values.pop("exclude_modules", None),
-        None if layers == [] else layers,
-        values.pop("layers_pattern", None),
-        modules_to_save,
-        strict=False,
-        source=f"{_FILE}: ",
-    )
+    exclude_modules, patterns = values.pop("exclude_modules", None), values.pop("layers_pattern", None)
+    parameters, linear = parameters_in_file(model, values.pop("target_parameters", None) or ())
+    # peft adapts its default modules only where it has some for the model, and then it writes them down.
+    named = values.get("target_modules", [] if parameters else default_targets(model))
+    targets: list[str] = []
+    if named or not (parameters or linear):
+        targets = find_targets(
+            model,
+            named,
+            exclude_modules,
+            None if layers == [] else layers,
+            patterns,
+            modules_to_save,
+            strict=False,
+            source=f"{_FILE}: ",
+            with_experts=bool(parameters),
+        )
+    targets += [path for path in linear if path not in targets]
     # peft ignores names and patterns that match nothing; our settings must not have any.
     values["target_modules"], values["modules_to_save"] = targets, modules_to_save or None
+    values["target_parameters"] = parameters or None
+    names = [*targets, *parameters]
     for name in ("rank_pattern", "alpha_pattern"):
-        used = set(first_fitting(values[name], targets, f"{_FILE}: {name}").values())
+        used = set(first_fitting(values[name], names, f"{_FILE}: {name}").values())
         values[name] = {pattern: value for pattern, value in values[name].items() if pattern in used}
-    rank = max(pattern_values(values["rank_pattern"], targets, values.get("r", 8)).values())
+    rank = max(pattern_values(values["rank_pattern"], names, values.get("r", 8)).values())
     lora_a = (tensor for name, tensor in stored.items() if _LORA_A.search(name))
     stored_rank = max([0, *(tensor.shape[0] for tensor in lora_a if tensor.dim() and tensor.numel())])
     if rank > stored_rank:
@@ -147,13 +160,15 @@ def load_tensors(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> N
     Raises:
         LitPeftError: the tensors do not fit the model.
     """
+    attachment = attachment_of(model)
+    of_experts = from_peft(attachment, {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}, folder)
     found = {
         base_name(name.removeprefix(_PREFIX)): tensor
         for name, tensor in stored.items()
+        if name.removeprefix(_PREFIX) not in of_experts
         # With bias="all" peft saves the biases in a trained module's wrapper in addition to the module's own.
-        if not re.search(r"\.(original_module|modules_to_save)\.", name)
+        and not re.search(r"\.(original_module|modules_to_save)\.", name)
     }
-    attachment = attachment_of(model)
     parameters = {base_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name in set(found) - set(_trained_tensors(attachment)):
         # peft also saves some of the base's tensors: embeddings, and with bias="all" whatever has "bias" in its name.
@@ -164,6 +179,12 @@ def load_tensors(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> N
     unchanged = {base_name(name) for name in attachment.saved if name.endswith(".bias")} - set(found)
     targets = {name: tensor for name, tensor in targets.items() if name not in unchanged}
     copy_tensors(targets, found, folder, ignored=parameters)
+    own = {
+        f"{name}.{factor}.weight": getattr(layer, factor)
+        for name, layer in expert_layers(attachment).items()
+        for factor in ("lora_A", "lora_B")
+    }
+    copy_tensors(own, of_experts, folder)
 
 
 def _is_equal(parameter: Tensor, stored: Tensor) -> bool:
@@ -188,13 +209,14 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
     """
     settings = attachment.settings
     assert isinstance(settings, LoRASettings)
-    layers = _layers(attachment)
-    first = next(iter(layers.values()))
+    layers, parameters = _layers(attachment), parameter_names(attachment)
+    first = next(iter(layers.values()), None)
     moved = getattr(first, "moved", False)
     # The scale must not change: it is alpha / r, or alpha / sqrt(r).
     rank_factor, alpha_factor = (2, 2**0.5 if settings.use_rslora else 2) if moved else (1, 1)
     ranks, alphas = (
-        _independent_of_order(patterns, list(layers)) for patterns in (settings.rank_pattern, settings.alpha_pattern)
+        _independent_of_order(patterns, [*layers, *parameters])
+        for patterns in (settings.rank_pattern, settings.alpha_pattern)
     )
     modules_to_save = [f".{name}" for name in settings.modules_to_save or ()]
     return {
@@ -207,6 +229,7 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         "peft_type": "LORA",
         # Full names, so that peft adapts these modules and no others.
         "target_modules": sorted(layers),
+        "target_parameters": sorted(parameters) or None,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -222,11 +245,14 @@ def tensors(attachment: Attachment) -> dict[str, Tensor]:
     for path, layer in attachment.adapted.items():
         if isinstance(layer, LoRALinear):
             found[f"{path}.lora_A.weight"], found[f"{path}.lora_B.weight"] = layer.plain()
+    for name, layer in expert_layers(attachment).items():
+        found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = as_peft(layer)
     return {f"{_PREFIX}{name}": tensor for name, tensor in found.items()}
 
 
 def _layers(attachment: Attachment) -> dict[str, Any]:
-    return {path: layer for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)}
+    layers = {path: layer for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)}
+    return {path: layer for path, layer in layers.items() if not isinstance(layer, ExpertLoRA)}
 
 
 def _trained_tensors(attachment: Attachment) -> dict[str, Tensor]:

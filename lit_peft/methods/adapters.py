@@ -18,6 +18,7 @@ from torch import nn
 from lit_peft.methods.attach import attach
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_or_none, set_attachment
 from lit_peft.methods.lora import merge
+from lit_peft.methods.stack import Stack, check_stack, clear_below, names_of, put_below
 from lit_peft.methods.threads import changing, exclusive, locked, remember_adapter
 from lit_peft.nn.lora import LoRALayer
 from lit_peft.util.errors import LitPeftError, closest
@@ -32,24 +33,27 @@ class Adapters:
 
     Attributes:
         attachments: every adapter by name, including the active one.
-        active: the name of the adapter that is on the model; None if there is none.
+        active: the name of the adapter that is on the model, or several in a stack; None if there is none.
     """
 
     attachments: dict[str, Attachment] = field(default_factory=dict)
-    active: str | None = None
+    active: str | Stack | None = None
 
-    def find(self, name: str) -> Attachment:
+    def find(self, name: str | Stack) -> Attachment:
         """Return an adapter by name.
 
         Args:
-            name: the adapter's name.
+            name: the adapter's name, or a stack.
 
         Returns:
-            Its attachment.
+            Its attachment; of a stack, that of the last one.
 
         Raises:
-            LitPeftError: there is no adapter of that name.
+            LitPeftError: there is no adapter of that name, or the adapters cannot be stacked.
         """
+        if isinstance(name, Stack):
+            check_stack({each: self.find(each) for each in name.names})
+            name = name.names[-1]
         if name not in self.attachments:
             fix = "it has none, so call lit_peft.add_adapter first"
             if self.attachments:
@@ -73,9 +77,10 @@ def adapters_of(model: nn.Module) -> Adapters:
         if not isinstance(adapters, Adapters):
             adapters = Adapters()
             object.__setattr__(model, _KEY, adapters)
-        if adapters.active is not None and adapters.attachments[adapters.active] is not attachment:
+        *_, top = names_of(adapters.active) or (None,)
+        if top is not None and adapters.attachments[top] is not attachment:
             # The active adapter has been detached or merged since the last call.
-            del adapters.attachments[adapters.active]
+            del adapters.attachments[top]
             adapters.active = None
         if attachment is not None and adapters.active is None:
             adapters.attachments[DEFAULT], adapters.active = attachment, DEFAULT
@@ -141,20 +146,20 @@ def _new_adapter(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @exclusive
-def set_adapter(model: Model, name: str | None) -> Model:
+def set_adapter(model: Model, name: str | Stack | None) -> Model:
     """Make an adapter the active one, for all threads. Nothing is built or copied.
 
     Threads that use different adapters of one model need `use_adapter` or `row_adapters` instead.
 
     Args:
         model: a model with adapters.
-        name: the adapter to activate; with None the model computes what its base computes.
+        name: the adapter to activate, or a `Stack` of them; with None the model computes what its base computes.
 
     Returns:
         The same model.
 
     Raises:
-        LitPeftError: there is no adapter of that name.
+        LitPeftError: there is no adapter of that name, or the adapters cannot be stacked.
     """
     adapters = adapters_of(model)
     if name is not None:
@@ -208,14 +213,14 @@ def hotswap_adapter(model: Model, name: str) -> Model:
         slot.lora_B.zero_()
         if path in fitting:
             layer = fitting[path]
-            slot.lora_A[: layer.r] = layer.lora_A.to(slot.lora_A.device)
-            slot.lora_B[:, : layer.r] = layer.lora_B.to(slot.lora_B.device) * (layer.scaling / slot.scaling)
+            slot.lora_A[..., : layer.r, :] = layer.lora_A.to(slot.lora_A.device)
+            slot.lora_B[..., : layer.r] = layer.lora_B.to(slot.lora_B.device) * (layer.scaling / slot.scaling)
     return model
 
 
 @exclusive
 def delete_adapter(model: Model, name: str) -> Model:
-    """Remove an adapter. If it is the active one, no adapter is active afterwards.
+    """Remove an adapter. If it is active, alone or in a stack, no adapter is active afterwards.
 
     Args:
         model: a model with adapters.
@@ -229,7 +234,7 @@ def delete_adapter(model: Model, name: str) -> Model:
     """
     adapters = adapters_of(model)
     attachment = adapters.find(name)
-    _switch(model, adapters, None if adapters.active == name else adapters.active)
+    _switch(model, adapters, None if name in names_of(adapters.active) else adapters.active)
     del adapters.attachments[name]
     if not adapters.attachments:
         attachment.unfreeze()
@@ -248,20 +253,20 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(adapters_of(model).attachments)
 
 
-def active_adapter(model: nn.Module) -> str | None:
+def active_adapter(model: nn.Module) -> str | Stack | None:
     """Return the name of the active adapter.
 
     Args:
         model: a model with or without adapters.
 
     Returns:
-        The name; None if no adapter is active.
+        The name, or the `Stack`; None if no adapter is active.
     """
     return adapters_of(model).active
 
 
 @contextmanager
-def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+def use_adapter(model: nn.Module, name: str | Stack | None) -> Iterator[None]:
     """Make an adapter the active one in the block, and restore the previous one afterwards.
 
     The block belongs to its thread: blocks of other threads on the same model wait for it, and forwards outside of
@@ -269,7 +274,7 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 
     Args:
         model: a model with adapters.
-        name: the adapter; None for the base model, bit for bit.
+        name: the adapter, or a `Stack`; None for the base model, bit for bit.
 
     Raises:
         LitPeftError: there is no adapter of that name.
@@ -378,14 +383,18 @@ def _lora_layers(model: nn.Module) -> list[LoRALayer]:
     return layers
 
 
-def _switch(model: nn.Module, adapters: Adapters, name: str | None) -> None:
+def _switch(model: nn.Module, adapters: Adapters, name: str | Stack | None) -> None:
     if adapters.active == name:
         return
     if adapters.active is not None:
-        adapters.attachments[adapters.active].suspend()
+        active = adapters.find(adapters.active)
+        active.suspend()
+        clear_below(active)
         set_attachment(model, None)
         adapters.active = None
     if name is not None:
-        adapters.attachments[name].resume()
-        set_attachment(model, adapters.attachments[name])
+        attachment = adapters.find(name)
+        put_below(attachment, [adapters.attachments[below] for below in names_of(name)[:-1]])
+        attachment.resume()
+        set_attachment(model, attachment)
         adapters.active = name

@@ -14,6 +14,7 @@ from lit_peft.methods.changes import (
     AddHook,
     AddModule,
     Change,
+    PutBelow,
     ReplaceModule,
     SetAttribute,
     TrainParameter,
@@ -49,6 +50,8 @@ class MethodSettings:
     learning_rate: ClassVar[float] = 1e-3
     # Whether a row may hold several examples: the method treats each token alike.
     packs: ClassVar[bool] = True
+    # Whether its adapters can be stacked, see `Stack`.
+    stacks: ClassVar[bool] = False
     modules_to_save: tuple[str, ...] | list[str] | None = field(default=None, kw_only=True)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None, kw_only=True)
 
@@ -118,6 +121,11 @@ class Attachment:
         """The trained copies of base parameters by path, while the method is suspended."""
         changes = (change for change in self.changes if isinstance(change, TrainParameter))
         return {change.path: change.copy for change in changes if change.copy is not None}
+
+    @property
+    def below(self) -> list[Attachment]:
+        """The adapters that this one is stacked on, the first one first; they are frozen."""
+        return [change.attachment for change in self.changes if isinstance(change, PutBelow)]
 
     @property
     def hooks(self) -> list[AddHook]:
@@ -220,7 +228,8 @@ class Attachment:
         modules = [path for path, module in self.model.named_modules() if path and list(module.parameters())]
         own = {
             id(parameter)
-            for module in self.adapted.values()
+            for attachment in (self, *self.below)
+            for module in attachment.adapted.values()
             for path, parameter in module.named_parameters()
             if not path.startswith("base_layer.")
         }
@@ -244,7 +253,8 @@ class Attachment:
                     self.train(path)
 
     def _warn_if_tied(self, path: str, name: str) -> None:
-        tied = tied_names(self.model, path)
+        # Not the second name that a head has for the bias of a layer in it.
+        tied = [other for other in tied_names(self.model, path) if not path.startswith(f"{other.rpartition('.')[0]}.")]
         if tied:
             warnings.warn(
                 f"modules_to_save={name!r}: {path} shares its weight with {', '.join(tied[:3])} in the base. Only the "

@@ -58,6 +58,7 @@ class BottleneckSettings(MethodSettings):
 
     defaults: ClassVar[dict[str, Any]] = {"bias": True, "scaling": 1.0}
     is_parallel: ClassVar[bool] = False
+    stacks: ClassVar[bool] = True
 
     reduction_factor: float | dict[str, float] | None = None
     bottleneck_size: int | None = None
@@ -357,7 +358,8 @@ def drop_adapters(model: Model, lowest: int) -> Model:
         LitPeftError: no method is attached, the method has no bottleneck adapters, or there are fewer layers.
     """
     attachment = attachment_of(model)
-    adapters = {path: module for path, module in attachment.adapted.items() if isinstance(module, Bottleneck)}
+    modules = [item for found in (attachment, *attachment.below) for item in found.adapted.items()]
+    adapters = {path: module for path, module in modules if isinstance(module, Bottleneck)}
     if not adapters:
         raise LitPeftError(
             f"The attached method {attachment.settings.method!r} has no bottleneck adapters to drop: use AdapterH, "

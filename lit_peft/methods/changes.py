@@ -7,8 +7,8 @@ its own changes. `apply` and `undo` can alternate any number of times.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -178,6 +178,47 @@ class TrainParameter:
         """Record the copy's device and dtype, from which `undo` sees how the model was moved since."""
         assert self.copy is not None
         self.last_seen = self.copy.device, self.copy.dtype
+
+
+@dataclass
+class PutBelow:
+    """Puts an adapter on the model, frozen and under other names, before the one that is stacked on it.
+
+    Attributes:
+        attachment: the adapter, a suspended `Attachment`.
+        place: its place in the stack, from 0, which is in the names of its modules.
+        frozen: what has been frozen: the adapter's module, or None for the model, and the name of the parameter.
+    """
+
+    attachment: Any
+    place: int
+    frozen: list[tuple[nn.Module | None, str]] = field(default_factory=list)
+
+    def apply(self, model: nn.Module) -> None:
+        self._rename(lambda path: f"{path}_below_{self.place}")
+        self.attachment.resume()
+        for module in self.attachment.adapted.values():
+            self._freeze(module, {name: p for name, p in module.named_parameters() if p.requires_grad})
+        self._freeze(None, self.attachment.saved)
+
+    def _freeze(self, module: nn.Module | None, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(False)
+            self.frozen.append((module, name))
+
+    def undo(self, model: nn.Module) -> None:
+        for module, name in self.frozen:
+            (model if module is None else module).get_parameter(name).requires_grad_(True)
+        self.frozen.clear()
+        self.attachment.suspend()
+        self._rename(lambda path: path.removesuffix(f"_below_{self.place}"))
+
+    def _rename(self, rename: Callable[[str], str]) -> None:
+        attachment = self.attachment
+        for change in attachment.changes:
+            if isinstance(change, AddModule):
+                change.path = rename(change.path)
+        attachment.adapted = {rename(path): module for path, module in attachment.adapted.items()}
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype] | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_peft.methods.adapters import adapters_of, new_adapter
 from lit_peft.methods.attach import attach
 from lit_peft.methods.attachment import Attachment, Model, attachment_of
+from lit_peft.methods.expert_targets import target_name
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.threads import exclusive
 from lit_peft.nn.lora import LoRALayer
@@ -82,18 +83,28 @@ def combine_adapters(
     generator = torch.Generator().manual_seed(seed)
     for path in sources[0][0].adapted:
         layers = [(layer, weight) for s, weight in sources if isinstance(layer := s.adapted[path], LoRALayer)]
-        factors[path] = _combine_layers(layers, combination, r, density, generator)
+        stack = layers[0][0].stack
+        parts = [
+            _combine([_Update(layer, weight, expert) for layer, weight in layers], combination, r, density, generator)
+            for expert in (range(stack[0]) if stack else [None])
+        ]
+        a, b = (torch.stack(factor) for factor in zip(*parts, strict=True))
+        factors[path] = (a, b) if stack else (a[0], b[0])
     first = sources[0][0].settings
     assert isinstance(first, LoRASettings)
-    ranks = {path: a.shape[0] for path, (a, _) in factors.items()}
+    names = {path: target_name(path, layer) for path, layer in sources[0][0].adapted.items()}
+    parameters = [name for path, name in names.items() if name != path]
+    ranks = {names[path]: a.shape[-2] for path, (a, _) in factors.items()}
     rank = max(ranks.values())
-    smaller_ranks = {path.replace(".", r"\."): value for path, value in ranks.items() if value != rank}
+    smaller_ranks = {name.replace(".", r"\."): value for name, value in ranks.items() if value != rank}
     settings = replace(
         first,
         r=rank,
         lora_alpha=rank,
         use_rslora=False,
-        target_modules=list(factors),
+        target_modules=[name for path, name in names.items() if name == path],
+        target_parameters=parameters or None,
+        target_experts=False,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -129,36 +140,41 @@ def _check_source(label: str, source: Attachment, first: Attachment) -> None:
         )
 
 
-def _combine_layers(
-    layers: list[tuple[LoRALayer, float]],
-    combination: Combination,
-    r: int | None,
-    density: float,
-    generator: torch.Generator,
+class _Update:
+    """A, B and the scale of one adapter's update of a module or of one expert, and the adapter's weight."""
+
+    def __init__(self, layer: LoRALayer, weight: float, expert: int | None) -> None:
+        a, b = layer.lora_A, layer.lora_B
+        self.a, self.b = (a, b) if expert is None else (a[expert], b[expert])
+        self.r, self.scaling, self.weight = layer.r, layer.scaling, weight
+
+
+def _combine(
+    updates: list[_Update], combination: Combination, r: int | None, density: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return A, [rank, in], and B, [out, rank], of the combination of one module's updates, for a scale of 1."""
+    """Return A, [rank, in], and B, [out, rank], of the combination of updates, for a scale of 1."""
     if combination == "cat":
-        a = torch.cat([layer.lora_A for layer, _ in layers])
-        return a, torch.cat([layer.lora_B * (layer.scaling * weight) for layer, weight in layers], 1)
+        a = torch.cat([update.a for update in updates])
+        return a, torch.cat([update.b * (update.scaling * update.weight) for update in updates], 1)
     if combination == "linear":
-        if len({layer.r for layer, _ in layers}) > 1:
+        if len({update.r for update in updates}) > 1:
             raise LitPeftError("combination='linear' needs adapters of equal rank: use 'cat' or 'svd'.")
         # The sign of a negative weight goes to A only.
-        roots = [(abs(weight) * layer.scaling) ** 0.5 for layer, weight in layers]
-        signs = [1.0 if weight >= 0 else -1.0 for _, weight in layers]
-        scaled = [layer.lora_A * (root * sign) for (layer, _), root, sign in zip(layers, roots, signs, strict=True)]
-        b = torch.stack([layer.lora_B * root for (layer, _), root in zip(layers, roots, strict=True)]).sum(0)
+        roots = [(abs(update.weight) * update.scaling) ** 0.5 for update in updates]
+        signs = [1.0 if update.weight >= 0 else -1.0 for update in updates]
+        scaled = [update.a * (root * sign) for update, root, sign in zip(updates, roots, signs, strict=True)]
+        b = torch.stack([update.b * root for update, root in zip(updates, roots, strict=True)]).sum(0)
         return torch.stack(scaled).sum(0), b
-    updates = [layer.delta_weight().float() for layer, _ in layers]
-    weights = [weight for _, weight in layers]
+    deltas = [(update.b @ update.a * update.scaling).float() for update in updates]
+    weights = [update.weight for update in updates]
     if combination == "ties":
-        total = _ties([_keep_largest(update, density) for update in updates], weights)
+        total = _ties([_keep_largest(delta, density) for delta in deltas], weights)
     else:
         if combination == "dare":
-            masks = [torch.rand(update.shape, generator=generator).to(update.device) < density for update in updates]
-            updates = [update * mask / density for update, mask in zip(updates, masks, strict=True)]
-        total = torch.stack([update * weight for update, weight in zip(updates, weights, strict=True)]).sum(0)
-    rank = min(r or max(layer.r for layer, _ in layers), *total.shape)
+            masks = [torch.rand(delta.shape, generator=generator).to(delta.device) < density for delta in deltas]
+            deltas = [delta * mask / density for delta, mask in zip(deltas, masks, strict=True)]
+        total = torch.stack([delta * weight for delta, weight in zip(deltas, weights, strict=True)]).sum(0)
+    rank = min(r or max(update.r for update in updates), *total.shape)
     left, values, right = torch.linalg.svd(total, full_matrices=False)
     root = values[:rank].sqrt()
     return root[:, None] * right[:rank], left[:, :rank] * root

@@ -12,11 +12,13 @@ from torch import nn
 from lit_peft.methods.attach import detach
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of, base_name
 from lit_peft.methods.changes import owner_of, tied_names
+from lit_peft.methods.expert_targets import adapt_parameters, find_parameters
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_values
 from lit_peft.methods.threads import exclusive
 from lit_peft.methods.tokens import merged_rows, write_rows
 from lit_peft.models.quantization import dequantize
+from lit_peft.nn.expert_lora import ExpertLoRA
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear, check, check_mergeable
 from lit_peft.nn.quantized import dense_linear, is_quantized
 from lit_peft.util.errors import LitPeftError
@@ -31,7 +33,12 @@ class LoRASettings(MethodSettings):
         lora_alpha: scales the updates by `lora_alpha / r`.
         lora_dropout: dropout probability on the input of the update.
         target_modules: the modules to adapt: a list of names, a regular expression, or `"all-linear"`. None selects
-            the query and value projections.
+            the query and value projections, and an empty list none (for `target_parameters` alone).
+        target_parameters: parameters to adapt that are no linear layers, by their names or the last parts of them, as
+            in peft: the stacked weights of a mixture's experts, e.g. `["experts.gate_up_proj", "experts.down_proj"]`.
+            Each expert has an A and a B of its own.
+        target_experts: adapt every parameter that holds the weights of several experts, besides `target_modules`. This
+            trains r · (d_in + d_out) parameters for each of the experts, so many more than for the other layers.
         exclude_modules: names or a regular expression of modules to leave out.
         rank_pattern: ranks that differ from `r`, by regular expression on the module's name.
         alpha_pattern: values that differ from `lora_alpha`, by regular expression on the module's name.
@@ -53,6 +60,8 @@ class LoRASettings(MethodSettings):
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] | None = None
+    target_parameters: list[str] | tuple[str, ...] | None = None
+    target_experts: bool = False
     exclude_modules: str | Sequence[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -73,12 +82,29 @@ class LoRASettings(MethodSettings):
             raise LitPeftError(f"bias={self.bias!r} is not known: use 'none', 'all' or 'lora_only'.")
         if self.loraplus_lr_ratio <= 0:
             raise LitPeftError(f"loraplus_lr_ratio={self.loraplus_lr_ratio}: give a positive number, e.g. 16.")
+        if self.target_parameters or self.target_experts:
+            self._check_parameters()
         for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
             value = getattr(self, name) or ()
             # A list of modules holds names, not regular expressions.
             patterns = [value] if isinstance(value, str) else value if name.endswith("_pattern") else ()
             for pattern in patterns:
                 check_expression(name, pattern)
+
+    def _check_parameters(self) -> None:
+        """Check the settings that a LoRA on parameters does not have."""
+        field = "target_experts" if self.target_experts else "target_parameters"
+        if self.use_dora or self.lora_dropout:
+            wrong = "use_dora=True" if self.use_dora else f"lora_dropout={self.lora_dropout}"
+            raise LitPeftError(
+                f"{wrong} does not work with {field}, neither here nor in peft: leave one of them out. Weight decay or "
+                "a smaller r also counter overfitting."
+            )
+        if self.init_lora_weights not in ("kaiming", "gaussian"):
+            raise LitPeftError(
+                f"init_lora_weights={self.init_lora_weights!r} is defined for linear layers only: use 'kaiming' or "
+                f"'gaussian' with {field}."
+            )
 
     def learning_rate_factor(self, name: str) -> float:
         """Return `loraplus_lr_ratio` for B, and 1 for any other parameter."""
@@ -94,18 +120,34 @@ class LoRASettings(MethodSettings):
         Raises:
             LitPeftError: a setting matches nothing in the model, or a layer cannot be adapted.
         """
-        paths = find_targets(
+        parameters = find_parameters(
             model,
-            self.target_modules if self.target_modules is not None else default_targets(model),
+            self.target_parameters,
+            self.target_experts,
             self.exclude_modules,
             self.layers_to_transform,
             self.layers_pattern,
             self.modules_to_save,
         )
-        check_patterns("rank_pattern", self.rank_pattern, paths)
-        check_patterns("alpha_pattern", self.alpha_pattern, paths)
-        ranks = pattern_values(self.rank_pattern, paths, self.r)
-        alphas = pattern_values(self.alpha_pattern, paths, self.lora_alpha)
+        targets = self.target_modules if self.target_modules is not None else default_targets(model)
+        paths = (
+            find_targets(
+                model,
+                targets,
+                self.exclude_modules,
+                self.layers_to_transform,
+                self.layers_pattern,
+                self.modules_to_save,
+                with_experts=bool(parameters),
+            )
+            if targets or not parameters
+            else []
+        )
+        names = [*paths, *parameters]
+        check_patterns("rank_pattern", self.rank_pattern, names)
+        check_patterns("alpha_pattern", self.alpha_pattern, names)
+        ranks = pattern_values(self.rank_pattern, names, self.r)
+        alphas = pattern_values(self.alpha_pattern, names, self.lora_alpha)
         for path in paths:
             base = model.get_submodule(path)
             layer_class = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
@@ -121,6 +163,7 @@ class LoRASettings(MethodSettings):
             attachment.replace(path, layer)
             if self.bias == "lora_only" and layer.bias is not None:
                 attachment.train(f"{path}.base_layer.bias")
+        adapt_parameters(attachment, parameters, ranks, alphas, self.use_rslora, self.init_lora_weights)
         if self.bias == "all":
             for name, _ in list(model.named_parameters(remove_duplicate=False)):
                 if name.endswith(".bias"):
@@ -157,7 +200,8 @@ def merge(model: Model) -> Model:
             f"The attached method {attachment.settings.method!r} is not a weight update and cannot be merged: save it "
             "with lit_peft.save_adapter instead."
         )
-    copies = [pair for path in layers for pair in _untie(model, f"{path}.base_layer.weight")]
+    modules = [path for path, layer in layers.items() if not isinstance(layer, ExpertLoRA)]
+    copies = [pair for path in modules for pair in _untie(model, f"{path}.base_layer.weight")]
     quantized = any(is_quantized(module) for module in model.modules())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad), torch.float32)
     for layer in layers.values():

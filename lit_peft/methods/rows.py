@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from lit_peft.methods.adapters import adapters_of, use_adapter
 from lit_peft.methods.attachment import Attachment, MethodSettings, base_name
 from lit_peft.methods.fast_path import fast_path_changes
+from lit_peft.methods.stack import Stack
 from lit_peft.methods.threads import changing
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
+from lit_peft.nn.expert_lora import ExpertLoRA
 from lit_peft.nn.lora import LoRALayer, LoRALinear
 from lit_peft.nn.rows import LoRARows, ModuleRows
 from lit_peft.nn.torch_internals import has_forward_hooks
@@ -52,6 +54,8 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         raise LitPeftError("names is empty: give the adapter of each row of the batch.")
     with changing(model):
         used = list(dict.fromkeys(name for name in names if name is not None))
+        if any(isinstance(name, Stack) for name in used):
+            raise LitPeftError("row_adapters takes no Stack: run its rows in a separate batch with set_adapter.")
         attachments = [adapters_of(model).find(name) for name in used]
         for name, attachment in zip(used, attachments, strict=True):
             _check_can_share(name, attachment)
@@ -117,6 +121,11 @@ def _check_can_share(name: str, attachment: Attachment) -> None:
             f"The adapter {name!r} ({attachment.settings.method}) cannot share a batch with others. Only LoRAs and "
             "bottleneck adapters without original_ln_after=False can: run its rows in a separate batch with "
             "set_adapter."
+        )
+    if any(isinstance(layer, ExpertLoRA) for layer in layers):
+        raise LitPeftError(
+            f"The adapter {name!r} adapts the experts of a mixture, whose tokens are not in rows, so it cannot share "
+            "a batch with others: run its rows in a separate batch with set_adapter."
         )
     if attachment.trained and any(layer.original_ln_before for layer in sublayer_adapters):
         raise LitPeftError(

@@ -24,6 +24,7 @@ __all__ = [
     "find_targets",
     "first_fitting",
     "is_linear",
+    "keep_layers",
     "pattern_values",
 ]
 
@@ -97,6 +98,7 @@ def find_targets(
     modules_to_save: Sequence[str] | None = None,
     strict: bool = True,
     source: str = "",
+    with_experts: bool = False,
 ) -> list[str]:
     """Return the full names of the modules to adapt, in the model's order.
 
@@ -112,6 +114,8 @@ def find_targets(
         strict: refuse each name, pattern and index that matches nothing. Otherwise, refuse only settings that leave
             no module to adapt, as peft does.
         source: the file that the settings come from, to begin messages with, e.g. `"adapter_config.json: "`.
+        with_experts: whether experts that are stored as one parameter are adapted as well. Otherwise a warning says
+            that they are not, where they might be expected.
 
     Raises:
         LitPeftError: a setting matches nothing (the message names the closest modules), or a named module could not
@@ -159,7 +163,7 @@ def find_targets(
                 f"{source}target_modules={target_modules!r} includes {name}, {obstacle}: leave it out, e.g. with "
                 f"exclude_modules=[{name.rpartition('.')[2]!r}]."
             )
-    if target_modules == "all-linear" or _names_experts(model, target_modules):
+    if not with_experts and (target_modules == "all-linear" or _names_experts(model, target_modules)):
         _warn_of_experts(model)
     return found
 
@@ -198,7 +202,11 @@ def _names_experts(model: nn.Module, target_modules: str | Sequence[str]) -> boo
 def _warn_of_experts(model: nn.Module) -> None:
     about = experts_left_out(model)
     if about is not None:
-        warnings.warn(f"{about}: target_modules cannot reach them, so they stay frozen without adapters.", stacklevel=5)
+        warnings.warn(
+            f"{about}: target_modules cannot reach them, so they stay frozen without adapters. To adapt them too, set "
+            "target_experts=True (LoRA only).",
+            stacklevel=5,
+        )
 
 
 def check_leave_out(leave_out: Sequence[int], count: int) -> None:
@@ -297,6 +305,15 @@ def _advice(model: nn.Module, targets: str | Sequence[str], names: Iterable[str]
     if not isinstance(targets, str) and _names_experts(model, targets):
         advice += f"; {experts_left_out(model)}"
     return advice
+
+
+def keep_layers(
+    names: Iterable[str], layers_to_transform: int | Sequence[int] | None, layers_pattern: Any, source: str
+) -> list[str]:
+    """Return the names that are in the layers of the given indices; all of them if there are none."""
+    indices = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+    lists = _Lists(layers_pattern, source)
+    return [name for name in names if indices is None or lists.index(name) in indices]
 
 
 class _Lists:

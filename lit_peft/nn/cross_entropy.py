@@ -43,10 +43,40 @@ def head_cross_entropy(
     Returns:
         A scalar; zero if there are no rows.
     """
+    return _cross_entropy(hidden, weight, targets, bias, scale, softcap, False)
+
+
+def head_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Return the log-probability of each row's target; the arguments are those of `head_cross_entropy`.
+
+    The forward pass keeps the gradient of each row, [rows, d]; the backward pass multiplies it by what arrives there.
+
+    Returns:
+        Shape (rows,), in fp32 or higher.
+    """
+    return -_cross_entropy(hidden, weight, targets, bias, scale, softcap, True)
+
+
+def _cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    by_row: bool,
+) -> Tensor:
     if function_transforms_are_active():
         dtype = autocast_dtype(hidden.device) or weight.dtype
-        return _plain_loss(hidden, targets, weight, bias, dtype, scale, softcap)
-    loss: Tensor = _HeadCrossEntropy.apply(hidden, weight, targets, bias, scale, softcap)
+        return _plain_loss(hidden, targets, weight, bias, dtype, scale, softcap, by_row)
+    loss: Tensor = _HeadCrossEntropy.apply(hidden, weight, targets, bias, scale, softcap, by_row)
     return loss
 
 
@@ -60,12 +90,14 @@ class _HeadCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
         softcap: float | None,
+        by_row: bool,
     ) -> Tensor:
         dtype = autocast_dtype(hidden.device) or weight.dtype
-        ctx.head = weight, bias, dtype, scale, softcap
+        ctx.head = weight, bias, dtype, scale, softcap, by_row
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         precise = torch.promote_types(dtype, torch.float32)
-        total = torch.zeros((), dtype=precise, device=hidden.device)
+        # One number for each row, or their sum.
+        total = torch.zeros(len(hidden) if by_row else (), dtype=precise, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = max(_BLOCK // len(weight), _FEWEST_ROWS)
         with without_autocast(hidden.device):
@@ -83,7 +115,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 target_logits = logits.gather(1, target)
                 logits.sub_(top).exp_()
                 mass = logits.sum(-1, keepdim=True)
-                total += (mass.log() + top - target_logits).sum()
+                losses = mass.log() + top - target_logits
+                if by_row:
+                    total[part] = losses.squeeze(1)
+                else:
+                    total += losses.sum()
                 if gradient is None:
                     continue
                 logits.div_(mass).scatter_add_(1, target, torch.full_like(target_logits, -1.0))
@@ -102,8 +138,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             # The gradient may be differentiated again, so it must be a function of `hidden`.
             loss = _plain_loss(hidden, targets, *ctx.head)
-            (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
-        return gradient * grad.to(gradient.dtype), None, None, None, None, None
+            (gradient,) = torch.autograd.grad(loss.sum(), hidden, create_graph=True)
+        # The loss of a row depends on that row alone, so its gradient is the kept one times a number.
+        return gradient * grad.to(gradient.dtype).reshape(-1, 1), None, None, None, None, None, None
 
 
 def _plain_loss(
@@ -114,9 +151,10 @@ def _plain_loss(
     dtype: torch.dtype,
     scale: float,
     softcap: float | None,
+    by_row: bool,
 ) -> Tensor:
     with without_autocast(hidden.device):
         logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         logits = logits.to(torch.promote_types(dtype, torch.float32)) * scale
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        return F.cross_entropy(logits, targets, reduction="sum")
+        return F.cross_entropy(logits, targets, reduction="none" if by_row else "sum")

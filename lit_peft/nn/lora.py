@@ -65,10 +65,9 @@ class LoRALinear(LoRALayer):
         super().add_to_weight(delta.T if self.fan_in_fan_out else delta)
 
     def _is_plain(self, x: Tensor, base: nn.Module, weight: Tensor) -> bool:
-        """Whether base and update are two products and nothing else, which `lora_linear` computes as one."""
+        """Whether the base is a product and nothing else, so that `lora_linear` computes it and the update as one."""
         return (
             not torch.compiler.is_compiling()
-            and self.lora_magnitude is None
             and self.unmerged_weight is None
             and (type(base) in (nn.Linear, QuantizedLinear) or stores_transposed(base))
             and type(weight) is nn.Parameter
@@ -87,6 +86,8 @@ class LoRALinear(LoRALayer):
             weight = weight.T if self.fan_in_fan_out else weight
             dropout = self.lora_dropout if self.training else 0.0
             codes = (base.scale, base.zero_point) if type(base) is QuantizedLinear else ()
+            if self.lora_magnitude is not None:
+                return self._decomposed(x, weight, dropout, codes)
             return lora_linear(x, weight, base.bias, self.lora_A, self.lora_B, self.scaling, dropout, *codes)
         out: Tensor = base(x, *args, **kwargs)
         if self.merged:
@@ -106,6 +107,19 @@ class LoRALinear(LoRALayer):
             return out + (scale - 1) * F.linear(dropped, weight) + scale * update
         result = scale * (product + update)
         return result if bias is None else result + bias
+
+    def _decomposed(self, x: Tensor, weight: Tensor, dropout: float, codes: tuple[Tensor | None, ...]) -> Tensor:
+        """DoRA with one product for W and the update. With x̃ the dropped x and m' = m / ||W + s·BA||, it is
+        `W (x - x̃) + b + m' · (W x̃ + s · B A x̃)`: the base's own output is not dropped.
+        """
+        assert self.lora_magnitude is not None
+        dropped = F.dropout(x, dropout) if dropout else x
+        update = lora_linear(dropped, weight, None, self.lora_A, self.lora_B, self.scaling, 0.0, *codes)
+        scale = (self.lora_magnitude / self._weight_norm()).to(update.dtype)
+        if dropout:
+            return torch.addcmul(self.base_layer(x - dropped), update, scale)
+        bias = self.bias
+        return update * scale if bias is None else torch.addcmul(bias.to(update.dtype), update, scale)
 
 
 class LoRAEmbedding(LoRALayer):

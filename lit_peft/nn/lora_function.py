@@ -9,6 +9,7 @@ it does both additions inside a matrix product.
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from lit_peft.nn.autocast import autocast_dtype, without_autocast
 from lit_peft.nn.factors import factors_or_self
 from lit_peft.nn.quantized import dequantized
-from lit_peft.nn.torch_internals import version_of
+from lit_peft.nn.torch_internals import reshaped, version_of
 
 
 def lora_linear(
@@ -88,59 +89,67 @@ class _LoRALinear(torch.autograd.Function):
         scale: Tensor | None,
         zero_point: Tensor | None,
     ) -> Tensor:
-        dtype = autocast_dtype(x.device) or x.dtype
-        with without_autocast(x.device):
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        cast = autocast_dtype(x.device)
+        dtype = x.dtype if cast is None else cast
+        with nullcontext() if cast is None else without_autocast(x.device):
+            rows = in_dtype(x.reshape(-1, x.shape[-1]), dtype)
             dropped, bits = rows, None
             if dropout:
                 dropped, mask = torch.native_dropout(rows, dropout, True)
                 bits = pack_bits(mask)
-            low = F.linear(dropped, lora_a.to(dtype)) * scaling
+            low = F.linear(dropped, in_dtype(lora_a, dtype))
             dense = weight if scale is None else dequantized(weight, scale, zero_point, rows.shape[-1])
-            base = F.linear(rows, dense.to(dtype), None if bias is None else bias.to(dtype))
+            base = F.linear(rows, in_dtype(dense, dtype), None if bias is None else in_dtype(bias, dtype))
             del dense
-            # The result must not be a view: torch forbids in-place operations on a view that is made here.
-            out = base.new_empty(*x.shape[:-1], base.shape[-1])
-            torch.addmm(base, low, lora_b.to(dtype).T, out=out.view(base.shape))
+            base.addmm_(low, in_dtype(lora_b, dtype).t(), alpha=scaling)
         kept = factors_or_self(x)
         ctx.save_for_backward(weight, lora_a, lora_b, low, bits, scale, zero_point, *kept)
         ctx.scaling, ctx.dropout, ctx.dtype = scaling, dropout, dtype
         ctx.x = (weakref.ref(x), version_of(x)) if len(kept) > 1 else None
-        return out
+        # The result must not be a view: torch forbids in-place operations on a view that is made here.
+        return base if x.dim() == 2 else reshaped(base, (*x.shape[:-1], base.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, lora_a, lora_b, low, bits, scale, zero_point, *kept = ctx.saved_tensors
         # For gradients of gradients: no operation in place, and `low` as a function of x and A.
         again = torch.is_grad_enabled()
-        dtype, needs = ctx.dtype, ctx.needs_input_grad
+        dtype, needs, scaling = ctx.dtype, ctx.needs_input_grad, ctx.scaling
         grad_x = grad_bias = grad_a = grad_b = None
-        with without_autocast(grad.device):
+        with nullcontext() if autocast_dtype(grad.device) is None else without_autocast(grad.device):
             x = _input(ctx, kept) if again else kept[0] if len(kept) == 1 else torch.mul(*kept)
             grad = grad.reshape(-1, grad.shape[-1])
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            rows = in_dtype(x.reshape(-1, x.shape[-1]), dtype)
             mask = None if bits is None else unpack_bits(bits, rows.shape).to(dtype).div_(1 - ctx.dropout)
-            grad_low = torch.mm(grad, lora_b.to(dtype)) * ctx.scaling
+            a, b = in_dtype(lora_a, dtype), in_dtype(lora_b, dtype)
+            grad_low = torch.mm(grad, b)
             if needs[0]:
                 dense = weight if scale is None else dequantized(weight, scale, zero_point, x.shape[-1])
-                grad_x = torch.mm(grad, dense.to(dtype))
+                grad_x = torch.mm(grad, in_dtype(dense, dtype))
                 del dense
                 if mask is None:
-                    grad_x = torch.addmm(grad_x, grad_low, lora_a.to(dtype))
+                    add_product = grad_x.addmm if again else grad_x.addmm_
+                    grad_x = add_product(grad_low, a, alpha=scaling)
                 else:
-                    add = grad_x.addcmul if again else grad_x.addcmul_
-                    grad_x = add(torch.mm(grad_low, lora_a.to(dtype)), mask)
-                grad_x = grad_x.view(x.shape).to(x.dtype)
+                    add_masked = grad_x.addcmul if again else grad_x.addcmul_
+                    grad_x = add_masked(torch.mm(grad_low, a), mask, value=scaling)
+                grad_x = in_dtype(grad_x.view(x.shape), x.dtype)
             if needs[2]:
                 grad_bias = grad.sum(0)
             if mask is not None and (again or needs[3]):
                 rows = mask * rows if again else mask.mul_(rows)
+            # With beta=0 the first tensor only gives the shape, and the factor costs no operation of its own.
             if needs[3]:
-                grad_a = torch.mm(grad_low.T, rows).to(lora_a.dtype)
+                grad_a = in_dtype(torch.addmm(a, grad_low.t(), rows, beta=0, alpha=scaling), lora_a.dtype)
             if needs[4]:
-                low = F.linear(rows, lora_a.to(dtype)) * ctx.scaling if again else low
-                grad_b = torch.mm(grad.T, low).to(lora_b.dtype)
+                low = F.linear(rows, a) if again else low
+                grad_b = in_dtype(torch.addmm(b, grad.t(), low, beta=0, alpha=scaling), lora_b.dtype)
         return grad_x, None, grad_bias, grad_a, grad_b, None, None, None, None
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in a dtype: itself, without a call of torch, if it has the dtype."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _input(ctx: Any, kept: list[Tensor]) -> Tensor:

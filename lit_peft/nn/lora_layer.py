@@ -49,6 +49,9 @@ class LoRALayer(nn.Module):
             initialization.
     """
 
+    # The dimensions of A and B before their last two: for a stack of matrices, their number.
+    stack: tuple[int, ...] = ()
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -63,7 +66,7 @@ class LoRALayer(nn.Module):
     ) -> None:
         super().__init__()
         check(r=r, lora_dropout=lora_dropout)
-        self.base_layer = base_layer.requires_grad_(False)
+        self.keep_base(base_layer)
         self.in_features, self.out_features = in_features, out_features
         self.r, self.lora_alpha = r, lora_alpha
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
@@ -72,8 +75,8 @@ class LoRALayer(nn.Module):
         self.unmerged_weight: Tensor | None = None
         weight = self.weight
         dtype = adapter_dtype(weight)
-        self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=weight.device))
-        self.lora_B = nn.Parameter(torch.empty(out_features, r, dtype=dtype, device=weight.device))
+        self.lora_A = nn.Parameter(torch.empty(*self.stack, r, in_features, dtype=dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.empty(*self.stack, out_features, r, dtype=dtype, device=weight.device))
         self.lora_magnitude: nn.Parameter | None = None
         # With PiSSA and OLoRA: W as it was, the first A and B, and W without them while the layer is suspended.
         self.original_weight: Tensor | None = None
@@ -82,6 +85,10 @@ class LoRALayer(nn.Module):
         self.reset_parameters(init_lora_weights)
         if use_dora:
             self.lora_magnitude = nn.Parameter(self._weight_norm().to(dtype))
+
+    def keep_base(self, base_layer: nn.Module) -> None:
+        """Keep the layer to adapt, and freeze its parameters."""
+        self.base_layer = base_layer.requires_grad_(False)
 
     def reset_parameters(self, init_lora_weights: InitLoRA) -> None:
         """Initialize A and B again.

@@ -33,6 +33,12 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def reshaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a contiguous tensor in another shape, as a tensor of its own on the same memory; give up the first one."""
+    # `view` is public, but an autograd function that returns a view forbids changing its result in place.
+    return torch.ops.aten._unsafe_view.default(tensor, shape)
+
+
 def saved_factors(product: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return (a, b) if `product` is the result of `a * b` and autograd keeps both tensors; else None."""
     # A node's saved tensors have no public accessor. Saving them again costs no memory.

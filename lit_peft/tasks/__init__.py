@@ -9,8 +9,11 @@ from typing import Any
 from lit_peft.tasks.base import Task
 from lit_peft.tasks.causal_lm import CausalLM
 from lit_peft.tasks.embedding import Embedding
+from lit_peft.tasks.masked_lm import MaskedLM
 from lit_peft.tasks.multiple_choice import MultipleChoice
+from lit_peft.tasks.preference import Preference
 from lit_peft.tasks.question_answering import QuestionAnswering
+from lit_peft.tasks.reward import Reward
 from lit_peft.tasks.seq2seq import Seq2Seq
 from lit_peft.tasks.sequence_classification import SequenceClassification
 from lit_peft.tasks.token_classification import TokenClassification
@@ -26,7 +29,10 @@ TASKS: dict[str, type[Task]] = {
         TokenClassification,
         MultipleChoice,
         QuestionAnswering,
+        Reward,
+        Preference,
         Embedding,
+        MaskedLM,
     )
 }
 

@@ -144,6 +144,7 @@ class Task:
         generates: whether it generates text, with the module's `generation`.
         unused: names of modules of the model that the task does not run, so that they are never trained.
         extras: keys of a batch that the model does not take, used by metrics and predictions.
+        free_settings: its settings that change no weight and no loss, so that a trained model may be given others.
         monitor: the metric that selects the best checkpoint, and "min" or "max".
         positions: size of the model's table of position embeddings; None without one. Set by `prepare`.
         pads_right: whether all batches for the loss are known to be padded on the right.
@@ -159,6 +160,7 @@ class Task:
     generates: ClassVar[bool] = False
     unused: ClassVar[tuple[str, ...]] = ()
     extras: ClassVar[tuple[str, ...]] = ()
+    free_settings: ClassVar[tuple[str, ...]] = ()
     monitor: tuple[str, str] = ("val_loss", "min")
     positions: int | None = None
     counts_positions: bool = False
@@ -186,6 +188,28 @@ class Task:
 
         Raises:
             LitPeftError: names the method, and one to use instead.
+        """
+
+    def learn(self, problem_type: str | None, counts: Callable[[], tuple[list[int], int]]) -> dict[str, Any]:
+        """Take from the data the settings that depend on it. Called before the model is built.
+
+        Args:
+            problem_type: `single_label`, `multi_label` or `regression`; None if the data does not say.
+            counts: returns how many training rows have each label, and how many there are.
+
+        Returns:
+            The settings that were taken, to be recorded with those that were given.
+
+        Raises:
+            LitPeftError: a setting contradicts the data.
+        """
+        return {}
+
+    def check_data(self, data: Any) -> None:
+        """Refuse a data module whose batches are of another kind; called before the base is loaded.
+
+        Raises:
+            LitPeftError: says what the task needs.
         """
 
     def prepare(self, model: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torchmetrics import Metric
@@ -40,7 +40,7 @@ class CausalLM(Task):
     new_head = False
     packs = True
     generates = True
-    extras = ("kind", "gold")
+    extras: ClassVar[tuple[str, ...]] = ("kind", "gold")
 
     def __init__(self) -> None:
         self.supervised: SupervisedLoss | None = None

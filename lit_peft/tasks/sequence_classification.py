@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from torchmetrics import Metric
 from torchmetrics.classification import (
     BinaryF1Score,
@@ -18,7 +18,28 @@ from torchmetrics.classification import (
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_peft.tasks.base import Float32Metric, Generation, Mean, Metrics, Task, finite
+from lit_peft.tasks.base import Batch, Float32Metric, Generation, Mean, Metrics, Task, finite
+from lit_peft.tasks.label_weights import (
+    Counts,
+    WeightedCrossEntropy,
+    Weights,
+    check_count,
+    check_weights,
+    class_weights,
+    numbers,
+    positive_weights,
+    run_without_labels,
+)
+from lit_peft.tasks.target_metrics import label_metrics, regression_metrics
+from lit_peft.util.errors import LitPeftError
+
+# What transformers calls the kinds of problem.
+_PROBLEM_TYPES = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+_MONITORS = {"multi_label": ("val_micro_f1", "max"), "regression": ("val_pearson", "max")}
 
 
 class Spearman(Float32Metric, SpearmanCorrCoef):
@@ -60,6 +81,21 @@ class SequenceClassification(Task):
     `exact_match`: the share of questions with only right rows (as in MultiRC). With one output, the task is regression,
     `labels` are floats, and the metrics are `loss` (squared error), `pearson` and `spearman`. Prediction returns label,
     score and all probabilities, or the value.
+
+    With several labels per row (`multi_label`), `labels` are 0 or 1 [batch, labels] and the loss is the binary
+    cross-entropy of each label. Metrics: `loss`, `micro_f1`, `macro_f1`, `exact_match` (the share of rows with all
+    labels right) and `map` (the mean over labels of the average precision). Prediction returns the `labels` whose
+    probability is above `threshold`, and all probabilities. In regression with several targets, `labels` are floats
+    [batch, targets], the loss is the mean squared error, and `pearson`, `spearman` and `r2` are means over the targets.
+
+    Args:
+        problem_type: `single_label`, `multi_label` or `regression`; unset: what the data says, else `single_label`, or
+            `regression` with one output.
+        class_weights: a weight in the loss for each class, or `balanced`: so that each class has the same share of it.
+        pos_weight: with `multi_label`, the weight of the rows with a label, for each label; or `balanced`: so that they
+            count as much as the rows without it.
+        label_smoothing: share of the target that is spread over all classes, e.g. 0.1; with `single_label`.
+        threshold: with `multi_label`, the probability above which a label is predicted.
     """
 
     name = "sequence_classification"
@@ -68,11 +104,117 @@ class SequenceClassification(Task):
     labelled = True
     extras = ("questions",)
     monitor = ("val_accuracy", "max")
+    free_settings = ("threshold",)
+
+    def __init__(
+        self,
+        problem_type: Literal["single_label", "multi_label", "regression"] | None = None,
+        class_weights: Weights = None,
+        pos_weight: Weights = None,
+        label_smoothing: float = 0.0,
+        threshold: float = 0.5,
+    ) -> None:
+        if problem_type not in (None, *_PROBLEM_TYPES):
+            raise LitPeftError(
+                f"task_args: problem_type={problem_type!r} is not known: use {', '.join(map(repr, _PROBLEM_TYPES))}."
+            )
+        check_weights("class_weights", class_weights)
+        check_weights("pos_weight", pos_weight)
+        for name, value in {"label_smoothing": label_smoothing, "threshold": threshold}.items():
+            if not 0 <= value < 1:
+                raise LitPeftError(f"task_args: {name}={value}: give a number of at least 0 and below 1.")
+        self.problem_type: str | None = problem_type
+        self.monitor = _MONITORS.get(problem_type or "", self.monitor)
+        self.class_weights, self.pos_weight = class_weights, pos_weight
+        self.label_smoothing, self.threshold = label_smoothing, threshold
+
+    def learn(self, problem_type: str | None, counts: Counts) -> dict[str, Any]:
+        """Take the problem type and balanced weights from the data; see `Task.learn`."""
+        own = self.problem_type or "single_label"
+        if problem_type not in (None, own) and self.problem_type is not None:
+            raise LitPeftError(
+                f"task_args: problem_type={self.problem_type!r}, but the data has the labels of {problem_type!r}: "
+                "leave problem_type out, or give other data."
+            )
+        learned: dict[str, Any] = {}
+        if self.problem_type is None and problem_type not in (None, "single_label"):
+            learned["problem_type"] = self.problem_type = problem_type
+            self.monitor = _MONITORS[str(problem_type)]
+        if self.class_weights == "balanced" and not self._several:
+            learned["class_weights"] = self.class_weights = class_weights(counts()[0])
+        if self.pos_weight == "balanced" and self.problem_type == "multi_label":
+            learned["pos_weight"] = self.pos_weight = positive_weights(*counts())
+        return learned
+
+    @property
+    def _several(self) -> bool:
+        """Whether a row has several labels or targets."""
+        return self.problem_type in ("multi_label", "regression")
+
+    @property
+    def _own_loss(self) -> bool:
+        """Whether the loss is computed here, and not by the model."""
+        return self._several or self.class_weights is not None or self.label_smoothing > 0
+
+    def model_class(self, config: Any) -> Any:
+        """As `Task.model_class`; the config gets the problem type, and the settings are checked against it."""
+        is_multi = self.problem_type == "multi_label"
+        is_regression = self.problem_type == "regression" or (config.num_labels == 1 and not is_multi)
+        kind = "multi_label" if is_multi else "regression" if is_regression else "single_label"
+        given = {
+            "class_weights": self.class_weights is not None and kind != "single_label",
+            "label_smoothing": self.label_smoothing > 0 and kind != "single_label",
+            "pos_weight": self.pos_weight is not None and not is_multi,
+            "threshold": self.threshold != 0.5 and not is_multi,
+        }
+        unused = next((name for name, value in given.items() if value), None)
+        if unused is not None:
+            instead = " (pos_weight has)" if unused == "class_weights" and is_multi else ""
+            raise LitPeftError(f"task_args: {unused} has no effect with problem_type {kind!r}{instead}: leave it out.")
+        if is_multi and config.num_labels < 2:
+            raise LitPeftError("task_args: problem_type='multi_label' with one label: give at least two labels.")
+        for name in ("class_weights", "pos_weight"):
+            check_count(name, getattr(self, name), config.num_labels)
+        # A base may have been trained for another problem. If unset, transformers tells it from the labels.
+        config.problem_type = None if self.problem_type is None else _PROBLEM_TYPES[self.problem_type]
+        return super().model_class(config)
+
+    def run(self, model: Any, batch: Batch) -> Any:
+        """Call the model, without the labels if the loss is computed here."""
+        if not self._own_loss or "labels" not in batch:
+            return super().run(model, batch)
+        return run_without_labels(model, batch)
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """As `Task.loss`; in float32 if it is computed here."""
+        if not self._own_loss:
+            return super().loss(output, batch)
+        logits = output.logits.float()
+        if self.problem_type == "regression":
+            return mse_loss(logits, batch["labels"].float().reshape(logits.shape))
+        if self.problem_type == "multi_label":
+            weight = numbers("pos_weight", self.pos_weight)
+            weight_tensor = None if weight is None else torch.tensor(weight, dtype=logits.dtype, device=logits.device)
+            return binary_cross_entropy_with_logits(logits, batch["labels"].float(), pos_weight=weight_tensor)
+        return self._weighted(logits, batch["labels"])
+
+    @property
+    def _weighted(self) -> WeightedCrossEntropy:
+        return WeightedCrossEntropy(numbers("class_weights", self.class_weights), self.label_smoothing)
+
+    def weight(self, batch: Batch) -> Tensor:
+        if self.class_weights is None or self._several:
+            return super().weight(batch)
+        return self._weighted.total(batch["labels"])
 
     def metrics(self, config: Any) -> dict[str, Metric]:
         count = config.num_labels
+        if self.problem_type == "multi_label":
+            return {"loss": Mean(), **label_metrics(count, self.threshold)}
         if count == 1:
             return {"loss": Mean(), "pearson": finite(PearsonCorrCoef)(), "spearman": Spearman()}
+        if self.problem_type == "regression":
+            return {"loss": Mean(), **regression_metrics(count)}
         metrics = {
             "loss": Mean(),
             "accuracy": finite(MulticlassAccuracy)(count, average="micro"),
@@ -84,9 +226,14 @@ class SequenceClassification(Task):
 
     def update(self, metrics: Metrics, output: Any, batch: dict[str, Tensor]) -> None:
         super().update(metrics, output, batch)
+        logits, labels = output.logits.float(), batch["labels"]
         if "pearson" in metrics:
-            for name in ("pearson", "spearman"):
-                metrics[name].update(output.logits.squeeze(-1).float(), batch["labels"].float())
+            for name in metrics.keys() - {"loss"}:
+                metrics[name].update(logits.squeeze(-1), labels.float().reshape(logits.squeeze(-1).shape))
+            return
+        if "map" in metrics:
+            for name in metrics.keys() - {"loss"}:
+                metrics[name].update(logits.sigmoid(), labels.int())
             return
         predicted = output.logits.argmax(-1)
         for name in metrics.keys() - {"loss", "exact_match"}:
@@ -102,12 +249,19 @@ class SequenceClassification(Task):
 
     def predict(self, model: Any, batch: dict[str, Tensor], generation: Generation) -> list[dict[str, Any]]:
         logits = self.forward(model, {name: value for name, value in batch.items() if name != "labels"}).logits.float()
-        names = model.config.id2label
+        names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+        if self.problem_type == "multi_label":
+            return [self._above(dict(zip(names, row, strict=True))) for row in logits.sigmoid().tolist()]
         if model.config.num_labels == 1:
             return [{"value": value} for value in logits.squeeze(-1).tolist()]
+        if self.problem_type == "regression":
+            return [{"values": dict(zip(names, row, strict=True))} for row in logits.tolist()]
         rows = []
         for row in logits.softmax(-1).tolist():
             best = max(range(len(row)), key=row.__getitem__)
-            probabilities = {str(names[index]): value for index, value in enumerate(row)}
-            rows.append({"label": str(names[best]), "score": row[best], "probabilities": probabilities})
+            rows.append({"label": names[best], "score": row[best], "probabilities": dict(zip(names, row, strict=True))})
         return rows
+
+    def _above(self, probabilities: dict[str, float]) -> dict[str, Any]:
+        labels = [name for name, value in probabilities.items() if value > self.threshold]
+        return {"labels": labels, "probabilities": probabilities}

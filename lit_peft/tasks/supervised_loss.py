@@ -5,13 +5,14 @@
 
 The model's own code runs, whatever the architecture: hooks give its head only the supervised rows, and its
 `loss_function` returns the loss of those rows. If the head is a frozen linear layer, and what the model does to the
-logits afterwards is recognized, the logits of all rows never exist at once (`lit_peft.nn.cross_entropy`).
+logits afterwards is recognized, the logits of all rows never exist at once (`lit_peft.nn.cross_entropy`). A task that
+needs the log-probability of each token, and not only their mean, gets it in the same way (`token_log_probs`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +26,7 @@ from lit_peft.models.transformers_internals import (
     own_loss_function,
     set_own_loss_function,
 )
-from lit_peft.nn.cross_entropy import head_cross_entropy
+from lit_peft.nn.cross_entropy import head_cross_entropy, head_log_probs
 from lit_peft.nn.torch_internals import is_compiled
 
 # (scale, soft cap) that a model applies to its logits.
@@ -76,7 +77,7 @@ class SupervisedLoss:
         self.head: nn.Module | None = None
         self.finish: Finish | None = None
         self.probed = False
-        self.enabled = False
+        self.enabled = self.by_token = False
         self.handles: list[RemovableHandle] = []
         # The state of a call, from hook to hook.
         self.calling = self.probing = False
@@ -84,7 +85,10 @@ class SupervisedLoss:
         self.sum: Tensor | None = None
         self.own_loss: Any = None
         self.shifted: Tensor | None = None
-        self.hidden = self.targets = self.probe = torch.empty(0)
+        self.hidden = self.targets = self.rows = self.probe = torch.empty(0)
+        self.shape = torch.Size()
+        # The log-probabilities of the supervised tokens of the last call, and their places in its rows.
+        self.found: tuple[Tensor, Tensor, torch.Size] | None = None
 
     @classmethod
     def of(cls, model: Any) -> SupervisedLoss:
@@ -108,12 +112,45 @@ class SupervisedLoss:
             self.enabled = before
             self.end_call()
 
+    def token_log_probs(self, run: Callable[[], Any], labels: Tensor) -> tuple[Any, Tensor]:
+        """Run the model, and return the log-probabilities of the supervised tokens.
+
+        Inside `active`, they come from the supervised rows of the head alone; else from the model's logits.
+
+        Args:
+            run: calls the model with these labels, and returns its output.
+            labels: -100 where a token is not supervised, shape (batch, length).
+
+        Returns:
+            The output, and the log-probability of each label, in fp32 or higher and 0 where there is no label, shape
+            (batch, length).
+        """
+        self.by_token, self.found = True, None
+        try:
+            output = run()
+        finally:
+            self.by_token = False
+        if self.found is None:
+            return output, _from_logits(output.logits, labels, not self.model.config.is_encoder_decoder)
+        values, rows, shape = self.found
+        self.found = None
+        whole = values.new_zeros(shape).flatten().index_put((rows,), values).view(shape)
+        # A row of the head predicts the token after it. Virtual tokens may come before the labels.
+        return output, F.pad(whole[:, shape[1] - labels.shape[1] : -1], (1, 0))
+
     def remove_hooks(self) -> None:
         """Leave no hook on the model, unless an outer context is active."""
         if not self.enabled:
             for handle in self.handles:
                 handle.remove()
             self.handles, self.head = [], None
+
+    def replace_hooks(self) -> None:
+        """Place the hooks anew, after those that a method has put back on the model since they were placed."""
+        if self.enabled:
+            self.enabled = False
+            self.remove_hooks()
+            self.enabled = self._place_hooks()
 
     def _place_hooks(self) -> bool:
         """Hook the model and the head that it has now; return whether that is possible."""
@@ -158,7 +195,8 @@ class SupervisedLoss:
         found = self._supervised_rows(self.labels, hidden)
         if found is None:
             return None
-        rows, self.targets = found
+        self.rows, self.targets = found
+        rows, self.shape = self.rows, hidden.shape[:2]
         self.hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
         self.calling = True
         self.own_loss = own_loss_function(self.model)
@@ -182,7 +220,7 @@ class SupervisedLoss:
         if not self.enabled or not self.calling:
             return
         if self.finish is not None and _frozen_linear(head):
-            self.sum = head_cross_entropy(self.hidden, head.weight, self.targets, head.bias, *self.finish)
+            self.sum = self._of_head(head, self.finish)
         elif self.probing:
             self.probe = logits[0, -1].detach()
 
@@ -206,14 +244,23 @@ class SupervisedLoss:
                 logits = logits[:, :-1]
             if finish is not None and _frozen_linear(head) and head.weight.untyped_storage().size():
                 # Computed exactly as in later calls: the first step of a resumed run is a later step of the whole run.
-                total = head_cross_entropy(self.hidden, head.weight, self.targets, head.bias, *finish)
+                total = self._of_head(head, finish)
             else:  # also if a sharded head has freed its weight
-                total = F.cross_entropy(
-                    logits[0].to(torch.promote_types(logits.dtype, torch.float32)), self.targets, reduction="sum"
-                )
+                precise = logits[0].to(torch.promote_types(logits.dtype, torch.float32))
+                total = F.cross_entropy(precise, self.targets, reduction="none" if self.by_token else "sum")
+                total = self._keep(-total) if self.by_token else total
         # Without a supervised token the loss is zero, not 0/0.
         count = len(self.targets) if num_items_in_batch is None else num_items_in_batch
         return total / (count.to(total.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+
+    def _of_head(self, head: Any, finish: Finish) -> Tensor:
+        """Return the sum of the losses of the supervised rows, and keep their log-probabilities if they are wanted."""
+        arguments = (self.hidden, head.weight, self.targets, head.bias, *finish)
+        return self._keep(head_log_probs(*arguments)) if self.by_token else head_cross_entropy(*arguments)
+
+    def _keep(self, values: Tensor) -> Tensor:
+        self.found = values, self.rows, self.shape
+        return -values.sum()
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model: drop logits that are only those of some rows."""
@@ -230,7 +277,8 @@ class SupervisedLoss:
             set_own_loss_function(self.model, self.own_loss)
         self.calling = self.probing = False
         self.labels = self.sum = self.shifted = self.own_loss = None
-        self.hidden = self.targets = self.probe = torch.empty(0)
+        self.hidden = self.targets = self.rows = self.probe = torch.empty(0)
+        self.shape = torch.Size()
 
     def _supervised_rows(self, labels: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the supervised rows of (batch, length, d) and their targets; None if the labels do not fit.
@@ -245,6 +293,20 @@ class SupervisedLoss:
         targets = targets.reshape(-1).to(hidden.device)
         rows = (targets != self.ignored).nonzero().squeeze(1)
         return rows, targets[rows]
+
+
+def _from_logits(logits: Tensor, labels: Tensor, shifted: bool) -> Tensor:
+    """Return the log-probability of each label under a model's logits; 0 where there is no label."""
+    logits = logits[:, logits.shape[1] - labels.shape[1] :]
+    if shifted:
+        logits, targets = logits[:, :-1], labels[:, 1:]
+    else:
+        targets = labels
+    supervised = targets != -100
+    precise = logits[supervised].to(torch.promote_types(logits.dtype, torch.float32))
+    values = -F.cross_entropy(precise, targets[supervised], reduction="none")
+    whole = values.new_zeros(targets.shape).masked_scatter(supervised, values)
+    return F.pad(whole, (1, 0)) if shifted else whole
 
 
 def _frozen_linear(head: nn.Module) -> bool:

@@ -10,6 +10,16 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task, finite
+from lit_peft.tasks.label_weights import (
+    Counts,
+    WeightedCrossEntropy,
+    Weights,
+    check_count,
+    check_weights,
+    class_weights,
+    numbers,
+    run_without_labels,
+)
 from lit_peft.tasks.tag_spans import SpanScore, count_spans
 
 
@@ -20,6 +30,9 @@ class TokenClassification(Task):
     Batches of `TokenClassificationData` have `tags` (the words' gold tags) and `words` (for the first token of a word
     the index of the word, else -1), so that words that were cut off count as missed. Prediction returns the tag of each
     word, None for words that were cut off.
+
+    Args:
+        class_weights: a weight in the loss for each tag, or `balanced`: so that each tag has the same share of it.
     """
 
     name = "token_classification"
@@ -29,10 +42,40 @@ class TokenClassification(Task):
     extras = ("tags", "tokens", "words")
     monitor = ("val_f1", "max")
 
-    def __init__(self) -> None:
+    def __init__(self, class_weights: Weights = None) -> None:
+        check_weights("class_weights", class_weights)
+        self.class_weights = class_weights
         self.names: list[str] = []
 
+    def learn(self, problem_type: str | None, counts: Counts) -> dict[str, Any]:
+        """Take balanced weights from the data; see `Task.learn`."""
+        if self.class_weights != "balanced":
+            return {}
+        self.class_weights = class_weights(counts()[0])
+        return {"class_weights": self.class_weights}
+
+    def model_class(self, config: Any) -> Any:
+        """As `Task.model_class`; there must be a weight for each tag."""
+        check_count("class_weights", self.class_weights, config.num_labels)
+        return super().model_class(config)
+
+    @property
+    def _weighted(self) -> WeightedCrossEntropy:
+        return WeightedCrossEntropy(numbers("class_weights", self.class_weights))
+
+    def run(self, model: Any, batch: Batch) -> Any:
+        """Call the model, without the labels if the loss is computed here."""
+        return super().run(model, batch) if self.class_weights is None else run_without_labels(model, batch)
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """As `Task.loss`; in float32 with class weights."""
+        if self.class_weights is None:
+            return super().loss(output, batch)
+        return self._weighted(output.logits, batch["labels"])
+
     def weight(self, batch: Batch) -> Tensor:
+        if self.class_weights is not None:
+            return self._weighted.total(batch["labels"])
         return (batch["labels"] != -100).sum()
 
     def metrics(self, config: Any) -> dict[str, Metric]:

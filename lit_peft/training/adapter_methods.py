@@ -11,6 +11,7 @@ import torch
 from lit_peft.formats.folder import load_adapter, save_adapter
 from lit_peft.methods import adapters
 from lit_peft.methods.attachment import MethodSettings
+from lit_peft.methods.stack import Stack
 
 
 class AdapterMethods:
@@ -31,18 +32,18 @@ class AdapterMethods:
         """Write the active adapter to a folder; see `lit_peft.save_adapter`."""
         return save_adapter(self.model, folder, format)
 
-    def load_adapter(self, folder: str | Path, name: str, check_base: bool = True) -> None:
+    def load_adapter(self, folder: str | Path, name: str, check_base: bool = True, with_head: bool = True) -> None:
         """Load another adapter and make it the active one; see `lit_peft.load_adapter`."""
         self.configure_model()
-        load_adapter(self.model, folder, check_base, name)
+        load_adapter(self.model, folder, check_base, name, with_head)
 
     def add_adapter(self, name: str, settings: MethodSettings) -> None:
         """Attach another new adapter and make it the active one; see `lit_peft.add_adapter`."""
         self.configure_model()
         adapters.add_adapter(self.model, name, settings)
 
-    def set_adapter(self, name: str | None) -> None:
-        """Make an adapter the active one, or none if `name` is None; the module's own is called `default`."""
+    def set_adapter(self, name: str | Stack | None) -> None:
+        """Make an adapter or a `Stack` active, or none if `name` is None; the module's own is called `default`."""
         adapters.set_adapter(self.model, name)
 
     def disable_adapter(self) -> AbstractContextManager[None]:

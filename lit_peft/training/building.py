@@ -14,12 +14,14 @@ from torch import nn
 
 from lit_peft.methods.adapter_dtype import set_trained_dtype
 from lit_peft.methods.attachment import attachment_of
+from lit_peft.methods.changes import tied_names
 from lit_peft.models.loading import BaseSettings, check_weights_found, empty_model, load_base, load_config
 from lit_peft.nn.torch_internals import DtypeKeepingDict
 from lit_peft.tasks.base import Task, float32_default
 from lit_peft.training.lightning_internals import replace_average_model, trainer_of
 from lit_peft.training.new_tokens import choose_rows, start_rows
 from lit_peft.training.sharding import shard
+from lit_peft.training.stack_setting import load_below, put_on_top
 from lit_peft.training.start_adapter import attach_from_folder, fold_prompts
 
 
@@ -30,9 +32,7 @@ def build_model(module: Any) -> nn.Module:
         LitPeftError: the base cannot be loaded, or the method's settings do not fit it.
     """
     hparams, task = module.hparams, module.task
-    settings, config = _base_settings(hparams), _config(module)
-    dtype = getattr(torch, hparams.dtype) if hparams.dtype else torch.get_default_dtype()
-    model, missing = load_base(settings, config, task.model_class(config), dtype, task.heads)
+    model, missing = load_bare_base(module)
     if not task.new_head:
         check_weights_found(hparams.base, hparams.task, missing)
     model.train()  # transformers returns models in evaluation mode, and Lightning keeps the mode it finds
@@ -44,6 +44,18 @@ def build_model(module: Any) -> nn.Module:
     if module.device_mesh is not None:  # set by ModelParallelStrategy
         shard(model, module.device_mesh)
     return model
+
+
+def load_bare_base(module: Any) -> tuple[nn.Module, set[str]]:
+    """Load the base of a `BaseLM` without its method; also return the names of the parameters that it lacks.
+
+    Raises:
+        LitPeftError: the base cannot be loaded.
+    """
+    hparams, task = module.hparams, module.task
+    config = _config(module)
+    dtype = getattr(torch, hparams.dtype) if hparams.dtype else torch.get_default_dtype()
+    return load_base(_base_settings(hparams), config, task.model_class(config), dtype, task.heads)
 
 
 def build_empty_model(module: Any) -> Any:
@@ -94,12 +106,14 @@ def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
     head = {name for name, _ in model.named_children() if name in module.task.heads}
     new = {name for name, _ in model.named_parameters(remove_duplicate=False) if name in missing}
     unused = module.task.unused
-    for name in (name for name in new if name.partition(".")[0] not in unused):
+    trained = (name for name in new if name.partition(".")[0] not in unused and not _is_second_name(model, name))
+    for name in trained:
         # The module, if all of its parameters are new; else this parameter alone.
         owner = name.rpartition(".")[0]
         inside = {f"{owner}.{inner}" for inner, _ in model.get_submodule(owner).named_parameters()}
         head.add(owner if inside <= new else name)
     adapter = module.hparams.adapter
+    below = load_below(module, model)
     choose_rows(module, model)
     if adapter is not None and not module.started and Path(adapter).is_dir():
         attach_from_folder(module, model, sorted(head))
@@ -108,6 +122,7 @@ def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
         start_rows(module, model)
         if adapter is not None:
             fold_prompts(model)
+    put_on_top(model, below)
     if module.hparams.add_tokens:
         attachment_of(model).tokenizer = module.tokenizer
     for name, part in model.named_children():
@@ -115,3 +130,9 @@ def _attach(module: Any, model: nn.Module, missing: Collection[str]) -> None:
             part.requires_grad_(False)
     if module.hparams.adapter_dtype is not None:
         set_trained_dtype(attachment_of(model), getattr(torch, module.hparams.adapter_dtype))
+
+
+def _is_second_name(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is one that a layer inside its module computes with: the bias of BERT's output embeddings."""
+    owner = name.rpartition(".")[0]
+    return any(other.startswith(f"{owner}.") for other in tied_names(model, name))

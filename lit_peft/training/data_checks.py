@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from lit_peft.data.labels import label_counts
 from lit_peft.tasks.packed import check_method
 from lit_peft.training.lightning_internals import datamodule_of, trainer_of
 from lit_peft.training.new_tokens import check_tokens
+from lit_peft.training.reference import precompute_reference
 from lit_peft.training.run_record import RECORD, check_checkpoint, check_same_base, run_record, say, say_new_length
+from lit_peft.training.stack_setting import check_stack_record, stack_record
 from lit_peft.training.start_adapter import check_start
 from lit_peft.util.errors import LitPeftError
 
@@ -34,6 +38,7 @@ class DataChecks:
                 task cannot use packed rows.
         """
         check_tokens(self, data)
+        self.task.check_data(data)
         if getattr(data, "packing", False):
             check_method(self.settings)
             if not self.task.packs:
@@ -44,12 +49,15 @@ class DataChecks:
     def take_labels(self, data: Any) -> None:
         """Use the data's labels if the task has labels and the settings name none, and the data's metric if it has one.
 
-        The metric selects the best checkpoint.
+        The metric selects the best checkpoint. What the task learns of the data is recorded as `task_args`.
         """
         if self.task.labelled and self.hparams.labels is None and self.hparams.num_labels is None:
             self.hparams["labels"] = getattr(data, "label_names", None)
             if self.hparams.labels is None:
                 self.hparams["num_labels"] = getattr(data, "num_labels", None)
+        if learned := self.task.learn(getattr(data, "problem_type", None), partial(label_counts, data)):
+            self.hparams["task_args"] = {**self.hparams.task_args, **learned}
+            _note_weights(data, learned)
         self.task.monitor = getattr(data, "monitor", None) or self.task.monitor
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
@@ -62,13 +70,16 @@ class DataChecks:
             for line in check_checkpoint(self, datamodule_of(self), checkpoint, path, stage):  # type: ignore[arg-type]
                 say(line)
             check_same_base(self, checkpoint, path)
+            check_stack_record(self, checkpoint.get(RECORD) or {}, path, stage)
             self.resumed = checkpoint.get(RECORD)
 
     def on_fit_start(self) -> None:
         check_stages(self, "train", "validation")
         if self.hparams.adapter is not None and not self.started:
             say(f"training starts from the weights in {self.hparams.adapter}", "adapter:")
-        self.run = run_record(self)
+            if getattr(self.task, "compares_with_base", False):
+                say("it is the base without that adapter; to compare with both, merge them first", "reference:")
+        self.run = {**run_record(self), "stack": stack_record(self)}
         if self.resumed is not None:
             say_new_length(self, self.resumed, self.run)
             self.resumed = None
@@ -121,6 +132,17 @@ def check_stages(module: Any, *stages: str) -> None:
                 "embeddings: data.tokenizer belongs to another model, or tokens were added to it. Use the model's own "
                 "tokenizer, or a base that was saved after resize_token_embeddings."
             )
+    if getattr(module.task, "precompute_reference", False):
+        precompute_reference(module, data, stages)
+
+
+def _note_weights(data: Any, learned: Mapping[str, Any]) -> None:
+    """Note balanced weights; of many labels, the smallest and the largest one."""
+    for name, weights in learned.items():
+        if isinstance(weights, list):
+            shown = weights if len(weights) <= 8 else [min(weights), max(weights)]
+            values = (", " if len(weights) <= 8 else " to ").join(f"{weight:.3g}" for weight in shown)
+            data.notes.add(f"task_args: balanced {name} from data.train: {values}.", once=True)
 
 
 def _check_labels(data: Any, outputs: int, own: Any) -> None:

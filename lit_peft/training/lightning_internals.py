@@ -219,9 +219,13 @@ class _AppendingWriter(ExperimentWriter):
         # Lightning's file is buffered, and what an error leaves in the buffer would be written when the file closes.
         if not self.metrics:
             return
-        file, text = Path(self.metrics_file_path), io.StringIO(newline="")
-        if self._record_new_keys() and file.is_file():
-            self._rewrite_with_new_header(self.metrics_keys)
+        file, text, keys = Path(self.metrics_file_path), io.StringIO(newline=""), self.metrics_keys.copy()
+        try:
+            if self._record_new_keys() and file.is_file():
+                self._rewrite_with_new_header(self.metrics_keys)
+        except OSError:
+            self.metrics_keys = keys  # those of the file, to which another save may still append
+            raise
         writer = csv.DictWriter(text, self.metrics_keys)
         size = file.stat().st_size if file.is_file() else 0
         if not size:

@@ -49,7 +49,7 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
     Args:
         base: hub id, model folder, `.gguf` file, or `pkg:DISTRIBUTION` for a model in an installed package.
         task: `causal_lm`, `seq2seq`, `sequence_classification`, `token_classification`, `multiple_choice`,
-            `question_answering` or `embedding`.
+            `question_answering`, `masked_lm`, `embedding`, `reward` or `preference`.
         labels: names of the labels, for classification; taken from the data module if unset.
         num_labels: number of labels, if they have no names.
         learning_rate: peak learning rate; the method's usual one if unset.
@@ -81,6 +81,8 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         adapter: folder of a trained adapter to start from, in the format of peft, of AdapterHub or our own. The method
             and its settings must be the folder's; those that are unset are taken from it.
         task_args: settings of the task, if it has any.
+        stack: folder of a trained bottleneck adapter, or several, to stack this one on: it lies before this one in each
+            layer and stays as it is (MAD-X: a language's adapter under a task's).
     """
 
     settings: MethodSettings
@@ -113,6 +115,7 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         neftune_noise_alpha: float | None = None,
         adapter: str | None = None,
         task_args: dict[str, Any] | None = None,
+        stack: str | list[str] | None = None,
     ) -> None:
         super().__init__()
         values = {name: value for name, value in locals().items() if name not in ("self", "__class__")}

@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_peft.training.lightning_internals import AppendingCSVLogger
-from lit_peft.util.disk import clear_folder, write_failure, write_file
+from lit_peft.util.disk import clear_dead, clear_folder, write_failure, write_file
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.locks import FolderInUseError, FolderLock, lock_folder
 
@@ -83,13 +83,17 @@ def unlock_runs() -> None:
 def new_run(root: Path) -> int:
     """Create and lock the folder of a new run. Of runs that start at once, each gets its own.
 
+    What killed runs left half-written in their folders is removed.
+
     Args:
         root: the folder that contains the folders `version_N`.
 
     Returns:
         N; on other processes than the first, None, and nothing is created.
     """
-    known = [int(folder.name[8:]) for folder in root.glob("version_*") if folder.name[8:].isdecimal()]
+    folders = [folder for folder in root.glob("version_*") if folder.name[8:].isdecimal()]
+    known = [int(folder.name[8:]) for folder in folders]
+    clear_dead(folders)
     number = max(known, default=0)
     while True:
         folder = root / f"version_{number}"

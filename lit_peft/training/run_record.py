@@ -32,8 +32,8 @@ _TRAINING_ONLY = {
     *("loraplus_lr_ratio", "init_weights", "init_std", "prompt_tuning_init", "prompt_tuning_init_text"),
     *("prompt_tuning_init_labels", "tokenizer_name_or_path"),
 }
-# Compared in other ways: the labels may come from the data, and the base may have moved.
-_COMPARED_APART = {"base", "labels", "num_labels"}
+# Compared in other ways: the labels may come from the data, and the base and the adapters below may have moved.
+_COMPARED_APART = {"base", "labels", "num_labels", "stack"}
 
 
 def run_record(module: Any) -> dict[str, Any]:
@@ -167,8 +167,14 @@ def _new_run(path: Any) -> str:
 
 
 def _given_settings(module: Any) -> dict[str, Any]:
-    """Return the settings as they were given, as plain data; the learning rate is that of the method if unset."""
+    """Return the settings as they were given, as plain data; the learning rate is that of the method if unset.
+
+    The settings of the task include those that it took from the data, without those that change no weight and no loss.
+    """
     settings = {name: _plain(value) for name, value in dict(module.hparams_initial).items()}
+    if "task_args" in settings:
+        found = _plain(module.hparams.task_args)
+        settings["task_args"] = {name: found[name] for name in found if name not in module.task.free_settings}
     if "learning_rate" in settings:
         settings["learning_rate"] = float(settings["learning_rate"] or module.settings.learning_rate)
     return settings

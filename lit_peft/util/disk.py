@@ -58,6 +58,13 @@ def clear_left(target: Path, seconds: float = _STALE_SECONDS) -> None:
     _remove_left(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"), seconds)
 
 
+def clear_dead(folders: Iterable[Path]) -> None:
+    """Remove what killed processes left in folders and in the folders directly inside, without their locks."""
+    for folder in folders:
+        for pattern in (".*.tmp-*", "*/.*.tmp-*"):
+            _remove_left(folder.glob(pattern), _STALE_SECONDS)
+
+
 def clear_folder(folder: Path) -> None:
     """Remove or put back what killed processes left in a folder and below it.
 

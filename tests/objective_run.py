@@ -1,0 +1,54 @@
+"""Trains and validates an objective, in as many processes as torchrun starts: `objective_run.py KIND BASE ROWS OUT`.
+
+ROWS are texts with lists of labels, of which KIND (`multi_label`, `regression` or `reward`) takes what it needs. Writes
+the metrics of the validation, and the mean loss of each step, to OUT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from models import QUIET
+
+import lit_peft
+from lit_peft.data import RewardData, TextClassificationData
+
+
+def data_of(kind: str, base: str, rows: str, out: Path, batch_size: int) -> Any:
+    common: dict[str, Any] = {"base": base, "batch_size": batch_size, "max_length": 16, "validation_fraction": 0.25}
+    if kind == "multi_label":
+        return TextClassificationData(train=rows, **common)
+    read = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+    file = out.with_name(f"{kind}{os.environ.get('RANK', 0)}.jsonl")
+    if kind == "regression":
+        made = [{"text": row["text"], "a": len(row["text"]) / 20, "b": len(row["labels"])} for row in read]
+        file.write_text("".join(json.dumps(row) + "\n" for row in made))
+        return TextClassificationData(train=str(file), regression=True, label_columns=["a", "b"], **common)
+    pairs = [
+        {"chosen": one["text"], "rejected": other["text"]} for one, other in zip(read[::2], read[1::2], strict=True)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return RewardData(train=str(file), **common)
+
+
+def main(kind: str, base: str, rows: str, out: Path) -> None:
+    world = int(os.environ["WORLD_SIZE"])
+    pl.seed_everything(0)
+    task = "reward" if kind == "reward" else "sequence_classification"
+    args = {"pos_weight": "balanced"} if kind == "multi_label" else {}
+    module = lit_peft.LoRA(base=base, task=task, r=2, lr_scheduler="constant", lora_dropout=0.0, task_args=args)
+    data = data_of(kind, base, rows, out, 8 // world)
+    trainer = pl.Trainer(**QUIET, devices=world, strategy="ddp", max_epochs=1, enable_checkpointing=False)
+    trainer.fit(module, data)
+    if trainer.is_global_zero:
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+        out.write_text(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4], Path(sys.argv[4]))
