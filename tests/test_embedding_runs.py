@@ -18,8 +18,9 @@ import yaml
 from models import QUIET
 
 import lit_peft
+from lit_peft import LitPeftError
 from lit_peft.cli import main
-from lit_peft.data import EmbeddingData
+from lit_peft.data import EmbeddingData, TextClassificationData
 
 WORDS = ["film", "story", "acting", "good", "bad", "great", "poor", "weak", "wonderful", "awful", "well"]
 
@@ -107,13 +108,16 @@ def test_a_run_from_a_file_trains_tests_and_predicts(
 
 
 def test_a_run_resumes_bit_for_bit(encoder: Path, pairs: Path, tmp_path: Path) -> None:
-    model = {"task_args": {"mini_batch_size": 8}, "lr_scheduler": "constant", "warmup_steps": 0}
+    model: dict[str, Any] = {"task_args": {"mini_batch_size": 8}, "lr_scheduler": "constant", "warmup_steps": 0}
     whole = fit(encoder, pairs, tmp_path / "whole", model=model)
     fit(encoder, pairs, tmp_path, max_epochs=1, model=model).save_checkpoint(tmp_path / "half.ckpt")
     again = fit(encoder, pairs, tmp_path, tmp_path / "half.ckpt", model=model)
     one, other = trained(whole), trained(again)
     assert again.global_step == whole.global_step
     assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    # The size of mini-batches may change, like everything that only costs memory.
+    model["task_args"] = {"mini_batch_size": 20}
+    assert fit(encoder, pairs, tmp_path, tmp_path / "half.ckpt", model=model).global_step == whole.global_step
 
 
 def test_steps_of_accumulated_batches_are_weighted_by_their_rows(encoder: Path, pairs: Path, tmp_path: Path) -> None:
@@ -143,6 +147,14 @@ def test_a_decoder_pools_its_last_token(decoder: Path, pairs: Path, tmp_path: Pa
     ]
     for name, tolerance in {"train_loss": 1e-3, "val_ndcg_10": 1e-2}.items():
         assert found[0][name].item() == pytest.approx(found[1][name].item(), abs=tolerance)
+
+
+def test_a_data_module_of_another_task_is_refused(encoder: Path, pairs: Path, tmp_path: Path) -> None:
+    module = lit_peft.LoRA(base=str(encoder), task="embedding")
+    columns = {"text_column": "query", "label_column": "document"}
+    data = TextClassificationData(base=str(encoder), train=str(pairs), validation_fraction=0, **columns)
+    with pytest.raises(LitPeftError, match="has no use for TextClassificationData: use EmbeddingData"):
+        pl.Trainer(**QUIET, default_root_dir=tmp_path).fit(module, data)
 
 
 def test_a_stream_trains(encoder: Path, pairs: Path, tmp_path: Path) -> None:

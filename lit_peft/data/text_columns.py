@@ -24,7 +24,7 @@ POSITIVES = (
 )
 SCORES = ("score", "scores", "similarity", "similarity_score")
 TEXTS = ("text", "sentence", *ANCHORS, *POSITIVES)
-_NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_?\d+)?", re.IGNORECASE)
+_NEGATIVE = re.compile(r"(hard_)?(neg|negs|negative|negatives)(_?\d+)?", re.IGNORECASE)
 # Names that the columns get: negatives are `negative_1`, `negative_2`, ….
 ANCHOR, POSITIVE, SCORE, TEXT = "anchor", "positive", "score", "text"
 NEGATIVE = re.compile(r"negative_(\d+)")

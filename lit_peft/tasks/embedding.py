@@ -84,6 +84,7 @@ class Embedding(Task):
     auto_class = "AutoModel"
     unused = ("pooler",)
     extras = ("texts", "owners", "keys", "scores", "lengths")
+    free_settings = ("mini_batch_size",)
     monitor = ("val_ndcg_10", "max")
 
     def __init__(
@@ -142,6 +143,15 @@ class Embedding(Task):
         if settings.method == "head_only" and not settings.modules_to_save:
             raise LitPeftError(f"task={self.name!r} has no head to train alone: use another method, e.g. LoRA.")
 
+    def check_data(self, data: Any) -> None:
+        """Refuse a data module of another task.
+
+        Raises:
+            LitPeftError: names the one to use.
+        """
+        if hasattr(data, "collator") and not hasattr(data, "anchor_column"):
+            raise LitPeftError(f"task={self.name!r} has no use for {type(data).__name__}: use EmbeddingData.")
+
     def prepare(self, model: Any) -> None:
         """Also note which token virtual tokens stand in place of."""
         super().prepare(model)
@@ -158,7 +168,7 @@ class Embedding(Task):
         inputs = {name: value for name, value in batch.items() if name not in self.extras}
         plan = list(self._parts(batch))
         count = torch.tensor([len(plan)], device=batch["input_ids"].device)
-        if self.group is not None and gather(count, self.group).unique().numel() > 1:
+        if self.group is not None and gather(count, self.group).unique().numel() > 1:  # without gradients, its own
             raise LitPeftError(
                 "The rows have different numbers of negatives, so that processes with shards of the model would wait "
                 "for one another: give every row equally many (data.negative_columns), or use strategy ddp."
