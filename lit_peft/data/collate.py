@@ -58,7 +58,7 @@ class PadCollator:
             labels = [example["labels"] for example in examples]
             if isinstance(labels[0], (int, float)):
                 batch["labels"] = torch.tensor(labels)
-            elif labels[0] and isinstance(labels[0][0], float):
+            elif len(labels[0]) and isinstance(labels[0][0], float):
                 batch["labels"] = torch.tensor(labels, dtype=torch.float32)
             else:
                 batch["labels"] = self._pad(labels, longest, IGNORE)
