@@ -11,6 +11,7 @@ from typing import Any
 from lit_peft.data.collate import IGNORE
 from lit_peft.data.encoding import token_counts
 from lit_peft.data.packing import pack
+from lit_peft.data.preference import PreferenceData
 from lit_peft.data.rows import Rows
 from lit_peft.data.supervised import SupervisedData
 
@@ -112,9 +113,12 @@ def pieces(data: Any, example: dict[str, Any]) -> list[Piece]:
     """
     tokenizer, ids, labels = data.tokenizer, example["input_ids"], example.get("labels")
     if ids and isinstance(ids[0], (list, tuple)):
+        if labels and isinstance(labels[0], (list, tuple)):  # answers with their prompts
+            answers = [pieces(data, {"input_ids": text, "labels": own}) for text, own in zip(ids, labels, strict=True)]
+            return [piece for at, answer in enumerate(answers) for piece in (Piece(f"{chr(10)[:at]}({at}) "), *answer)]
         return _of_several(tokenizer, ids, labels)
     if isinstance(labels, (list, tuple)) and len(labels) == len(ids):
-        if isinstance(data, SupervisedData):
+        if isinstance(data, SupervisedData | PreferenceData):
             return _runs(tokenizer, ids, [(label != IGNORE, "") for label in labels])
         if (names := getattr(data, "label_names", None)) is not None:
             notes = ["" if label == IGNORE else str(names[label]) for label in labels]
