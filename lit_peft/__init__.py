@@ -17,6 +17,7 @@ _NAMES = {
     "InstructionData": "lit_peft.data.instruction",
     "LitPeftError": "lit_peft.util.errors",
     "MultipleChoiceData": "lit_peft.data.multiple_choice",
+    "PreferenceData": "lit_peft.data.preference",
     "QuestionAnsweringData": "lit_peft.data.question_answering",
     "ReasoningData": "lit_peft.data.reasoning",
     "Seq2SeqData": "lit_peft.data.seq2seq",

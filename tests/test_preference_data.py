@@ -275,6 +275,13 @@ def test_wrong_rows_are_named(tmp_path: Path, talker: Path) -> None:
         ([{"text": "a"}], "chosen"),
         ([{"prompt": "a", "completion": "b"}], "label"),
         ([{"prompt": "a", "completion": "b", "label": "perhaps"}], "column 'label' has 'perhaps', which is no label"),
+        (
+            [
+                {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
+                {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": None},
+            ],
+            "row 2 has nothing in column 'rejected'",
+        ),
         ([{"messages": [user("a")], "label": True}], "the last message is not the assistant's"),
         (
             [{"prompt": "a", "chosen": [assistant("b")], "rejected": [user("c")]}],
