@@ -321,13 +321,14 @@ def fit(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["pairs", "kto", "AdapterH", "PrefixTuning"])
+@pytest.mark.parametrize("kind", ["pairs", "kto", "AdapterH", "PromptTuning"])
 def test_precomputing_the_reference_changes_nothing(
     kind: str, decoder: Path, tmp_path: Path, new_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task_args: dict[str, Any] = {"loss_type": "kto"} if kind == "kto" else {"beta": 0.5}
     settings: dict[str, Any] = {"data": {"unpair": kind == "kto"}}
     settings["method"] = "LoRA" if kind in ("pairs", "kto") else kind
+    settings.update(METHODS.get(kind, {}))
     file = written(tmp_path)
     once, expected = fit(decoder, file, tmp_path, task_args=task_args, **copy.deepcopy(settings))
     for said in ("are kept in", "are read from"):
@@ -430,9 +431,9 @@ def test_two_processes_train_what_one_trains(loss_type: str, decoder: Path, tmp_
     found = []
     for devices in (1, 2):
         pl.seed_everything(0)
-        settings = {"learning_rate": 1e-2, "task_args": {"loss_type": loss_type}}
+        settings: dict[str, Any] = {"learning_rate": 1e-2, "task_args": {"loss_type": loss_type}}
         module = lit_peft.LoRA(base=str(decoder), task="preference", **settings)
-        sizes = {"batch_size": 8 // devices, "max_length": 16, "validation_fraction": 0.25}
+        sizes: dict[str, Any] = {"batch_size": 8 // devices, "max_length": 16, "validation_fraction": 0.25}
         data = PreferenceData(base=str(decoder), train=written(tmp_path), unpair=loss_type == "kto", **sizes)
         strategy = "auto" if devices == 1 else "ddp_spawn"
         trainer = pl.Trainer(max_epochs=2, devices=devices, strategy=strategy, num_sanity_val_steps=0, **QUIET)

@@ -230,10 +230,7 @@ class Preference(CausalLM):
         if self.precompute_reference:
             return [self.table.look_up(part.get("key"), part["labels"]) for part in _parts(batch)]
         with reference_model(model):
-            found: list[Tensor | None] = [self._log_probs(model, part)[1] for part in _parts(batch)]
-        # The method's own hooks, which were away, must see the output of the model before those of the loss do.
-        SupervisedLoss.of(model).replace_hooks()
-        return found
+            return [self._log_probs(model, part)[1] for part in _parts(batch)]
 
     def reference_rows(self, model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Run a model that is the reference on all rows of a batch.
