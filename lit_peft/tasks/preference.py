@@ -312,8 +312,8 @@ class Preference(CausalLM):
         metrics["margin"].update(rewards, chosen)
         for name, values in {"rewards": rewards, "logps": logps}.items():
             for group, members in {"chosen": chosen, "rejected": ~chosen}.items():
-                if len(values[members]):
-                    metrics[f"{name}_{group}"].update(values[members])
+                # Also without a value: every process must have the same metrics.
+                metrics[f"{name}_{group}"].update(values[members])
         if output.kl is not None:
             metrics["kl"].update(output.kl, weight)
 
