@@ -19,6 +19,7 @@ _NAMES = {
     "LitPeftError": "lit_peft.util.errors",
     "MaskedLMData": "lit_peft.data.masked_lm",
     "MultipleChoiceData": "lit_peft.data.multiple_choice",
+    "PreferenceData": "lit_peft.data.preference",
     "QuestionAnsweringData": "lit_peft.data.question_answering",
     "ReasoningData": "lit_peft.data.reasoning",
     "Seq2SeqData": "lit_peft.data.seq2seq",

@@ -23,6 +23,7 @@ from lit_peft.modules import PTuningV2 as PTuningV2
 from lit_peft.methods.p_tuning_v2 import PTuningV2Settings as PTuningV2Settings
 from lit_peft.modules import Parallel as Parallel
 from lit_peft.methods.parallel import ParallelSettings as ParallelSettings
+from lit_peft.data.preference import PreferenceData as PreferenceData
 from lit_peft.modules import PrefixTuning as PrefixTuning
 from lit_peft.methods.prefix_tuning import PrefixTuningSettings as PrefixTuningSettings
 from lit_peft.modules import PromptTuning as PromptTuning
@@ -81,6 +82,7 @@ __all__ = [
     "PTuningV2Settings",
     "Parallel",
     "ParallelSettings",
+    "PreferenceData",
     "PrefixTuning",
     "PrefixTuningSettings",
     "PromptTuning",

@@ -98,6 +98,16 @@ FILES = {
             for noun, word in PAIRS
         ],
     ),
+    "preference": (
+        "pairs.jsonl",
+        "PreferenceData",
+        [{"prompt": f"the {noun} {word}", "chosen": "is good", "rejected": "is bad"} for noun, word in PAIRS],
+    ),
+    "labelled answers": (
+        "answers.jsonl",
+        'loss_type": "kto',
+        [{"prompt": f"the {noun} {word}", "completion": "is it", "label": len(word) > 4} for noun, word in PAIRS],
+    ),
     "multiple_choice": (
         "choices.jsonl",
         "MultipleChoiceData",
@@ -129,8 +139,8 @@ def test_what_init_writes_for_every_task_runs(
     name, part, rows = FILES[kind]
     text = rows if isinstance(rows, str) else "\n".join(map(json.dumps, rows))
     Path(name).write_text(json.dumps(rows) if name.endswith(".json") else text, encoding="utf-8")
-    task = kind if kind in init.FORMS else "causal_lm"
-    base = {"causal_lm": decoder, "seq2seq": t5}.get(task, encoder)
+    task = kind if kind in init.FORMS else "preference" if kind == "labelled answers" else "causal_lm"
+    base = {"causal_lm": decoder, "preference": decoder, "seq2seq": t5}.get(task, encoder)
     flags = ["--task", task, "--base", str(base), "--method", "LoRA", "--data", name]
     assert main(["init", *flags]) == 0
     written = Path("config.yaml").read_text(encoding="utf-8")

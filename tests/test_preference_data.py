@@ -13,6 +13,7 @@ import torch
 
 from lit_peft import LitPeftError
 from lit_peft.data import PreferenceData
+from lit_peft.data.preview import pieces
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}"
@@ -274,6 +275,13 @@ def test_wrong_rows_are_named(tmp_path: Path, talker: Path) -> None:
         ([{"text": "a"}], "chosen"),
         ([{"prompt": "a", "completion": "b"}], "label"),
         ([{"prompt": "a", "completion": "b", "label": "perhaps"}], "column 'label' has 'perhaps', which is no label"),
+        (
+            [
+                {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
+                {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": None},
+            ],
+            "row 2 has nothing in column 'rejected'",
+        ),
         ([{"messages": [user("a")], "label": True}], "the last message is not the assistant's"),
         (
             [{"prompt": "a", "chosen": [assistant("b")], "rejected": [user("c")]}],
@@ -360,3 +368,10 @@ def test_tokens_are_those_of_trl(tmp_path: Path, talker: Path, kind: str) -> Non
         expected = [[row["prompt_ids"] + row[name] for name in names] for row in trainer.train_dataset]
     found = [example["input_ids"] for example in data_of(tmp_path, talker, rows, **settings).examples("train")]
     assert ([[ids] for ids in found] if kind == "labelled" else found) == expected
+
+
+def test_the_preview_shows_both_answers(tmp_path: Path, talker: Path) -> None:
+    data = data_of(tmp_path, talker, [{"prompt": "the film", "chosen": "good", "rejected": "bad"}])
+    found = pieces(data, data.examples("train")[0])
+    assert "".join(piece.text for piece in found).split("\n") == ["(0) the film good </s>", "(1) the film bad </s>"]
+    assert [piece.text.strip() for piece in found if piece.learned] == ["good </s>", "bad </s>"]

@@ -321,13 +321,14 @@ def fit(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["pairs", "kto", "AdapterH", "PrefixTuning"])
+@pytest.mark.parametrize("kind", ["pairs", "kto", "AdapterH", "PromptTuning"])
 def test_precomputing_the_reference_changes_nothing(
     kind: str, decoder: Path, tmp_path: Path, new_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task_args: dict[str, Any] = {"loss_type": "kto"} if kind == "kto" else {"beta": 0.5}
     settings: dict[str, Any] = {"data": {"unpair": kind == "kto"}}
     settings["method"] = "LoRA" if kind in ("pairs", "kto") else kind
+    settings.update(METHODS.get(kind, {}))
     file = written(tmp_path)
     once, expected = fit(decoder, file, tmp_path, task_args=task_args, **copy.deepcopy(settings))
     for said in ("are kept in", "are read from"):
@@ -421,3 +422,21 @@ def test_other_losses_learn(loss_type: str, decoder: Path, tmp_path: Path) -> No
     )
     assert found["val_accuracy"] >= 0.8 and found["val_margin"] > 0
     assert ("val_kl" in found) == (loss_type in ("kto", "ipo"))
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loss_type", ["sigmoid", "kto"])
+def test_two_processes_train_what_one_trains(loss_type: str, decoder: Path, tmp_path: Path) -> None:
+    found = []
+    for devices in (1, 2):
+        pl.seed_everything(0)
+        settings: dict[str, Any] = {"learning_rate": 1e-2, "task_args": {"loss_type": loss_type}}
+        module = lit_peft.LoRA(base=str(decoder), task="preference", **settings)
+        sizes: dict[str, Any] = {"batch_size": 8 // devices, "max_length": 16, "validation_fraction": 0.25}
+        data = PreferenceData(base=str(decoder), train=written(tmp_path), unpair=loss_type == "kto", **sizes)
+        strategy = "auto" if devices == 1 else "ddp_spawn"
+        trainer = pl.Trainer(max_epochs=2, devices=devices, strategy=strategy, num_sanity_val_steps=0, **QUIET)
+        trainer.fit(module, data)
+        found.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ FORMS = {
     ),
     "preference": _Form(
         "PreferenceData",
-        "columns `prompt`, `chosen`, `rejected`; or `prompt`, `completion`, `label` with loss_type: kto",
+        "columns `prompt`, `chosen`, `rejected`; or `prompt`, `completion`, `label`",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         {"task_args": ({"loss_type": "sigmoid", "beta": 0.1}, "DPO; or hinge, ipo, robust, simpo, orpo, kto")},
         batch_size=4,
@@ -197,11 +197,15 @@ def _lines(settings: dict[str, tuple[Any, str]]) -> str:
 
 def _form(task: str, data: str) -> _Form:
     """Return the form of a task; for a causal LM it depends on the columns of the file."""
-    if task != "causal_lm":
+    if task not in ("causal_lm", "preference"):
         return FORMS[task]
     from lit_peft.data.files import read_file
 
     found = set(read_file(data, "--data").column_names)
+    if task == "preference":
+        labelled = "chosen" not in found and {"label", "kto_tag"} & found
+        kto = {"task_args": ({"loss_type": "kto", "beta": 0.1}, "KTO, for single answers with a label")}
+        return replace(FORMS[task], model=kto) if labelled else FORMS[task]
     if "messages" in found:
         chat = {
             "messages_column": ("messages", "lists of {role, content}; the loss is computed on the assistant's turns")

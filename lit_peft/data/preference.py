@@ -226,10 +226,16 @@ class PreferenceData(LitDataModule):
         return prompt
 
     def check_rows(self, rows: Rows, split: Split) -> Rows:
-        """Every row needs text in each of its columns; messages are checked when they are read."""
+        """Every row needs text or messages in each of its columns; messages are checked when they are read."""
         form = self.form_of(rows.table)
         if form.kind != "messages":
             require_text(rows, form.columns)
+            return rows
+        for column in form.columns:
+            cells = column_values(rows.table, column)
+            empty = next((index for index in rows.indices if cells[index] is None or cells[index] in ("", [])), None)
+            if empty is not None:
+                raise LitPeftError(f"{rows.locate(empty)} has nothing in column {column!r}; remove the row.")
         return rows
 
     def encode(self, rows: Rows, split: Split) -> Any:

@@ -92,8 +92,6 @@ def find_form(values: Mapping[str, Any], named: Columns) -> PreferenceForm:
     else:
         completion = named.completion or next((name for name in COMPLETIONS if name in values), None)
         label = named.label or next((name for name in LABELS if name in values), None)
-        if completion is None and label is None and not values:
-            completion, label = COMPLETIONS[0], LABELS[0]
         if label is None and completion is None:  # neither form: ask for pairs
             return PreferenceForm(None, (named.chosen, named.rejected), None, "text")
         label = label or LABELS[0]
@@ -169,10 +167,9 @@ def _answer(cell: Any, column: str) -> list[Any]:
 
 def _turns(cell: Any, column: str, kind: str) -> list[Any]:
     if kind == "messages":
-        try:
-            return read_messages(cell)
-        except ValueError as problem:
-            raise ValueError(f"column {column!r}: {problem}") from problem
+        if not looks_like_messages(cell):
+            raise ValueError(f"column {column!r} has {brief(cell)}, which is no list of messages, as in other rows")
+        return read_messages(cell)
     text = str(cell)
     starts = list(_TURN.finditer(text))
     if not starts or text[: starts[0].start()].strip():

@@ -12,6 +12,7 @@ from lit_peft.data.collate import IGNORE
 from lit_peft.data.encoding import token_counts
 from lit_peft.data.masked_lm import MaskedLMData
 from lit_peft.data.packing import pack
+from lit_peft.data.preference import PreferenceData
 from lit_peft.data.rows import Rows
 from lit_peft.data.supervised import SupervisedData
 
@@ -127,12 +128,16 @@ def pieces(data: Any, example: dict[str, Any]) -> list[Piece]:
         example = data.masked(example)
     tokenizer, ids, labels = data.tokenizer, example["input_ids"], example.get("labels")
     if ids and isinstance(ids[0], (list, tuple)):
+        if labels and isinstance(labels[0], (list, tuple)):  # answers with their prompts
+            answers = [pieces(data, {"input_ids": text, "labels": own}) for text, own in zip(ids, labels, strict=True)]
+            return [piece for at, answer in enumerate(answers) for piece in (Piece(f"{chr(10)[:at]}({at}) "), *answer)]
         # Of a pair, the chosen text comes first.
         return _of_several(tokenizer, ids, 0 if labels is None and hasattr(data, "chosen_column") else labels)
     if labels is not None and _has_several(data):
-        return [Piece(_text(tokenizer, ids)), Piece("\n→ "), Piece(_several(data, labels), True)]
+        return [Piece(_text(tokenizer, ids)), Piece("
+→ "), Piece(_several(data, labels), True)]
     if isinstance(labels, (list, tuple)) and len(labels) == len(ids):
-        if isinstance(data, SupervisedData):
+        if isinstance(data, SupervisedData | PreferenceData):
             return _runs(tokenizer, ids, [(label != IGNORE, "") for label in labels])
         if isinstance(data, MaskedLMData):
             notes = ["" if label == IGNORE else _text(tokenizer, [label]).strip() for label in labels]

@@ -230,10 +230,7 @@ class Preference(CausalLM):
         if self.precompute_reference:
             return [self.table.look_up(part.get("key"), part["labels"]) for part in _parts(batch)]
         with reference_model(model):
-            found: list[Tensor | None] = [self._log_probs(model, part)[1] for part in _parts(batch)]
-        # The method's own hooks, which were away, must see the output of the model before those of the loss do.
-        SupervisedLoss.of(model).replace_hooks()
-        return found
+            return [self._log_probs(model, part)[1] for part in _parts(batch)]
 
     def reference_rows(self, model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Run a model that is the reference on all rows of a batch.
@@ -315,8 +312,8 @@ class Preference(CausalLM):
         metrics["margin"].update(rewards, chosen)
         for name, values in {"rewards": rewards, "logps": logps}.items():
             for group, members in {"chosen": chosen, "rejected": ~chosen}.items():
-                if len(values[members]):
-                    metrics[f"{name}_{group}"].update(values[members])
+                # Also without a value: every process must have the same metrics.
+                metrics[f"{name}_{group}"].update(values[members])
         if output.kl is not None:
             metrics["kl"].update(output.kl, weight)
 

@@ -10,15 +10,31 @@ import torch
 from torch import Tensor
 
 from lit_peft.methods.adapters import disable_adapter
+from lit_peft.methods.attachment import attachment_or_none
 from lit_peft.nn.evaluating import evaluating
+from lit_peft.tasks.supervised_loss import SupervisedLoss
 from lit_peft.util.errors import LitPeftError
 
 
 @contextmanager
 def reference_model(model: Any) -> Iterator[None]:
-    """Make a model the base without its adapter in the block, in evaluation mode and without gradients."""
+    """Make a model the base without its adapter in the block, in evaluation mode and without gradients.
+
+    Raises:
+        LitPeftError: a base parameter is trained, and the strategy shards it: the original cannot take its place then.
+    """
+    attachment = attachment_or_none(model)
+    trained = {} if attachment is None else attachment.saved
+    sharded = next((name for name, parameter in trained.items() if hasattr(parameter, "full_tensor")), None)
+    if sharded is not None:
+        raise LitPeftError(
+            f"The reference needs {sharded} as it was before training, and this strategy shards it: leave it out of "
+            "modules_to_save, use another strategy, e.g. ddp, or a loss without a reference (simpo, orpo)."
+        )
     with disable_adapter(model), evaluating(model):
         yield
+    # The method's own hooks, which were away, must see the output of the model before those of the loss do.
+    SupervisedLoss.of(model).replace_hooks()
 
 
 class ReferenceTable:

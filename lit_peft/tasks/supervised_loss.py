@@ -147,10 +147,9 @@ class SupervisedLoss:
 
     def replace_hooks(self) -> None:
         """Place the hooks anew, after those that a method has put back on the model since they were placed."""
-        if self.enabled:
-            self.enabled = False
-            self.remove_hooks()
-            self.enabled = self._place_hooks()
+        enabled, self.enabled = self.enabled, False
+        self.remove_hooks()
+        self.enabled = enabled and self._place_hooks()
 
     def _place_hooks(self) -> bool:
         """Hook the model and the head that it has now; return whether that is possible."""

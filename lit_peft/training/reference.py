@@ -56,12 +56,15 @@ def precompute_reference(module: Any, data: Any, splits: tuple[str, ...]) -> Non
             continue
         examples = data.examples(split)
         file = cache_root() / "reference" / f"{_name(module, data, examples)}.safetensors"
-        found = module.trainer.strategy.broadcast(file.is_file())
-        if not found:
-            _write(file, _computed(module, data, split, examples), module.trainer.is_global_zero)
-            module.trainer.strategy.barrier()
-        _read(file, module.task.table)
-        say(f"its log-probabilities of data.{split} are {'read from' if found else 'kept in'} {file}", "reference:")
+        # Other machines may have another cache, or none.
+        tensors = module.trainer.strategy.broadcast(_read(file) if module.trainer.is_global_zero else None)
+        known = tensors is not None
+        if not known:
+            tensors = _computed(module, data, split, examples)
+            if module.trainer.is_global_zero:
+                _write(file, tensors)
+        module.task.table.add(**tensors)
+        say(f"its log-probabilities of data.{split} are {'read from' if known else 'kept in'} {file}", "reference:")
 
 
 def _name(module: Any, data: Any, examples: Any) -> str:
@@ -86,8 +89,9 @@ def _computed(module: Any, data: Any, split: str, examples: Any) -> dict[str, Te
     # Each process takes as many batches, as sharded models need; rows that come twice do no harm.
     batches = -(-len(examples) // (data.batch_size * processes))
     keys, counts, values = [], [], []
+    silent = rank > 0 or trainer.progress_bar_callback is None
     with _reference_of(module) as model, trainer.precision_plugin.forward_context(), _loss_only(module, model):
-        for number in tqdm(range(batches), desc=f"Reference, {split}", disable=rank > 0):
+        for number in tqdm(range(batches), desc=f"Reference, {split}", disable=silent):
             first = (number * processes + rank) * data.batch_size
             rows = [(first + place) % len(examples) for place in range(data.batch_size)]
             batch = collate([examples[row] for row in dict.fromkeys(rows)])
@@ -126,9 +130,7 @@ def _reference_of(module: Any) -> Iterator[Any]:
         yield model
 
 
-def _write(file: Any, tensors: dict[str, Tensor], is_first: bool) -> None:
-    if not is_first:
-        return
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     try:
@@ -138,8 +140,7 @@ def _write(file: Any, tensors: dict[str, Tensor], is_first: bool) -> None:
         raise cache_error("precompute_reference", problem) from problem
 
 
-def _read(file: Any, table: Any) -> None:
+def _read(file: Path) -> dict[str, Tensor] | None:
     from safetensors.torch import load_file
 
-    found = load_file(file)
-    table.add(found["keys"], found["counts"], found["values"])
+    return load_file(file) if file.is_file() else None
