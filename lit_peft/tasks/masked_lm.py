@@ -101,8 +101,9 @@ class MaskedLM(Task):
         if self.masked is None or self.masked.model is not model:
             self.masked = MaskedLoss(model)
         with self.masked.active(keep_logits=True):
-            output = self.forward(model, {**batch, "labels": ids.masked_fill(~is_mask, IGNORE)})
-        logits = (output.logits if isinstance(output, MaskedOutput) else output.logits[is_mask]).float()
+            output: Any = self.forward(model, {**batch, "labels": ids.masked_fill(~is_mask, IGNORE)})
+        whole = not isinstance(output, MaskedOutput)
+        logits = (output.logits[is_mask] if whole else output.logits).float()
         best = logits.softmax(-1).topk(min(self.top_k, logits.shape[-1]), dim=-1)
         filled = ids.masked_scatter(is_mask, best.indices[:, 0])
         texts = batch.get("texts") or tokenizer.batch_decode(ids)
