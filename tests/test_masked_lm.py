@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -419,8 +422,13 @@ def test_masks_are_filled_as_by_transformers(base: Path, tmp_path: Path) -> None
     file.write_text("the film is [MASK] .\n[MASK] story was so [MASK] that it is poor\n")
     predict = data(base, file, predict=str(file), train=None, max_length=32)
     (batch,) = predict.predict_dataloader()
+    sizes: list[int] = []
+    head = module.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, args, out: sizes.append(out[..., 0].numel()))
     with torch.no_grad():
         rows = module.predict_step(batch, 0)
+    hook.remove()
+    assert sizes == [3]  # logits of the masks alone
     pipeline = transformers.pipeline("fill-mask", model=module.model, tokenizer=tokenizer(), top_k=3)
     for row, text in zip(rows, file.read_text().splitlines(), strict=True):
         expected = pipeline(text)
@@ -524,3 +532,44 @@ def test_a_run_learns_in_every_precision(precision: str, base: Path, texts: Path
 def test_a_stream_is_learned(base: Path, texts: Path) -> None:
     settings = {"streaming": True, "validation": str(texts), "masking": "span"}
     assert fit(base, texts, **settings)["val_loss"] < fit(base, texts, steps=1, **settings)["val_loss"] - 0.5
+
+
+def test_the_data_command_shows_the_masks(
+    base: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    options = [
+        "--data",
+        "MaskedLMData",
+        "--data.base",
+        str(base),
+        "--data.train",
+        str(texts),
+        "--data.max_length",
+        "32",
+    ]
+    assert main(["data", *options, "--examples", "2", "--data.masking", "span"]) == 0
+    shown = capsys.readouterr().out.partition("What is learned")[0]
+    assert "[[ [MASK]/" in shown and shown.count("[CLS]") == 2
+
+
+@pytest.mark.heavy
+def test_two_processes_train_what_one_trains(texts: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    file = base / "config.json"  # the processes draw dropout of their own
+    file.write_text(re.sub(r'(dropout_prob": )0\.1', r"\g<1>0.0", file.read_text()))
+    config = write_config(tmp_path, base, texts)[:2]
+    options = ["--model.dropout", "0.0", "--trainer.max_epochs", "1"]
+    found = []
+    for processes in (1, 2):
+        run = ["--trainer.default_root_dir", str(tmp_path / str(processes)), "--data.batch_size", str(16 // processes)]
+        strategy = ["--trainer.devices", str(processes), "--trainer.strategy", "ddp" if processes > 1 else "auto"]
+        command = [sys.executable, "-m", "lit_peft", "fit", *config, *options, *run, *strategy]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        with (tmp_path / str(processes) / "version_0" / "metrics.csv").open() as opened:
+            found.append([{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(opened)])
+    # The last batch may have an example more, which makes the shares even.
+    assert len(found[0]) == len(found[1]) > 5
+    for one, other in zip(found[0][:-2], found[1][:-2], strict=True):
+        assert one == pytest.approx(other, rel=1e-5)

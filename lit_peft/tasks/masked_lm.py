@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task
 from lit_peft.tasks.causal_lm import Perplexity
-from lit_peft.tasks.masked_loss import IGNORE, MaskedLoss
+from lit_peft.tasks.masked_loss import IGNORE, MaskedLoss, MaskedOutput
 from lit_peft.util.errors import LitPeftError
 
 
@@ -98,8 +98,12 @@ class MaskedLM(Task):
         tokenizer = generation.tokenizer
         ids = batch["input_ids"]
         is_mask = ids == tokenizer.mask_token_id
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = self.forward(model, inputs).logits[is_mask].float()
+        if self.masked is None or self.masked.model is not model:
+            self.masked = MaskedLoss(model)
+        with self.masked.active(keep_logits=True):
+            output: Any = self.forward(model, {**batch, "labels": ids.masked_fill(~is_mask, IGNORE)})
+        whole = not isinstance(output, MaskedOutput)
+        logits = (output.logits[is_mask] if whole else output.logits).float()
         best = logits.softmax(-1).topk(min(self.top_k, logits.shape[-1]), dim=-1)
         filled = ids.masked_scatter(is_mask, best.indices[:, 0])
         texts = batch.get("texts") or tokenizer.batch_decode(ids)

@@ -34,12 +34,12 @@ class MaskedOutput:
     Attributes:
         loss: mean over the masked tokens, a scalar; zero if there are none.
         correct: number of masked tokens that are predicted exactly; None in training.
-        logits: always None.
+        logits: (masked tokens, vocabulary) if they were asked for, else None.
     """
 
     loss: Tensor
     correct: Tensor | None
-    logits: None = None
+    logits: Tensor | None = None
 
 
 class MaskedLoss:
@@ -50,13 +50,14 @@ class MaskedLoss:
 
     Attributes:
         enabled: whether it is active.
+        keep_logits: whether to return the logits of the masked positions instead of a loss.
         is_last: whether the model's logits are what its output embeddings return; None while that is not known. The
             first call with a frozen linear layer finds it out.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.enabled = False
+        self.enabled = self.keep_logits = False
         self.is_last: bool | None = None
         # The state of a call, from hook to hook.
         self.labels: Tensor | None = None
@@ -67,13 +68,14 @@ class MaskedLoss:
         self.targets = torch.empty(0)
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self, keep_logits: bool = False) -> Iterator[None]:
         """Return a context in which `MaskedLM` computes the loss in this way; compiled models run as they are."""
-        before, self.enabled = self.enabled, not is_compiled(self.model)
+        before = self.enabled, self.keep_logits
+        self.enabled, self.keep_logits = not is_compiled(self.model), keep_logits
         try:
             yield
         finally:
-            self.enabled = before
+            self.enabled, self.keep_logits = before
 
     def __call__(self, batch: dict[str, Any]) -> MaskedOutput:
         """Run the model on a batch with `labels`, -100 where there is no mask."""
@@ -87,6 +89,10 @@ class MaskedLoss:
             for handle in handles:
                 handle.remove()
         targets = labels[labels != IGNORE].to(logits.device)
+        if self.keep_logits:
+            rows = logits[labels != IGNORE] if self.hidden is None else logits.flatten(0, -2)
+            self._begin(None)
+            return MaskedOutput(rows.new_zeros(()), None, rows)
         if self.raw is not None:
             self.is_last = torch.equal(self.raw.float(), logits[0, -1].detach().float())
         if self.sum is None or not self.is_last:
@@ -117,14 +123,14 @@ class MaskedLoss:
             return None
         is_masked = (labels != IGNORE).to(hidden.device)
         self.hidden, self.targets = hidden[is_masked], labels.to(hidden.device)[is_masked]
-        if self.is_last and _frozen_linear(head):
+        if self.is_last and not self.keep_logits and _frozen_linear(head):
             # One row still: the model's code needs some logits to continue with.
             return (hidden[:1, :1].detach(), *args[1:])
         return (self.hidden[None], *args[1:])
 
     def _after(self, head: Any, args: tuple[Any, ...], logits: Tensor) -> None:
         """Forward hook of the output embeddings: compute the loss while their weight is there."""
-        if self.hidden is None or self.is_last is False or not _frozen_linear(head):
+        if self.hidden is None or self.keep_logits or self.is_last is False or not _frozen_linear(head):
             return
         if self.is_last is None:
             if not len(self.targets):

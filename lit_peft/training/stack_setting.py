@@ -42,7 +42,7 @@ def load_below(module: Any, model: nn.Module) -> tuple[str, ...]:
     empty = any(parameter.is_meta for parameter in model.parameters())
     names: list[str] = []
     for folder in folders:
-        name = folder.resolve().name
+        name = _name(folder)
         name = name if name not in (*names, DEFAULT) else f"{name}_{len(names)}"
         load_adapter(model, folder, check_base=not empty, name=name, with_head=False)
         names.append(name)
@@ -74,7 +74,13 @@ def stack_folders(module: Any) -> list[Path]:
 
 def stack_record(module: Any) -> list[dict[str, str]]:
     """Return the name of each folder of `model.stack` and a hash of its weights, as plain data for a checkpoint."""
-    return [{"name": folder.resolve().name, "hash": _digest(folder)} for folder in stack_folders(module)]
+    return [{"name": _name(folder), "hash": _digest(folder)} for folder in stack_folders(module)]
+
+
+def _name(folder: Path) -> str:
+    """Return a name for a folder's adapter; a run's folder `adapter` is named after the run."""
+    parts = folder.resolve().parts
+    return "/".join(parts[-3:]) if parts[-1] == "adapter" else parts[-1]
 
 
 def _digest(folder: Path) -> str:
