@@ -11,6 +11,7 @@ from typing import Any
 from lit_peft.data.collate import IGNORE
 from lit_peft.data.encoding import token_counts
 from lit_peft.data.packing import pack
+from lit_peft.data.reward import RewardData
 from lit_peft.data.rows import Rows
 from lit_peft.data.supervised import SupervisedData
 
@@ -78,7 +79,7 @@ def _unbatched(data: Any, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "choices" in batch:
         yield from _unbatched_choices(batch)
         return
-    if hasattr(data, "chosen_column"):
+    if isinstance(data, RewardData):
         yield from _unbatched_pairs(batch)
         return
     for row, mask in enumerate(batch["attention_mask"].bool()):
@@ -125,7 +126,7 @@ def pieces(data: Any, example: dict[str, Any]) -> list[Piece]:
     tokenizer, ids, labels = data.tokenizer, example["input_ids"], example.get("labels")
     if ids and isinstance(ids[0], (list, tuple)):
         # Of a pair, the chosen text comes first.
-        return _of_several(tokenizer, ids, 0 if labels is None and hasattr(data, "chosen_column") else labels)
+        return _of_several(tokenizer, ids, 0 if isinstance(data, RewardData) else labels)
     if labels is not None and _has_several(data):
         return [Piece(_text(tokenizer, ids)), Piece("\n→ "), Piece(_several(data, labels), True)]
     if isinstance(labels, (list, tuple)) and len(labels) == len(ids):
