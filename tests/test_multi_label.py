@@ -435,6 +435,16 @@ def test_a_stream_gives_the_same_labels(encoder: Path, lists: str) -> None:
         module.take_labels(stream)
 
 
+def test_prediction_with_named_labels_needs_no_training_file(encoder: Path, lists: str) -> None:
+    names = ["harsh", "kind", "loud"]
+    data = TextClassificationData(train="gone.jsonl", predict=lists, labels=names, base=str(encoder))
+    data.setup("predict")
+    assert data.problem_type is None and data.label_names == names
+    module = lit_peft.LoRA(base=str(encoder), task=TASK, task_args={"problem_type": "multi_label"})
+    module.take_labels(data)
+    assert module.hparams.task_args == {"problem_type": "multi_label"} and module.hparams.labels == names
+
+
 def test_balanced_weights_are_those_of_scikit_learn(encoder: Path, tmp_path: Path, lists: str) -> None:
     import numpy as np
     from sklearn.utils.class_weight import compute_class_weight
@@ -635,4 +645,4 @@ def test_metrics_of_two_processes_are_those_of_one(kind: str, encoder: Path, lis
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(out.read_text()))
     assert found[0].keys() == found[1].keys() and len(found[0]) > 4
-    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    assert found[1] == pytest.approx(found[0], abs=1e-4)

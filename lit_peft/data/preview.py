@@ -13,6 +13,7 @@ from lit_peft.data.encoding import token_counts
 from lit_peft.data.masked_lm import MaskedLMData
 from lit_peft.data.packing import pack
 from lit_peft.data.preference import PreferenceData
+from lit_peft.data.reward import RewardData
 from lit_peft.data.rows import Rows
 from lit_peft.data.supervised import SupervisedData
 
@@ -80,7 +81,7 @@ def _unbatched(data: Any, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "choices" in batch:
         yield from _unbatched_choices(batch)
         return
-    if hasattr(data, "chosen_column"):
+    if isinstance(data, RewardData):
         yield from _unbatched_pairs(batch)
         return
     for row, mask in enumerate(batch["attention_mask"].bool()):
@@ -132,10 +133,9 @@ def pieces(data: Any, example: dict[str, Any]) -> list[Piece]:
             answers = [pieces(data, {"input_ids": text, "labels": own}) for text, own in zip(ids, labels, strict=True)]
             return [piece for at, answer in enumerate(answers) for piece in (Piece(f"{chr(10)[:at]}({at}) "), *answer)]
         # Of a pair, the chosen text comes first.
-        return _of_several(tokenizer, ids, 0 if labels is None and hasattr(data, "chosen_column") else labels)
+        return _of_several(tokenizer, ids, 0 if isinstance(data, RewardData) else labels)
     if labels is not None and _has_several(data):
-        return [Piece(_text(tokenizer, ids)), Piece("
-→ "), Piece(_several(data, labels), True)]
+        return [Piece(_text(tokenizer, ids)), Piece("\n→ "), Piece(_several(data, labels), True)]
     if isinstance(labels, (list, tuple)) and len(labels) == len(ids):
         if isinstance(data, SupervisedData | PreferenceData):
             return _runs(tokenizer, ids, [(label != IGNORE, "") for label in labels])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lit_peft.data import label_sets
 from lit_peft.data.base import LitDataModule, pad_collator
 from lit_peft.data.benchmark_files import join_columns, to_hub_columns, tsv_columns
 from lit_peft.data.benchmarks import apply_benchmark, find_benchmark
@@ -15,14 +17,6 @@ from lit_peft.data.collate import PadCollator
 from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values, fingerprint, require_columns
-from lit_peft.data.label_sets import (
-    LabelSets,
-    check_columns,
-    find_label_sets,
-    note_label_sets,
-    read_targets,
-    to_vectors,
-)
 from lit_peft.data.labels import Label, canonical_label, check_hidden_labels, parse_number
 from lit_peft.data.notes import drop_cut_column, share_of
 from lit_peft.data.rows import Rows, Split, require_text, text_key
@@ -105,7 +99,7 @@ class TextClassificationData(LitDataModule):
             given = {"labels": labels is not None, "label_separator": label_separator is not None}
             refuse_unused("with data.regression, because labels are then numbers", given)
         if label_columns is not None:
-            check_columns(label_columns, self.regression)
+            label_sets.check_columns(label_columns, self.regression)
             separate = {"label_separator": label_separator is not None, "label_column": label_column != "label"}
             refuse_unused("with data.label_columns", {**separate, "labels": labels is not None})
         super().__init__(**common)
@@ -116,7 +110,7 @@ class TextClassificationData(LitDataModule):
         self.label_columns = label_columns
         self.label_separator = label_separator
         # How the rows write several labels; None: each has one, or no table has been read.
-        self._sets: LabelSets | None = None
+        self._sets: label_sets.LabelSets | None = None
         self._is_read = False
         self.optional_columns = ("labels",) if label_column == "label" else ()
 
@@ -124,13 +118,18 @@ class TextClassificationData(LitDataModule):
 
     @property
     def problem_type(self) -> str | None:
-        """`single_label`, `multi_label`, or `regression` for several numbers; None for one number."""
+        """`single_label`, `multi_label`, or `regression` for several numbers; None for one, or if it is unknown."""
         if self.regression:
             return None if self.label_columns is None else "regression"
-        if self.label_columns is None and self.label_separator is None and not self._is_read:
-            training_sample(self)  # reads a table, if there is one
-        several = self._sets is not None or self.label_columns is not None or self.label_separator is not None
-        return "multi_label" if several else "single_label"
+        if self.label_columns is not None or self.label_separator is not None:
+            return "multi_label"
+        if not self._is_read and not self._config:
+            # With `labels`, prediction does without the training file, which may be gone.
+            with suppress(*([] if self.labels is None else [LitPeftError])):
+                training_sample(self)
+        if self._sets is not None:
+            return "multi_label"
+        return "single_label" if self._is_read or self._config else None
 
     @cached_property
     def _label_ids(self) -> dict[Label, int]:
@@ -232,7 +231,7 @@ class TextClassificationData(LitDataModule):
         names = table.column_names
         if self.label_column == "label" and "label" not in names and "labels" in names:
             self.label_column = "labels"
-        found = find_label_sets(table, self.label_column, self.label_columns, self.label_separator)
+        found = label_sets.find_label_sets(table, self.label_column, self.label_columns, self.label_separator)
         # Once lists are found, all files must have them; reading a row without one is an error.
         self._sets, self._is_read = found or self._sets, True
         if found is not None:
@@ -299,8 +298,8 @@ class TextClassificationData(LitDataModule):
     def _vectors(self, rows: Rows) -> list[list[float]]:
         """Return the numbers to predict, or 0 or 1 for each label, of each row."""
         if self._sets is None:
-            return read_targets(rows, self.label_columns or ())
-        return to_vectors(rows, self._sets.read(rows), self._label_ids)
+            return label_sets.read_targets(rows, self.label_columns or ())
+        return label_sets.to_vectors(rows, self._sets.read(rows), self._label_ids)
 
     def _check_hidden_labels(self, rows: Rows, split: Split) -> None:
         if self.regression:
@@ -347,7 +346,9 @@ class TextClassificationData(LitDataModule):
         )
         table = drop_cut_column(table, self.notes, split, "texts", self.max_length)
         if vectors is not None:
-            note_label_sets(self.notes, split, vectors, None if self._sets is None else list(self._label_ids))
+            label_sets.note_label_sets(
+                self.notes, split, vectors, None if self._sets is None else list(self._label_ids)
+            )
             return table.add_column("labels", vectors)
         return table.add_column("questions", self._questions(rows)) if self._scores_questions(split) else table
 
