@@ -74,7 +74,7 @@ def default_targets(model: nn.Module) -> list[str]:
     """
     linear = [name for name, module in model.named_modules() if is_linear(module)]
     language = _language_model(model)
-    inside = [name for name in linear if f"{name}.".startswith(language)]
+    inside = [name for name in linear if f"{name}.".startswith(language) and "indexer" not in name.split(".")]
     suffixes = {name.rpartition(".")[2] for name in inside}
     for names in _DEFAULT_ATTENTION:
         if suffixes.issuperset(names):
