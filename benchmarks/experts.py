@@ -2,8 +2,8 @@
 
     python benchmarks/experts.py
 
-Mixtral's and Qwen3-MoE's shapes, made smaller; r=8 on all experts and on nothing else, 4 × 128 tokens, fp32, one thread,
-the processor's time. All variants take steps in turn; a ratio is the median over the rounds.
+Mixtral's and Qwen3-MoE's shapes, made smaller; r=8 on all experts and on nothing else, 4 × 128 tokens, fp32, one
+thread, the processor's time. All variants take steps in turn; a ratio is the median over the rounds.
 """
 
 from __future__ import annotations

@@ -59,7 +59,6 @@ READ: list[tuple[str, dict[str, Any]]] = [
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lora_bias": True}, "lora_bias"),
     ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
-    ({"target_parameters": ["mlp.gate_proj.weight"]}, "target_parameters"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
     ({"some_new_setting": 2}, "some_new_setting"),

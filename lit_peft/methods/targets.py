@@ -38,6 +38,16 @@ _DEFAULT_ATTENTION = (
     ("query_key_value",),
     ("qkv_proj",),
     ("Wqkv",),
+    ("Wq", "Wv"),
+    ("project_q", "project_v"),
+    ("q_proj", "v_proj_current", "v_proj_delayed"),
+    # Latent attention: what expands the latent vectors to queries, and to keys and values.
+    ("q_b_proj", "kv_b_proj"),
+    ("q_proj", "kv_b_proj"),
+    ("q_b_proj", "kv_proj"),
+    ("kv_proj",),
+    # Models of state-space layers alone. Their other projection is not called where a fused kernel runs.
+    ("in_proj",),
 )
 _HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out", "cls", "classification_head")
 _HEADS_WITHOUT_POOLER = tuple(
@@ -64,7 +74,7 @@ def default_targets(model: nn.Module) -> list[str]:
     """
     linear = [name for name, module in model.named_modules() if is_linear(module)]
     language = _language_model(model)
-    inside = [name for name in linear if f"{name}.".startswith(language)]
+    inside = [name for name in linear if f"{name}.".startswith(language) and "indexer" not in name.split(".")]
     suffixes = {name.rpartition(".")[2] for name in inside}
     for names in _DEFAULT_ATTENTION:
         if suffixes.issuperset(names):

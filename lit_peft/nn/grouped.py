@@ -31,15 +31,15 @@ def grouped_lora(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, ends: T
     Returns:
         The products, shape (rows, out_features).
     """
-    if x.is_cuda and x.dtype == torch.bfloat16 and not _needs_gradient(weight):
+    if _has_kernel(x) and not (weight.requires_grad and torch.is_grad_enabled()):
         return _by_kernel(x, weight, left, right, ends.to(torch.int32), scaling)
     bounds = [0, *ends.tolist()]
     groups = [(g, start, end) for g, (start, end) in enumerate(itertools.pairwise(bounds)) if end > start]
     return _GroupedLoRA.apply(x, weight, left, right, scaling, groups)
 
 
-def _needs_gradient(weight: Tensor) -> bool:
-    return weight.requires_grad and torch.is_grad_enabled()
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _by_kernel(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, ends: Tensor, scaling: float) -> Tensor:
