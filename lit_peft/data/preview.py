@@ -129,7 +129,7 @@ def pieces(data: Any, example: dict[str, Any]) -> list[Piece]:
         example = data.masked(example)
     tokenizer, ids, labels = data.tokenizer, example["input_ids"], example.get("labels")
     if ids and isinstance(ids[0], (list, tuple)):
-        if labels and isinstance(labels[0], (list, tuple)):  # answers with their prompts
+        if isinstance(labels, list) and isinstance(labels[0], (list, tuple)):  # answers with their prompts
             answers = [pieces(data, {"input_ids": text, "labels": own}) for text, own in zip(ids, labels, strict=True)]
             return [piece for at, answer in enumerate(answers) for piece in (Piece(f"{chr(10)[:at]}({at}) "), *answer)]
         # Of a pair, the chosen text comes first.
