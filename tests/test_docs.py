@@ -51,6 +51,8 @@ def test_example(code: str, decoder: Path, script_folder: Path, monkeypatch: pyt
     tmp_path = script_folder
     rows = [f'{{"text": "{" ".join(words)}"}}' for words in itertools.permutations(("good", "film", "the", "story"))]
     (tmp_path / "texts.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    pairs = [row.replace('"text"', '"prompt"')[:-1] + ', "chosen": "great", "rejected": "bad"}' for row in rows]
+    (tmp_path / "preferences.jsonl").write_text("\n".join(pairs), encoding="utf-8")
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "model").symlink_to(decoder)
     code = code.replace("max_steps=100", "max_steps=2")
