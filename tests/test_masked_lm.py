@@ -564,7 +564,7 @@ def test_two_processes_train_what_one_trains(texts: Path, tmp_path: Path) -> Non
     for processes in (1, 2):
         run = ["--trainer.default_root_dir", str(tmp_path / str(processes)), "--data.batch_size", str(16 // processes)]
         strategy = ["--trainer.devices", str(processes), "--trainer.strategy", "ddp" if processes > 1 else "auto"]
-        command = [sys.executable, "-m", "lit_peft", "fit", *config, *options, *run, *strategy]
+        command = [str(Path(sys.executable).with_name("lit-peft")), "fit", *config, *options, *run, *strategy]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         with (tmp_path / str(processes) / "version_0" / "metrics.csv").open() as opened:
