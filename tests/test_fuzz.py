@@ -14,5 +14,5 @@ def test_mutated_files(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LIT_PEFT_CACHE", "")  # restored afterwards
     tally, faults = fuzz(kind, count)
     assert not faults, "\n".join(faults)
-    # Mutations break files, though not all of them.
-    assert tally["read"] and tally["refused"] >= count // 3
+    # Mutations break files, though not all of them; of configurations, one in twenty is left.
+    assert tally["refused"] >= count // 3 and (tally["read"] or kind == "configs")
