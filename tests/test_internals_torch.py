@@ -19,10 +19,12 @@ from lit_peft.nn.torch_internals import (
     function_transforms_are_active,
     has_forward_hooks,
     is_compiled,
+    keep_last,
     lerp_all_,
     own_parameter,
     reshaped,
     restore_calls,
+    runs_last,
     saved_factors,
     torch_handles_saved_tensors,
     version_of,
@@ -38,6 +40,22 @@ def test_forward_hooks_are_found_and_their_removal_too() -> None:
         assert has_forward_hooks(layer)
         handle.remove()
         assert not has_forward_hooks(layer)
+
+
+def test_a_hook_may_stay_behind_those_that_come_later() -> None:
+    layer, seen = nn.Linear(2, 2), []
+
+    @runs_last
+    def last(*_: object) -> None:
+        seen.append("last")
+
+    for register in (layer.register_forward_pre_hook, layer.register_forward_hook):
+        register(last)
+        register(lambda *_: seen.append("later"))
+    layer(torch.ones(2))
+    keep_last(layer)
+    layer(torch.ones(2))
+    assert seen == ["last", "later"] * 2 + ["later", "last"] * 2
 
 
 def test_a_parameter_is_found_behind_an_attribute_of_the_same_name() -> None:

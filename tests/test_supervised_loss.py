@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import DECODERS, GROUPED, SHAPE, checkpointing, scramble
+from models import DECODERS, GROUPED, SHAPE, checkpointing, make, scramble
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -267,3 +267,23 @@ def test_the_first_step_is_computed_as_later_ones() -> None:
         seen.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     for later in seen[1:]:
         assert all(torch.equal(one, other) for one, other in zip(seen[0], later, strict=True))
+
+
+def test_adapters_may_change_between_the_steps() -> None:
+    """The hooks of a prompt, put back on the model, still act before those of the loss."""
+    model = lit_peft.attach(make("llama"), lit_peft.PromptTuningSettings(num_virtual_tokens=3))
+    lit_peft.add_adapter(model, "other", lit_peft.PromptTuningSettings(num_virtual_tokens=4))
+    ids = torch.randint(5, 50, (2, 9))
+
+    def losses() -> list[float]:
+        found = []
+        for name in ("default", "other"):
+            lit_peft.set_adapter(model, name)
+            found.append(model(input_ids=ids, labels=ids).loss.item())
+            with lit_peft.disable_adapter(model):
+                found.append(model(input_ids=ids, labels=ids).loss.item())
+        return found
+
+    expected = losses()
+    with supervised_loss(model):
+        assert losses() == pytest.approx(expected, rel=1e-5)

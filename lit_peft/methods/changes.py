@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lit_peft.nn.torch_internals import keep_last
+
 
 class Change(Protocol):
     """One change to a model."""
@@ -138,6 +140,7 @@ class AddHook:
             self.handle = module.register_forward_hook(
                 self.hook, with_kwargs=self.with_kwargs, always_call=self.always_call
             )
+        keep_last(module)
 
     def undo(self, model: nn.Module) -> None:
         if self.handle is not None:

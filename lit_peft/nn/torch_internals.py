@@ -8,17 +8,33 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import CodeType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
     """Return whether calling the module runs hooks, which code that reads its weight directly would skip."""
     # torch registers hooks publicly but has no public way to ask for them.
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def runs_last(hook: Hook) -> Hook:
+    """Mark a function as a hook that must see what all other hooks of its kind have done; see `keep_last`."""
+    hook.runs_last = True  # type: ignore[attr-defined]
+    return hook
+
+
+def keep_last(module: nn.Module) -> None:
+    """Move the hooks marked with `runs_last` behind those that were registered after them."""
+    # Hooks run in the order of these dictionaries, and torch can only put a new one first or last.
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "runs_last", False)]:
+            hooks.move_to_end(key)  # type: ignore[attr-defined]
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:

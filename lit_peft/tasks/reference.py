@@ -12,7 +12,6 @@ from torch import Tensor
 from lit_peft.methods.adapters import disable_adapter
 from lit_peft.methods.attachment import attachment_or_none
 from lit_peft.nn.evaluating import evaluating
-from lit_peft.tasks.supervised_loss import SupervisedLoss
 from lit_peft.util.errors import LitPeftError
 
 
@@ -33,8 +32,6 @@ def reference_model(model: Any) -> Iterator[None]:
         )
     with disable_adapter(model), evaluating(model):
         yield
-    # The method's own hooks, which were away, must see the output of the model before those of the loss do.
-    SupervisedLoss.of(model).replace_hooks()
 
 
 class ReferenceTable:

@@ -27,7 +27,7 @@ from lit_peft.models.transformers_internals import (
     set_own_loss_function,
 )
 from lit_peft.nn.cross_entropy import head_cross_entropy, head_log_probs
-from lit_peft.nn.torch_internals import is_compiled
+from lit_peft.nn.torch_internals import is_compiled, runs_last
 
 # (scale, soft cap) that a model applies to its logits.
 Finish = tuple[float, float | None]
@@ -145,12 +145,6 @@ class SupervisedLoss:
                 handle.remove()
             self.handles, self.head = [], None
 
-    def replace_hooks(self) -> None:
-        """Place the hooks anew, after those that a method has put back on the model since they were placed."""
-        enabled, self.enabled = self.enabled, False
-        self.remove_hooks()
-        self.enabled = enabled and self._place_hooks()
-
     def _place_hooks(self) -> bool:
         """Hook the model and the head that it has now; return whether that is possible."""
         if not self.supported or is_compiled(self.model):
@@ -175,6 +169,7 @@ class SupervisedLoss:
 
     # ---------------------------------------------------------------------------------------- one call of the model
 
+    @runs_last
     def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: keep the labels."""
         if not self.enabled:
@@ -186,6 +181,7 @@ class SupervisedLoss:
             self.shifted = kwargs.get("shift_labels")
             self.ignored = kwargs.get("ignore_index", -100)
 
+    @runs_last
     def before_head(self, head: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Forward pre-hook of the head: give it only the supervised rows."""
         if not self.enabled or self.labels is None or self.calling or args[0].dim() != 3:
@@ -261,6 +257,7 @@ class SupervisedLoss:
         self.found = values, self.rows, self.shape
         return -values.sum()
 
+    @runs_last
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model: drop logits that are only those of some rows."""
         if not self.enabled:
