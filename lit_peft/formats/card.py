@@ -35,10 +35,15 @@ def write_card(model: nn.Module, folder: Path, base: str) -> None:
             lines.append(f"| {field.name} | {str(value)[:200].replace('|', chr(92) + '|')} |")
     started_from = attachment_of(model).started_from
     lines += ["", f"Training started from the adapter `{started_from}`."] if started_from else []
-    below = names_of(active_adapter(model))[:-1]
+    below = stacked_on(model)
     if below:
         lines += ["", f"Trained stacked on {', '.join(f'`{name}`' for name in below)}: load these adapters first, then"]
         lines += ["this one with a name, and call `lit_peft.set_adapter` with a `lit_peft.Stack` of all names."]
     lines += ["", f"{trainable_parameters(model):,} trained parameters in this folder.", "", "```python"]
     lines += ["import lit_peft", "", "model = lit_peft.load_adapter(model, FOLDER).eval()", "```", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def stacked_on(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the adapters that a model's active one is stacked on."""
+    return names_of(active_adapter(model))[:-1] if attachment_of(model).below else ()

@@ -12,12 +12,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lit_peft.formats import adapterhub, base_record, own, peft
-from lit_peft.formats.card import write_card
+from lit_peft.formats.card import stacked_on, write_card
 from lit_peft.formats.files import read_extra, write_extra
 from lit_peft.formats.untrusted import read_json
-from lit_peft.methods.adapters import active_adapter, adapter_names, new_adapter
+from lit_peft.methods.adapters import adapter_names, new_adapter
 from lit_peft.methods.attachment import Attachment, Model, attachment_of
-from lit_peft.methods.stack import names_of
 from lit_peft.nn.finite import non_finite_names
 from lit_peft.util.disk import whole_folder, write_failure
 from lit_peft.util.errors import LitPeftError, first_line
@@ -132,7 +131,7 @@ def write_adapter(
     else:
         adapterhub.write(model, folder, name, extended=format is None)
     base = base_record.base_record(model)
-    below = names_of(active_adapter(model))[:-1]
+    below = stacked_on(model)
     write_extra(folder, {base_record.KEY: base, **({BELOW: list(below)} if below else {})})
     if attachment.tokenizer is not None:
         attachment.tokenizer.save_pretrained(folder)
