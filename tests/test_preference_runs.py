@@ -440,3 +440,9 @@ def test_two_processes_train_what_one_trains(loss_type: str, decoder: Path, tmp_
         trainer.fit(module, data)
         found.append({name: float(value) for name, value in trainer.callback_metrics.items()})
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-5)
+
+
+def test_adapters_below_are_no_part_of_the_reference_so_they_are_refused() -> None:
+    with pytest.raises(LitPeftError, match="stack='folder' and task='preference' do not go together"):
+        lit_peft.AdapterP(base="nowhere", task="preference", stack="folder")
+    lit_peft.AdapterP(base="nowhere", task="preference", task_args={"loss_type": "orpo"}, stack="folder")

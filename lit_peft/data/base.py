@@ -101,6 +101,8 @@ class LitDataModule(pl.LightningDataModule):
 
     # Remove texts of the validation and test files from training.
     drops_overlap: bool = True
+    # The task that its batches are for; None: a task of one's own, or several.
+    task: str | None = None
     # Join several training examples to one row; a setting of `SupervisedData`.
     packing: bool = False
     # Columns that are read if a table has them.

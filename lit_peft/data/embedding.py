@@ -70,6 +70,8 @@ class EmbeddingData(LitDataModule):
         **common: see `LitDataModule`.
     """
 
+    task = "embedding"
+
     def __init__(
         self,
         anchor_column: str | None = None,

@@ -42,6 +42,7 @@ class MaskedLMData(LitDataModule):
         **common: see `LitDataModule`.
     """
 
+    task = "masked_lm"
     truncation_sides = ("right",)
     # Changing these changes the masks of a run that is resumed.
     drawing_settings = ("mlm_probability", "masking", "mask_replace_prob", "random_replace_prob", "seed")

@@ -52,6 +52,8 @@ class MultipleChoiceData(LitDataModule):
         **common: see `LitDataModule`.
     """
 
+    task = "multiple_choice"
+
     def __init__(
         self,
         question_column: str = "question",

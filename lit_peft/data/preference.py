@@ -73,6 +73,8 @@ class PreferenceData(LitDataModule):
         **common: see `LitDataModule`.
     """
 
+    task = "preference"
+
     def __init__(
         self,
         prompt_column: str | None = None,

@@ -49,6 +49,7 @@ class QuestionAnsweringData(LitDataModule):
         **common: see `LitDataModule`.
     """
 
+    task = "question_answering"
     # Long contexts become several windows.
     truncation_sides = ("right",)
 

@@ -59,6 +59,8 @@ class RewardData(LitDataModule):
         **common: see `LitDataModule`.
     """
 
+    task = "reward"
+
     def __init__(
         self,
         prompt_column: str | None = None,

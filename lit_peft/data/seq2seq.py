@@ -34,6 +34,8 @@ class Seq2SeqData(LitDataModule):
         **common: see `LitDataModule`.
     """
 
+    task = "seq2seq"
+
     def __init__(
         self,
         source_column: str = "source",

@@ -36,6 +36,7 @@ class SupervisedData(LitDataModule):
         **common: see `LitDataModule`.
     """
 
+    task = "causal_lm"
     cuts_tokens = True
 
     def __init__(self, train_on_inputs: bool = False, packing: bool = False, **common: Any) -> None:

@@ -59,6 +59,8 @@ class TextClassificationData(LitDataModule):
         **common: see `LitDataModule`.
     """
 
+    task = "sequence_classification"
+
     def __init__(
         self,
         text_column: str = "text",

@@ -44,6 +44,7 @@ class TokenClassificationData(LitDataModule):
         **common: see `LitDataModule`.
     """
 
+    task = "token_classification"
     # The standard splits share short sentences.
     drops_overlap = False
 

@@ -146,11 +146,15 @@ class Preference(CausalLM):
             )
 
     def check_data(self, data: Any) -> None:
-        """Refuse data of the other kind: single answers for a loss on pairs, or pairs for KTO.
+        """Refuse data of the other kind: single answers for a loss on pairs, or pairs for KTO; or a stream.
 
         Raises:
             LitPeftError: names the loss and the fix.
         """
+        if self.precompute_reference and getattr(data, "streaming", False):
+            raise LitPeftError(
+                "precompute_reference is set, but data.streaming reads the rows during training: leave one of them out."
+            )
         unpaired = getattr(data, "is_unpaired", None)
         if unpaired is not None and unpaired != self.settings.is_unpaired:
             raise LitPeftError(self._wrong_rows(unpaired))
@@ -178,11 +182,16 @@ class Preference(CausalLM):
         Raises:
             LitPeftError: the batch has rows of the other kind, or the reference was not computed for them.
         """
+        return self._compare(model, batch)
+
+    def _compare(self, model: Any, batch: Batch, with_loss: bool = True) -> Any:
+        """As `forward`. Without the loss, processes need not have equally many batches; KTO's divergence is None then."""
         settings, labels = self.settings, batch["labels"]
         if ("desirable" in batch) != settings.is_unpaired:
             raise LitPeftError(self._wrong_rows("desirable" in batch))
         first = 0 if model.config.is_encoder_decoder else 1  # the first token of a text is not predicted
         inputs, *others = _parts(batch)
+        batch = batch if with_loss else dict(inputs)
         # Before the model, whose activations then need not be there at the same time.
         ref, *ref_others = self._reference(model, batch)
         if settings.sft_on_prompt:
@@ -194,6 +203,8 @@ class Preference(CausalLM):
         ref_sums = torch.zeros_like(sums) if ref is None else ref.sum(1).to(sums)
         found.logps = sums / tokens.clamp(min=1) if settings.averages else sums
         found.rewards = (settings.strength * (found.logps - ref_sums)).detach()
+        if not with_loss:
+            return found
         if settings.is_unpaired:
             found.kl = self._divergence(model, others[0], ref_others[0])
             found.losses = kto_losses(sums - ref_sums, found.kl, batch["desirable"], settings)
@@ -320,7 +331,7 @@ class Preference(CausalLM):
     def predict(self, model: Any, batch: Batch, generation: Generation) -> list[dict[str, Any]]:
         """Return for each pair `prompt`, `chosen`, `rejected`, `accurate`, `margin`, and the rewards and
         log-probabilities of both answers; for each single answer `prompt`, `completion`, `label`, `reward`, `logp`."""
-        output = self.forward(model, batch)
+        output = self._compare(model, batch, with_loss=False)
         rewards, logps = output.rewards.tolist(), output.logps.tolist()
         prompts, answers = _texts(batch, generation.tokenizer, model.config.is_encoder_decoder)
         if "desirable" in batch:

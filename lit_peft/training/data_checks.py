@@ -34,10 +34,16 @@ class DataChecks:
         """Refuse a data module whose batches the method or the task cannot use.
 
         Raises:
-            LitPeftError: its new tokens are not the module's; or it is packed, and the method has virtual tokens or the
-                task cannot use packed rows.
+            LitPeftError: it is for another task; its new tokens are not the module's; or it is packed, and the method
+                has virtual tokens or the task cannot use packed rows.
         """
         check_tokens(self, data)
+        made_for = getattr(data, "task", None)
+        if isinstance(made_for, str) and made_for != self.task.name:
+            raise LitPeftError(
+                f"task={self.task.name!r} has no use for {type(data).__name__}, whose rows are for {made_for!r}: set "
+                f"model.task to {made_for!r}, or use the data module of {self.task.name!r}."
+            )
         self.task.check_data(data)
         if getattr(data, "packing", False):
             check_method(self.settings)

@@ -28,7 +28,6 @@ from lit_peft.training.building import load_bare_base
 from lit_peft.training.lightning_internals import trainer_of
 from lit_peft.training.run_record import say
 from lit_peft.util.disk import whole_file
-from lit_peft.util.errors import LitPeftError
 
 # Raised when the same key would give other numbers than before.
 _VERSION = 1
@@ -43,14 +42,10 @@ def precompute_reference(module: Any, data: Any, splits: tuple[str, ...]) -> Non
         splits: the splits of the stage; those that the data does not have are left out.
 
     Raises:
-        LitPeftError: the training rows are a stream, or the cache cannot be written.
+        LitPeftError: the cache cannot be written.
     """
     if not (hasattr(data, "examples") and hasattr(data, "collator")):
         return  # the task says what is missing when the first batch comes
-    if data.streaming and "train" in splits:
-        raise LitPeftError(
-            "precompute_reference is set, but data.streaming reads the rows during training: leave one of them out."
-        )
     for split in splits:
         if split not in data.rows:
             continue
