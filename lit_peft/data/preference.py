@@ -117,6 +117,16 @@ class PreferenceData(ComparisonData):
         return False
 
     @property
+    def learns_tokens(self) -> bool:  # type: ignore[override]
+        """Whether the answers follow their prompts; those of an encoder-decoder are apart."""
+        return not self.is_encoder_decoder
+
+    @property
+    def rows_per_example(self) -> int:  # type: ignore[override]
+        """The rows that an example has in a batch, one for each answer."""
+        return 1 if self.is_unpaired else 2
+
+    @property
     def is_unpaired(self) -> bool | None:
         """Whether the examples are single answers; None until a table is read."""
         return None if self._form is None else self.unpair or self._form.label is not None

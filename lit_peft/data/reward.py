@@ -62,6 +62,8 @@ class RewardData(ComparisonData):
         **common: see `LitDataModule`.
     """
 
+    rows_per_example = 2
+
     def __init__(
         self,
         prompt_column: str | None = None,
@@ -158,6 +160,10 @@ class RewardData(ComparisonData):
             warn=True,
         )
         return table.select(kept)
+
+    def to_show(self, example: dict[str, Any]) -> dict[str, Any]:
+        """As `LitDataModule.to_show`; of a pair, the first text is the right one."""
+        return {**example, "labels": 0} if isinstance(example["input_ids"][0], (list, tuple)) else example
 
     def collator(self, split: Split) -> Collate:
         """As `LitDataModule.collator`, for both texts of each pair."""

@@ -37,6 +37,7 @@ class SupervisedData(LitDataModule):
     """
 
     cuts_tokens = True
+    learns_tokens = True
 
     def __init__(self, train_on_inputs: bool = False, packing: bool = False, **common: Any) -> None:
         super().__init__(**common)
