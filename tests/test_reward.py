@@ -329,8 +329,9 @@ def test_the_side_that_is_cut_is_a_setting(encoder: Path, tmp_path: Path) -> Non
         ({"chosen": "the", "rejected": "film", "margin": "much"}, "row 2: column 'margin' has 'much'"),
         ({"chosen": [{"content": "the"}], "rejected": "film"}, "with a role and a content"),
         ({"chosen": [USER], "rejected": [USER], "prompt": [USER]}, "nothing after the prompt"),
+        ({"chosen": [answer("a"), {"content": "b"}], "rejected": [answer("c")]}, "message 2 lacks its role"),
     ],
-    ids=["empty", "margin", "message", "no answer"],
+    ids=["empty", "margin", "message", "no answer", "second message"],
 )
 def test_a_wrong_row_is_named(row: dict[str, Any], problem: str, encoder: Path, tmp_path: Path) -> None:
     first = {**dict.fromkeys(row, "good"), "chosen": "good", "rejected": "bad"}

@@ -149,8 +149,10 @@ def read_preference(cells: Mapping[str, Any], form: PreferenceForm) -> tuple[lis
         ValueError: the row cannot be read; the text says why.
     """
     if form.prompt is None or cells.get(form.prompt.first) is None:
-        answers = [_turns(cells.get(column), column, form.kind) for column in form.answers]
-        if form.kind == "text":
+        is_chat = all(looks_like_messages(cells.get(column)) for column in form.answers)
+        kind = "messages" if is_chat else form.kind
+        answers = [_turns(cells.get(column), column, kind) for column in form.answers]
+        if kind == "text":
             return [], answers
         prompt, answers = _split(answers)
         return with_system(prompt, cells.get(form.system) if form.system else None), answers

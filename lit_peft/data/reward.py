@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.base import pad_collator
 from lit_peft.data.chat_rendering import ChatRenderer
-from lit_peft.data.chats import chat_problem
+from lit_peft.data.chats import first_problem
 from lit_peft.data.collate import PadCollator
 from lit_peft.data.comparisons import ComparisonData, first_values
 from lit_peft.data.encoding import tokenize
@@ -91,7 +91,7 @@ class RewardData(ComparisonData):
     def form_of(self, table: Dataset) -> PreferenceForm:
         """Return how the rows of a table write pairs, or the single texts to score."""
         names, values = set(table.column_names), first_values(table)
-        form = super().form_of(table)
+        form = find_form(values, self.named)
         if {self.named.chosen, self.named.rejected} & names:
             is_missing = form.prompt is not None and self.named.prompt is None and form.prompt.first not in names
             return replace(form, prompt=None) if is_missing else form
@@ -226,16 +226,19 @@ def encode_texts_to_score(
     for row, cells in enumerate(rows_of(batch, filled_columns)):
         try:
             prompt, answers = read_preference(cells, form)
-            is_chat = renderer is not None and bool(prompt or form.kind != "text")
+            if problem := next(filter(None, (first_problem([*prompt, *answer]) for answer in answers)), ""):
+                raise ValueError(problem)
+            # There is no telling who says a text without a prompt.
+            chat = renderer if prompt or form.kind != "text" else None
             texts = [
-                _chat_text(renderer, prompt, answer)
-                if is_chat and renderer is not None
+                _chat_text(chat, [*prompt, *answer])
+                if chat is not None
                 else _plain_text(prompt, answer, style, cells.get(input_column or ""))
                 for answer in answers
             ]
-        except ValueError as problem:
-            raise RowError(row, f"{problem}; correct it.") from problem
-        found = [_tokens(tokenizer, text, max_length, special=not is_chat) for text in texts]
+        except ValueError as error:
+            raise RowError(row, f"{error}; correct it.") from error
+        found = [_tokens(tokenizer, text, max_length, special=chat is None) for text in texts]
         out["input_ids"].append([ids for ids, _ in found] if len(found) == 2 else found[0][0])
         out["cut"].append(sum(cut for _, cut in found))
         if margin_column is not None:
@@ -250,11 +253,9 @@ def encode_texts_to_score(
     return out
 
 
-def _chat_text(renderer: ChatRenderer, prompt: list[Any], answer: list[Any]) -> str:
-    if prompt and (problem := chat_problem([*prompt, *answer], needs_answer=False)):
-        raise ValueError(problem)
+def _chat_text(renderer: ChatRenderer, messages: list[Any]) -> str:
     try:
-        return renderer.render(renderer.clean([*prompt, *answer]))
+        return renderer.render(renderer.clean(messages))
     except Exception as problem:  # whatever a template raises
         raise ValueError(f"the messages cannot be rendered ({first_line(problem)})") from problem
 
