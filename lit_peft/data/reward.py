@@ -104,9 +104,7 @@ class RewardData(ComparisonData):
         return PreferenceForm(None, (self.text_column,), None, kind)
 
     def style(self, form: PreferenceForm) -> str:
-        """Return how rows of this form become text: `chat`, by the chat template; `dialogue`; `alpaca`; or `plain`."""
-        if form.kind == "text" and form.prompt is None:
-            return "plain"
+        """Return how prompts become text: `chat`, by the chat template; `dialogue`; `alpaca`; or `plain`."""
         if getattr(self.tokenizer, "chat_template", None):
             return "chat"
         return "dialogue" if form.kind != "text" else "alpaca" if form.is_alpaca else "plain"
@@ -121,7 +119,8 @@ class RewardData(ComparisonData):
         if len(form.answers) == 2 and set(form.columns) <= set(table.column_names):
             prompt = "no prompt column" if form.prompt is None else f"prompts in column {form.prompt.first!r}"
             margin = f", margins in {self.margin_column!r}" if self.margin_column in table.column_names else ""
-            how = _STYLES.get(self.style(form), "read as text" if form.prompt is None else "joined as text")
+            is_text = form.prompt is None and form.kind == "text"
+            how = "read as text" if is_text else _STYLES.get(self.style(form), "joined as text")
             self.notes.add(f"{field}: pairs with {prompt}{margin}, {how}.")
             self.note_unread(form, table, field)
         return super().prepare_table(table, split, field, source)
