@@ -127,6 +127,18 @@ def test_the_page_is_self_contained_and_escaped(
             ["(0) it is", "(1) [["],
         ),
         ("Seq2SeqData", [{"source": "the film", "target": "a story"}], [], ["→ [[a story"]),
+        (
+            "RewardData",
+            [{"prompt": "the film", "chosen": "good", "rejected": "bad"}],
+            [],
+            ["(0) [[the film good", "(1) the film bad", " 1 examples", "longest 4"],
+        ),
+        (
+            "PreferenceData",
+            [{"prompt": "the film", "chosen": "good", "rejected": "bad"}],
+            [],
+            ["(0) the film[[ good", "(1) the film[[ bad", " 1 examples", "longest 4"],
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from models import ALL, ENCODERS, QUIET, scramble, trained_of
 from torch.nn.functional import logsigmoid
 
@@ -18,7 +19,8 @@ import lit_peft
 from lit_peft import LitPeftError
 from lit_peft.cli import main
 from lit_peft.data import RewardData
-from lit_peft.data.pairs import PairForm, find_pair_form, read_pair, write_dialogue
+from lit_peft.data.preference_encoding import prompt_text, without_input
+from lit_peft.data.preference_forms import read_preference, write_dialogue
 from lit_peft.tasks import find_task
 
 PROMPTS = ["PrefixTuning", "PTuningV2", "PTuning", "PromptTuning"]
@@ -62,7 +64,6 @@ IDS[:, -1] = 1  # the end, by which T5 and BART find the sequence's vector
 def test_loss_gradients_and_metrics_equal_those_of_trl(
     margin: bool, center: float | None, decoder: Path, tmp_path: Path
 ) -> None:
-    from datasets import Dataset
     from peft import PeftModel
     from trl import RewardConfig, RewardTrainer
 
@@ -206,15 +207,13 @@ def test_settings_out_of_range_are_refused() -> None:
 @pytest.mark.parametrize(
     ("row", "prompt", "chosen", "rejected"),
     [
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q", "a", "b"),
-        ({"chosen": "a", "rejected": "b"}, "", "a", "b"),
+        ({"prompt": "how is it", "chosen": "a", "rejected": "b"}, [USER], [answer("a")], [answer("b")]),
+        ({"chosen": "a", "rejected": "b"}, [], [answer("a")], [answer("b")]),
         (
-            {"instruction": "q", "input": "i", "chosen": "a", "rejected": "b"},
-            "Below is an instruction that describes a task, paired with an input that provides further context. Write "
-            "a response that appropriately completes the request.\n\n### Instruction:\nq\n\n### Input:\ni\n\n"
-            "### Response:\n",
-            "a",
-            "b",
+            {"instruction": "how", "input": "is it", "chosen": "a", "rejected": "b"},
+            [{"role": "user", "content": "how\nis it"}],
+            [answer("a")],
+            [answer("b")],
         ),
         ({"prompt": [USER], "chosen": [answer("a")], "rejected": [answer("b")]}, [USER], [answer("a")], [answer("b")]),
         ({"chosen": [USER, answer("a")], "rejected": [USER, answer("b")]}, [USER], [answer("a")], [answer("b")]),
@@ -254,16 +253,29 @@ def test_settings_out_of_range_are_refused() -> None:
     ids=["text", "no prompt", "instruction", "messages", "implicit", "repeated", "ShareGPT", "hh-rlhf", "hh prompt"],
 )
 def test_every_form_of_a_pair_is_read(row: dict[str, Any], prompt: Any, chosen: Any, rejected: Any) -> None:
-    pair = read_pair(row, find_pair_form(list(row), PairForm()))
-    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, chosen, rejected)
+    form = RewardData().form_of(Dataset.from_list([row]))
+    assert read_preference(row, form) == (prompt, [chosen, rejected])
+
+
+def test_an_instruction_without_a_chat_template_is_in_the_form_of_alpaca(encoder: Path) -> None:
+    row = {"instruction": "q", "input": "i", "chosen": "a", "rejected": "b"}
+    data = RewardData(base=str(encoder))
+    form = data.form_of(Dataset.from_list([row]))
+    style = data.style(form)
+    form, column = without_input(form, style)
+    assert prompt_text(read_preference(row, form)[0], style, row[str(column)]) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write "
+        "a response that appropriately completes the request.\n\n### Instruction:\nq\n\n### Input:\ni\n\n"
+        "### Response:\n"
+    )
 
 
 def test_a_dialogue_is_written_as_it_was_read() -> None:
-    text = "\n\nHuman: how is it\n\nAssistant: it was"
-    pair = read_pair({"chosen": text, "rejected": "\n\nHuman: how is it\n\nAssistant: x"}, PairForm(system=None))
-    assert write_dialogue([*pair.prompt, *pair.chosen]) == text  # type: ignore[list-item]
-    as_chat = read_pair({"prompt": "q", "chosen": "a", "rejected": "b"}, PairForm(prompt="prompt"), as_chat=True)
-    assert as_chat.prompt == [{"role": "user", "content": "q"}] and as_chat.chosen == [answer("a")]
+    text = "\n\nSystem: well\n\nHuman: how is it\n\nAssistant: it was"
+    row = {"chosen": text, "rejected": "\n\nSystem: well\n\nHuman: how is it\n\nAssistant: x"}
+    prompt, (chosen, rejected) = read_preference(row, RewardData().form_of(Dataset.from_list([row])))
+    assert prompt == [{"role": "system", "content": "well"}, USER] and rejected == [answer("x")]
+    assert write_dialogue([*prompt, *chosen]) == text
 
 
 def test_batches_have_the_chosen_texts_first_and_margins(pairs: str, encoder: Path) -> None:
@@ -317,8 +329,9 @@ def test_the_side_that_is_cut_is_a_setting(encoder: Path, tmp_path: Path) -> Non
         ({"chosen": "the", "rejected": "film", "margin": "much"}, "row 2: column 'margin' has 'much'"),
         ({"chosen": [{"content": "the"}], "rejected": "film"}, "with a role and a content"),
         ({"chosen": [USER], "rejected": [USER], "prompt": [USER]}, "nothing after the prompt"),
+        ({"chosen": [answer("a"), {"content": "b"}], "rejected": [answer("c")]}, "message 2 lacks its role"),
     ],
-    ids=["empty", "margin", "message", "no answer"],
+    ids=["empty", "margin", "message", "no answer", "second message"],
 )
 def test_a_wrong_row_is_named(row: dict[str, Any], problem: str, encoder: Path, tmp_path: Path) -> None:
     first = {**dict.fromkeys(row, "good"), "chosen": "good", "rejected": "bad"}

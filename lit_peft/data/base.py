@@ -103,8 +103,12 @@ class LitDataModule(pl.LightningDataModule):
     drops_overlap: bool = True
     # The task that its batches are for; None: a task of one's own, or several.
     task: str | None = None
-    # Join several training examples to one row; a setting of `SupervisedData`.
-    packing: bool = False
+    # Join several training examples to one row; a setting of `SupervisedData`, None for other tasks.
+    packing: bool | None = None
+    # Whether labels are tokens to predict, each in the place of its token.
+    learns_tokens: bool = False
+    # The rows that an example has in a batch: first the first one of each example, then the second ones.
+    rows_per_example: int = 1
     # Columns that are read if a table has them.
     optional_columns: Sequence[str] = ()
     # One row of a txt file: "line", "paragraph" or "document".
@@ -152,12 +156,7 @@ class LitDataModule(pl.LightningDataModule):
         super().__init__()
         self.base = base
         self.revision = revision
-        self.sources: dict[Split, Any] = {
-            "train": train,
-            "validation": validation,
-            "test": test,
-            "predict": predict,
-        }
+        self.sources: dict[Split, Any] = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.dataset = dataset
         self.dataset_config = dataset_config
         self.tokenizer_name = tokenizer
@@ -240,6 +239,10 @@ class LitDataModule(pl.LightningDataModule):
     def collator(self, split: Split) -> Collate:
         """Return the function that joins the examples of a split into a batch."""
         return pad_collator(self)
+
+    def to_show(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Return an example as `lit-peft data` shows it: with what the collator adds."""
+        return example
 
     # ---------------------------------------------------------------------------------- rows to examples
 

@@ -67,15 +67,22 @@ def chat_problem(messages: Any, needs_answer: bool, learn: str | Sequence[str] =
     if not isinstance(messages, list) or not messages:
         return "no list of messages; each message needs a role and a content"
     roles_to_learn = ("assistant",) if isinstance(learn, str) else tuple(learn)
-    for number, message in enumerate(messages, start=1):
-        if problem := _message_problem(message, roles_to_learn):
-            return f"message {number} {problem}"
+    if problem := first_problem(messages, roles_to_learn):
+        return problem
     roles = [message["role"] for message in messages]
     if set(roles) == {"assistant"}:
         return "only the assistant's turns; put a user's turn first"
     if needs_answer and not set(roles_to_learn) & set(roles):
         wanted = "assistant's turn" if roles_to_learn == ("assistant",) else f"turn of {', '.join(roles_to_learn)}"
         return f"no {wanted} to learn; the roles are {', '.join(map(repr, dict.fromkeys(roles)))}"
+    return ""
+
+
+def first_problem(messages: Sequence[Any], roles_to_learn: Sequence[str] = ("assistant",)) -> str:
+    """Return what is wrong with the first bad message, with its number; "" if all are fine."""
+    for number, message in enumerate(messages, start=1):
+        if problem := _message_problem(message, roles_to_learn):
+            return f"message {number} {problem}"
     return ""
 
 

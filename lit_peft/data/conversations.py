@@ -188,7 +188,7 @@ def read_conversation(cells: Mapping[str, Any], form: Form, with_answer: bool = 
                 messages += _of_column(form.second, answer, read_messages)
             else:
                 messages.append({"role": "assistant", "content": str(answer)})
-    return _with_system(messages, cells.get(form.system) if form.system else None)
+    return with_system(messages, cells.get(form.system) if form.system else None)
 
 
 def _joined_prompt(cells: Mapping[str, Any], form: Form) -> Any:
@@ -214,7 +214,7 @@ def _of_column(column: str | None, cell: Any, read: Callable[[Any], list[Any]]) 
         raise ValueError(f"column {column!r}: {problem}") from problem
 
 
-def _with_system(messages: list[Any], system: Any) -> list[Any]:
+def with_system(messages: list[Any], system: Any) -> list[Any]:
     """Put a system prompt before the messages, if there is one.
 
     Raises:

@@ -123,7 +123,8 @@ def no_progress_bars() -> Iterator[None]:
 def token_counts(examples: Any) -> list[int]:
     """Return the number of tokens of each example; of an example with several texts, that of the longest."""
     if not hasattr(examples, "with_format"):
-        return [len(example["input_ids"]) for example in examples]
+        texts = (example["input_ids"] for example in examples)
+        return [max(map(len, ids)) if ids and isinstance(ids[0], (list, tuple)) else len(ids) for ids in texts]
     import pyarrow.compute as pc
 
     counts: list[int] = []

@@ -43,6 +43,7 @@ class MaskedLMData(LitDataModule):
     """
 
     task = "masked_lm"
+    learns_tokens = True
     truncation_sides = ("right",)
     # Changing these changes the masks of a run that is resumed.
     drawing_settings = ("mlm_probability", "masking", "mask_replace_prob", "random_replace_prob", "seed")
@@ -135,8 +136,10 @@ class MaskedLMData(LitDataModule):
         masks = self._masks(tokenizer.mask_token_id, len(tokenizer), tuple(tokenizer.all_special_ids))
         return MaskCollator(pad, masks, f"{self.seed} {split}")
 
-    def masked(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Return an example with masks, to look at: `input_ids` and `labels`, lists of int."""
+    def to_show(self, example: dict[str, Any]) -> dict[str, Any]:
+        """As `LitDataModule.to_show`, with masks; prediction has its own in the text."""
+        if "labels" in example or "texts" in example:
+            return example
         collator = self.collator("train")
         assert isinstance(collator, MaskCollator)
         ids, labels = collator.mask(example, f"{example['input_ids']}")

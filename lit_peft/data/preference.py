@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Hashable
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lit_peft.data.base import LitDataModule, pad_collator
+from lit_peft.data.base import pad_collator
 from lit_peft.data.chat_rendering import ChatRenderer, unused_fields
 from lit_peft.data.chats import TEMPLATE_COLUMNS
+from lit_peft.data.comparisons import ComparisonData
 from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values, fingerprint
@@ -19,17 +18,11 @@ from lit_peft.data.loaders import Collate
 from lit_peft.data.notes import note_lost_labels, note_missing_end, share_of
 from lit_peft.data.preference_encoding import PreferenceCollator, add_mismatched, encode_preferences, split_answers
 from lit_peft.data.preference_forms import (
-    CHATS,
-    COMPLETIONS,
-    LABELS,
-    PROMPTS,
     Columns,
     PreferenceForm,
-    find_form,
-    read_preference,
 )
-from lit_peft.data.prompt_templates import TEMPLATES, read_template
-from lit_peft.data.rows import Rows, Split, require_text, text_key
+from lit_peft.data.prompt_templates import TEMPLATES
+from lit_peft.data.rows import Rows, Split, require_text
 from lit_peft.data.settings import refuse_unused
 from lit_peft.models.sources import resolve_base
 from lit_peft.util.errors import LitPeftError, closest
@@ -37,19 +30,16 @@ from lit_peft.util.errors import LitPeftError, closest
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# A table's form is found from the first value of each column; this many rows are searched for one.
-_ROWS_TO_SEARCH = 100
 
-
-class PreferenceData(LitDataModule):
+class PreferenceData(ComparisonData):
     """Prompts with a chosen and a rejected answer, or with one answer and a label, for the task `preference`.
 
     The form is found from the columns, and the banner names it. Pairs: `prompt`, `chosen` and `rejected` as text or as
     messages; messages in `chosen` and `rejected` alone, whose common start is the prompt; Alpaca's `instruction`,
     `input`, `system` and `history` or ShareGPT's `conversations`, with `chosen` and `rejected` (LLaMA-Factory's files);
-    or Anthropic's dialogues ("\\n\\nHuman: …\\n\\nAssistant: …") in `chosen` and `rejected`. Single answers, for KTO:
-    `prompt`, `completion` and `label` (true or false), as text or as messages; or messages whose last turn is the
-    answer, and `label` or `kto_tag`.
+    or Anthropic's dialogues ("\\n\\nHuman: …\\n\\nAssistant: …") in `chosen` and `rejected`, or in `prompt`. Single
+    answers, for KTO: `prompt`, `completion` and `label` (true or false), as text or as messages; or messages whose last
+    turn is the answer, and `label` or `kto_tag`.
 
     Chats are rendered by the tokenizer's chat template, and so are prompts and instructions if there is one. The loss
     is on the answers with their end-of-turn or end-of-text token. Batches: see `lit_peft.tasks.preference.Preference`;
@@ -90,8 +80,7 @@ class PreferenceData(LitDataModule):
         unpair: bool = False,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
-        self.named = Columns(
+        named = Columns(
             prompt_column,
             chosen_column,
             rejected_column,
@@ -101,8 +90,8 @@ class PreferenceData(LitDataModule):
             system_column,
             history_column,
         )
+        super().__init__(named, chat_template, **common)
         self.template = template
-        self.chat_template = chat_template
         self.unpair = unpair
         if template not in (None, "chat", *TEMPLATES):
             raise LitPeftError(
@@ -111,24 +100,8 @@ class PreferenceData(LitDataModule):
         refuse_unused(
             f"with data.template {template!r}", {"chat_template": chat_template is not None and template in TEMPLATES}
         )
-        # The form of each split's table, and of the one that was read last.
-        self._forms: dict[Split, PreferenceForm] = {}
+        # The form of the table that was read last.
         self._form: PreferenceForm | None = None
-        # Until a table is read, every column that a form may have.
-        names = (*PROMPTS, *CHATS, *COMPLETIONS, *LABELS, *TEMPLATE_COLUMNS, *filter(None, vars(self.named).values()))
-        self.optional_columns = names
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, with `chat_template` if that is set."""
-        tokenizer = super().tokenizer
-        if self.chat_template is not None:
-            tokenizer.chat_template = read_template(self.chat_template)
-        return tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        LitDataModule.tokenizer.fset(self, tokenizer)  # type: ignore[attr-defined]
 
     @cached_property
     def is_encoder_decoder(self) -> bool:
@@ -146,21 +119,19 @@ class PreferenceData(LitDataModule):
         return False
 
     @property
+    def learns_tokens(self) -> bool:  # type: ignore[override]
+        """Whether the answers follow their prompts; those of an encoder-decoder are apart."""
+        return not self.is_encoder_decoder
+
+    @property
+    def rows_per_example(self) -> int:  # type: ignore[override]
+        """The rows that an example has in a batch, one for each answer."""
+        return 1 if self.is_unpaired else 2
+
+    @property
     def is_unpaired(self) -> bool | None:
         """Whether the examples are single answers; None until a table is read."""
         return None if self._form is None else self.unpair or self._form.label is not None
-
-    def columns(self, split: Split) -> dict[str, str | None]:
-        """The columns of the prompt and of the answers or, for single answers, of the label."""
-        form = self._forms.get(split)
-        if form is None:
-            return {}
-        names: dict[str, str | None] = {}
-        if form.prompt is not None:
-            names["data.prompt_column"] = form.prompt.first
-        settings = ("data.chosen_column", "data.rejected_column") if form.label is None else ("data.completion_column",)
-        names.update(zip(settings, form.answers, strict=False))
-        return names if form.label is None else {**names, "data.label_column": form.label}
 
     def prepare_table(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
         """As `LitDataModule.prepare_table`; it also finds the form of the rows, and notes it."""
@@ -170,7 +141,7 @@ class PreferenceData(LitDataModule):
                 f"{field} {source!r} has {form.describe()}, and other data has {self._form.describe()}: give either "
                 "pairs or single answers."
             )
-        self._forms[split] = self._form = form
+        self.forms[split] = self._form = form
         if self.unpair and form.label is not None:
             raise LitPeftError(f"data.unpair is set, but {field} {source!r} has single answers already: leave it out.")
         self.optional_columns = (*form.optional, *self._template_columns(table, form))
@@ -179,19 +150,8 @@ class PreferenceData(LitDataModule):
             by = "rendered by the tokenizer's chat template" if style == "chat" else f"in the form {style!r}"
             alone = ", each answer by itself" if self.unpair else ""
             self.notes.add(f"{field}: {form.describe()}, {by}{alone}.")
-            if form.prompt is None and (unread := [name for name in PROMPTS if name in table.column_names]):
-                self.notes.add(
-                    f"{field}: column {unread[0]!r} not used, because the answers contain their prompts.", warn=False
-                )
+            self.note_unread(form, table, field)
         return super().prepare_table(table, split, field, source)
-
-    def form_of(self, table: Dataset) -> PreferenceForm:
-        """Return how the rows of a table write preferences."""
-        values = {}
-        for name in table.column_names:
-            first = (table[index][name] for index in range(min(len(table), _ROWS_TO_SEARCH)))
-            values[name] = next((value for value in first if value is not None), None)
-        return find_form(values, self.named)
 
     def style(self, form: PreferenceForm) -> str:
         """Return how rows of this form are rendered: see `template`."""
@@ -204,28 +164,6 @@ class PreferenceData(LitDataModule):
 
     def _template_columns(self, table: Dataset, form: PreferenceForm) -> list[str]:
         return [name for name in TEMPLATE_COLUMNS if name in table.column_names and self.style(form) == "chat"]
-
-    def duplicate_key(self, table: Dataset) -> Callable[[int], Hashable]:
-        """The prompt and the answers."""
-        form = self.form_of(table)
-        return text_key(table, [name for name in (*form.columns, *form.optional) if name in table.column_names])
-
-    def group_key(self, table: Dataset) -> Callable[[int], Hashable]:
-        """The prompt: all pairs of a prompt are in one split."""
-        form = self.form_of(table)
-        if form.prompt is not None and form.answers:
-            names = (form.prompt.first, *form.optional)
-            return text_key(table, [name for name in names if name in table.column_names])
-        columns = {name: column_values(table, name) for name in form.columns}
-
-        def prompt(index: int) -> Hashable:
-            try:
-                messages = read_preference({name: values[index] for name, values in columns.items()}, form)[0]
-            except ValueError:  # `encode` names the row
-                return ("row", index)
-            return json.dumps(messages, sort_keys=True, default=str)
-
-        return prompt
 
     def check_rows(self, rows: Rows, split: Split) -> Rows:
         """Every row needs text or messages in each of its columns; messages are checked when they are read."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,15 @@ import numpy as np
 from lit_peft.data.chat_rendering import ChatRenderer
 from lit_peft.data.chats import add_rendered, chat_problem, template_arguments, without_nulls
 from lit_peft.data.collate import IGNORE, PadCollator
-from lit_peft.data.preference_forms import PreferenceForm, SkippedRowError, plain_prompt, read_label, read_preference
+from lit_peft.data.preference_forms import (
+    PreferenceForm,
+    SkippedRowError,
+    check_answers,
+    plain_prompt,
+    read_label,
+    read_preference,
+    write_dialogue,
+)
 from lit_peft.data.prompt_templates import fill_template
 from lit_peft.data.rows import RowError
 from lit_peft.data.supervised import end_of_text, strip_end_tokens
@@ -24,6 +32,22 @@ if TYPE_CHECKING:
 Tokens = list[int]
 # More tokens than any text has.
 _NO_LIMIT = 2**30
+
+
+def rows_of(batch: dict[str, list[Any]], filled_columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a batch, without the nulls that fill the objects of some columns."""
+    for row in range(len(next(iter(batch.values())))):
+        yield {
+            name: without_nulls(values[row]) if name in filled_columns else values[row]
+            for name, values in batch.items()
+        }
+
+
+def without_input(form: PreferenceForm, style: str) -> tuple[PreferenceForm, str | None]:
+    """Return a form without the column of an instruction's input, for which plain text has a place, and that column."""
+    if style == "chat" or form.prompt is None:
+        return form, None
+    return replace(form, prompt=replace(form.prompt, input=None)), form.prompt.input
 
 
 def encode_preferences(
@@ -63,21 +87,18 @@ def encode_preferences(
         RowError: a row cannot be read or rendered, or must be left out and may not be.
     """
     renderer = ChatRenderer(tokenizer) if style == "chat" else None
-    # A template in plain text has a place of its own for the input of an instruction.
-    input_column = form.prompt.input if form.prompt is not None and renderer is None else None
-    if input_column is not None and form.prompt is not None:
-        form = replace(form, prompt=replace(form.prompt, input=None))
+    form, input_column = without_input(form, style)
     out: dict[str, list[Any]] = {
         name: [] for name in ("input_ids", "labels", "length", "supervised", "lost", "desirable", "left_out")
     }
-    for row in range(len(next(iter(batch.values())))):
-        cells = {name: values[row] for name, values in batch.items()}
-        cells = {name: without_nulls(cell) if name in filled_columns else cell for name, cell in cells.items()}
+    for row, cells in enumerate(rows_of(batch, filled_columns)):
         left_out = ""
         texts: list[tuple[Tokens, Tokens]] = [([], [])] * max(len(form.answers), 1)
         try:
             label = None if form.label is None else read_label(cells[form.label], form.label)
             prompt, answers = read_preference(cells, form)
+            if form.prompt is None:
+                check_answers(answers)
             for answer in answers:
                 if problem := chat_problem([*prompt, *answer], needs_answer=True):
                     raise ValueError(problem)
@@ -85,8 +106,7 @@ def encode_preferences(
                 extra = template_arguments({name: cells[name] for name in template_columns}, row)
                 texts = [_rendered(renderer, prompt, answer, extra) for answer in answers]
             else:
-                cell = cells.get(input_column) if input_column else None
-                asked = _prompt_text(prompt, style, "" if cell is None else str(cell))
+                asked = prompt_text(prompt, style, cells.get(input_column or ""))
                 texts = _filled(tokenizer, asked, answers, style, is_encoder_decoder)
             if len(texts) == 2 and texts[0] == texts[1] and not needs_all:
                 raise SkippedRowError("whose answers are the same")
@@ -134,14 +154,32 @@ def _rendered(
     return out["input_ids"][0], out["labels"][0]
 
 
-def _prompt_text(prompt: list[Any], style: str, input_text: str) -> str:
-    """Return a prompt as plain text, up to where the answer starts."""
-    if style != "dialogue":
-        question, system, history = plain_prompt(prompt)
-        return fill_template(question, input_text, style, system, history)
-    speakers = {"user": "Human", "assistant": "Assistant"}
-    turns = [f"\n\n{speakers[message['role']]}: {message['content']}" for message in prompt]
-    return "".join([*turns, "\n\nAssistant:"])
+def prompt_text(prompt: list[Any], style: str, input_cell: Any = None) -> str:
+    """Return a prompt as text, up to where the answer starts.
+
+    Args:
+        prompt: its messages.
+        style: `dialogue`, or a template of `fill_template`.
+        input_cell: the input of an instruction.
+
+    Raises:
+        ValueError: only a chat template can render the messages.
+    """
+    if style == "dialogue":
+        return f"{write_dialogue(prompt)}\n\nAssistant:"
+    question, system, history = plain_prompt(prompt)
+    return fill_template(question, "" if input_cell is None else str(input_cell), style, system, history)
+
+
+def answer_text(answer: list[Any]) -> str:
+    """Return an answer of one turn as text.
+
+    Raises:
+        ValueError: only a chat template can render it.
+    """
+    if len(answer) > 1 or not isinstance(answer[0].get("content"), str):
+        raise ValueError("an answer of several turns needs a chat template; set data.chat_template")
+    return str(answer[0]["content"])
 
 
 def _filled(
@@ -151,9 +189,7 @@ def _filled(
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     found = []
     for answer in answers:
-        if len(answer) > 1 or not isinstance(answer[0].get("content"), str):
-            raise ValueError("an answer of several turns needs a chat template; set data.chat_template")
-        reply = answer[0]["content"] if style == "plain" else answer[0]["content"].lstrip()
+        reply = answer_text(answer) if style == "plain" else answer_text(answer).lstrip()
         reply = f" {reply}" if style == "dialogue" else reply
         if apart:
             tail = strip_end_tokens(tokenizer(text_target=reply, verbose=False)["input_ids"], tokenizer)

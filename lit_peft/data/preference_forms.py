@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lit_peft.data.conversations import Form, looks_like_messages, read_conversation, read_messages
+from lit_peft.data.conversations import Form, looks_like_messages, read_conversation, read_messages, with_system
 from lit_peft.util.type_checks import brief
 
 # Columns of a prompt, of a conversation up to the answer, of a single answer, and of its label.
@@ -15,7 +15,9 @@ PROMPTS = ("prompt", "question", "query", "instruction")
 CHATS = ("messages", "conversations", "conversation")
 COMPLETIONS = ("completion", "response", "output")
 LABELS = ("label", "kto_tag")
-_TURN = re.compile(r"\n\n(Human|Assistant):[ \t]*")
+# Whose turn it is in Anthropic's dialogues.
+_SPEAKERS = {"Human": "user", "Assistant": "assistant", "System": "system"}
+_TURN = re.compile(rf"(?:^|\n\n)({'|'.join(_SPEAKERS)}):[ \t]*")
 _YES, _NO = ("true", "1", "yes", "desirable", "chosen"), ("false", "0", "no", "undesirable", "rejected")
 
 
@@ -28,13 +30,14 @@ class PreferenceForm:
     """How the rows of a table write preferences.
 
     Attributes:
-        prompt: how the prompt is written; None: it is the common start of the answers.
+        prompt: how the prompt is written; None: it is the common start of the answers, or there is none.
         answers: the columns of the answers: the chosen and the rejected one, or a single one; none: the last turn of
             the prompt's messages is the answer.
         label: the column that says whether a single answer is good.
         kind: `text` and `messages` say what the cells are; `dialogue`: text as in Anthropic's hh-rlhf, `"\\n\\nHuman: …
             \\n\\nAssistant: …"`.
         is_alpaca: the prompt is an instruction.
+        system: the column of the system prompt, if `prompt` is None.
     """
 
     prompt: Form | None
@@ -42,6 +45,7 @@ class PreferenceForm:
     label: str | None
     kind: str
     is_alpaca: bool = False
+    system: str | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -52,7 +56,9 @@ class PreferenceForm:
     @property
     def optional(self) -> tuple[str, ...]:
         """The columns that are read if a table has them."""
-        return () if self.prompt is None else self.prompt.optional
+        if self.prompt is not None:
+            return self.prompt.optional
+        return () if self.system is None else (self.system,)
 
     def describe(self) -> str:
         """Return the form in words, for the banner."""
@@ -98,10 +104,10 @@ def find_form(values: Mapping[str, Any], named: Columns) -> PreferenceForm:
         alone = completion is None or (prompt is not None and prompt == chat and named.completion is None)
         answers = () if alone else (str(completion),)
         value = values.get(answers[0]) if answers else None
-    if label is None and looks_like_messages(value) and not _starts_with_assistant(value):
-        return PreferenceForm(None, answers, None, "messages")
-    if label is None and named.prompt is None and _is_dialogue(value):
-        return PreferenceForm(None, answers, None, "dialogue")
+    if label is None and looks_like_messages(value) and not _starts_with_assistant(read_messages(value)):
+        return PreferenceForm(None, answers, None, "messages", system=named.system)
+    if label is None and is_dialogue(value):
+        return PreferenceForm(None, answers, None, "dialogue", system=named.system)
     first = prompt or PROMPTS[0]
     has_messages = looks_like_messages(values.get(first)) or looks_like_messages(value)
     is_alpaca = first == "instruction"
@@ -115,54 +121,80 @@ def find_form(values: Mapping[str, Any], named: Columns) -> PreferenceForm:
         history=named.history,
         has_messages=has_messages,
     )
-    return PreferenceForm(form, answers, label, "messages" if has_messages else "text", is_alpaca)
+    kind = "messages" if has_messages else "dialogue" if is_dialogue(values.get(first)) else "text"
+    return PreferenceForm(form, answers, label, kind, is_alpaca)
 
 
-def _starts_with_assistant(cell: Any) -> bool:
-    messages = read_messages(cell)
+def _starts_with_assistant(messages: Sequence[Any]) -> bool:
     first = messages[0] if messages else None
     return isinstance(first, dict) and first.get("role") == "assistant"
 
 
-def _is_dialogue(cell: Any) -> bool:
-    return isinstance(cell, str) and cell.startswith("\n\nHuman:") and "\n\nAssistant:" in cell
+def is_dialogue(cell: Any) -> bool:
+    """Tell whether a cell is a dialogue as in Anthropic's hh-rlhf."""
+    return isinstance(cell, str) and _TURN.match(cell) is not None and "\n\nAssistant:" in cell
 
 
 def read_preference(cells: Mapping[str, Any], form: PreferenceForm) -> tuple[list[Any], list[list[Any]]]:
     """Return the messages of a row's prompt, and those of each of its answers.
+
+    Text without a prompt is a turn of the assistant. Answers that contain their prompt are split where they differ: see
+    `check_answers`.
 
     Args:
         cells: the row.
         form: how it is written.
 
     Raises:
-        SkippedRowError: the answers cannot be compared.
         ValueError: the row cannot be read; the text says why.
     """
-    if form.prompt is None:
-        chosen, rejected = (_turns(cells.get(column), column, form.kind) for column in form.answers)
-        return _split(chosen, rejected)
+    if form.prompt is None or cells.get(form.prompt.first) is None:
+        is_chat = all(looks_like_messages(cells.get(column)) for column in form.answers)
+        kind = "messages" if is_chat else form.kind
+        answers = [_turns(cells.get(column), column, kind) for column in form.answers]
+        if kind == "text":
+            return [], answers
+        prompt, answers = _split(answers)
+        return with_system(prompt, cells.get(form.system) if form.system else None), answers
+    first = form.prompt.first
+    if form.kind == "dialogue":
+        turns = _turns(cells[first], first, form.kind)
+        # It may end with the name of the one who is to answer.
+        cells = {**cells, first: turns if turns[-1]["content"] else turns[:-1]}
     prompt = read_conversation(cells, form.prompt, with_answer=False)
-    if not form.answers:
-        if not prompt or not isinstance(prompt[-1], dict) or prompt[-1].get("role") != "assistant":
-            raise ValueError(
-                f"column {form.prompt.first!r}: the last message is not the assistant's; put the answer last"
-            )
-        answer = {key: value for key, value in prompt[-1].items() if key != "weight"}
-        return prompt[:-1], [[answer]]
-    return prompt, [_answer(cells.get(column), column) for column in form.answers]
+    if form.answers:
+        return prompt, [_answer(cells.get(column), column, prompt) for column in form.answers]
+    if not prompt or not isinstance(prompt[-1], dict) or prompt[-1].get("role") != "assistant":
+        raise ValueError(f"column {first!r}: the last message is not the assistant's; put the answer last")
+    return prompt[:-1], [[{key: value for key, value in prompt[-1].items() if key != "weight"}]]
 
 
-def _answer(cell: Any, column: str) -> list[Any]:
+def _answer(cell: Any, column: str, prompt: Sequence[Any]) -> list[Any]:
+    """Return the messages of an answer, without those of the prompt if it repeats them."""
     if not looks_like_messages(cell):
-        return [{"role": "assistant", "content": str(cell)}]
+        return [{"role": "assistant", "content": _text(cell, column)}]
     messages = read_messages(cell)
-    first = messages[0] if messages else None
-    if not isinstance(first, dict) or first.get("role") != "assistant":
+    if prompt and [_said(message) for message in messages[: len(prompt)]] == [_said(message) for message in prompt]:
+        messages = messages[len(prompt) :]
+        if not messages:
+            raise ValueError(f"column {column!r} has nothing after the prompt")
+    if not _starts_with_assistant(messages):
         raise ValueError(
             f"column {column!r}: the answer does not start with the assistant's turn; it has {brief(cell)}"
         )
     return messages
+
+
+def _said(message: Any) -> Any:
+    return (message.get("role"), message.get("content")) if isinstance(message, dict) else message
+
+
+def _text(cell: Any, column: str) -> str:
+    if isinstance(cell, (list, dict)):
+        raise ValueError(f"column {column!r} has {brief(cell)}; give text, or messages with a role and a content")
+    if cell is None or not str(cell).strip():
+        raise ValueError(f"column {column!r} is empty")
+    return str(cell)
 
 
 def _turns(cell: Any, column: str, kind: str) -> list[Any]:
@@ -170,31 +202,54 @@ def _turns(cell: Any, column: str, kind: str) -> list[Any]:
         if not looks_like_messages(cell):
             raise ValueError(f"column {column!r} has {brief(cell)}, which is no list of messages, as in other rows")
         return read_messages(cell)
-    text = str(cell)
+    text = _text(cell, column)
+    if kind == "text":
+        return [{"role": "assistant", "content": text}]
     starts = list(_TURN.finditer(text))
     if not starts or text[: starts[0].start()].strip():
         raise ValueError(f"column {column!r} does not start with a turn of Human or Assistant; it has {brief(text)}")
     ends = [start.start() for start in starts[1:]] + [len(text)]
-    roles = {"Human": "user", "Assistant": "assistant"}
     return [
-        {"role": roles[start[1]], "content": text[start.end() : end].strip()}
+        {"role": _SPEAKERS[start[1]], "content": text[start.end() : end].strip()}
         for start, end in zip(starts, ends, strict=True)
     ]
 
 
-def _split(chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], list[list[Any]]]:
-    """Return the common start of two conversations as the prompt, and what follows as the answers."""
+def write_dialogue(messages: Sequence[Any]) -> str:
+    """Return messages as text in the form of Anthropic's hh-rlhf.
+
+    Raises:
+        ValueError: a message's role has no name in that form.
+    """
+    names, text = {role: name for name, role in _SPEAKERS.items()}, ""
+    for message in messages:
+        if message["role"] not in names:
+            raise ValueError(f"a message has the role {brief(message['role'])}, which only a chat template can write")
+        content = message.get("content") or ""
+        content = "".join(part["text"] for part in content) if isinstance(content, list) else content
+        text += f"\n\n{names[message['role']]}: {content.strip()}"
+    return text
+
+
+def _split(answers: list[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
+    """Return the common start of conversations as the prompt, and what follows as the answers."""
     common = 0
-    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
-        common += 1
-    answers = [chosen[common:], rejected[common:]]
+    if len(answers) > 1:
+        while common < min(map(len, answers)) and answers[0][common] == answers[1][common]:
+            common += 1
+    return answers[0][:common], [answer[common:] for answer in answers]
+
+
+def check_answers(answers: Sequence[Sequence[Any]]) -> None:
+    """Check that the answers of a row differ, and in a turn of the assistant.
+
+    Raises:
+        SkippedRowError: they cannot be compared.
+    """
     if not any(answers):
         raise SkippedRowError("whose answers are the same")
-    for answer in answers:
-        first = answer[0] if answer else None
-        if not isinstance(first, dict) or first.get("role") != "assistant":
-            raise SkippedRowError("whose answers do not differ in a turn of the assistant")
-    return chosen[:common], answers
+    if not all(map(_starts_with_assistant, answers)):
+        raise SkippedRowError("whose answers do not differ in a turn of the assistant")
 
 
 def read_label(cell: Any, column: str) -> bool:

@@ -10,12 +10,8 @@ from typing import Any
 
 from lit_peft.data.collate import IGNORE
 from lit_peft.data.encoding import token_counts
-from lit_peft.data.masked_lm import MaskedLMData
 from lit_peft.data.packing import pack
-from lit_peft.data.preference import PreferenceData
-from lit_peft.data.reward import RewardData
 from lit_peft.data.rows import Rows
-from lit_peft.data.supervised import SupervisedData
 
 # Of a stream, the figures are those of this many examples.
 STREAM_EXAMPLES = 1_000
@@ -77,30 +73,28 @@ def examples_of(data: Any, split: str) -> Any:
 def _unbatched(data: Any, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the examples of a padded batch, without its padding."""
     # A target has a length of its own, and so have the labels of a text.
-    aligned = not hasattr(data, "max_target_length") and not _has_several(data)
+    apart = hasattr(data, "max_target_length") or getattr(data, "is_encoder_decoder", False)
+    aligned = not apart and not _has_several(data)
     if "choices" in batch:
         yield from _unbatched_choices(batch)
         return
-    if isinstance(data, RewardData):
-        yield from _unbatched_pairs(batch)
-        return
-    for row, mask in enumerate(batch["attention_mask"].bool()):
-        example: dict[str, Any] = {"input_ids": batch["input_ids"][row][mask].tolist()}
-        if "labels" in batch:
-            labels = batch["labels"][row]
-            example["labels"] = (labels[mask] if labels.ndim and aligned else labels).tolist()
-        for key in ("start_positions", "end_positions"):
-            if key in batch:
-                example[key] = int(batch[key][row]) - int(mask.int().argmax())
-        yield example
+    total = len(batch["input_ids"])
+    count = total // data.rows_per_example
+    for first in range(count):
+        rows = [_unbatched_row(batch, row, aligned) for row in range(first, total, count)]
+        yield rows[0] if len(rows) == 1 else {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _unbatched_pairs(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """As `_unbatched`, for pairs of a chosen and a rejected text."""
-    texts = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)]
-    half = len(texts) // 2
-    for pair in zip(texts[:half], texts[half:], strict=True):
-        yield {"input_ids": list(pair)}
+def _unbatched_row(batch: dict[str, Any], row: int, aligned: bool) -> dict[str, Any]:
+    mask = batch["attention_mask"][row].bool()
+    example: dict[str, Any] = {"input_ids": batch["input_ids"][row][mask].tolist()}
+    if "labels" in batch:
+        labels = batch["labels"][row]
+        example["labels"] = (labels[mask] if labels.ndim and aligned else labels).tolist()
+    for key in ("start_positions", "end_positions"):
+        if key in batch:
+            example[key] = int(batch[key][row]) - int(mask.int().argmax())
+    return example
 
 
 def _has_several(data: Any) -> bool:
@@ -125,22 +119,22 @@ def pieces(data: Any, example: dict[str, Any]) -> list[Piece]:
         data: the data module that made the example.
         example: one of `examples_of`.
     """
-    if isinstance(data, MaskedLMData) and "labels" not in example and "texts" not in example:
-        example = data.masked(example)
+    example = data.to_show(example)
     tokenizer, ids, labels = data.tokenizer, example["input_ids"], example.get("labels")
     if ids and isinstance(ids[0], (list, tuple)):
         if isinstance(labels, list) and isinstance(labels[0], (list, tuple)):  # answers with their prompts
             answers = [pieces(data, {"input_ids": text, "labels": own}) for text, own in zip(ids, labels, strict=True)]
             return [piece for at, answer in enumerate(answers) for piece in (Piece(f"{chr(10)[:at]}({at}) "), *answer)]
-        # Of a pair, the chosen text comes first.
-        return _of_several(tokenizer, ids, 0 if isinstance(data, RewardData) else labels)
+        return _of_several(tokenizer, ids, labels)
     if labels is not None and _has_several(data):
         return [Piece(_text(tokenizer, ids)), Piece("\n→ "), Piece(_several(data, labels), True)]
     if isinstance(labels, (list, tuple)) and len(labels) == len(ids):
-        if isinstance(data, SupervisedData | PreferenceData):
-            return _runs(tokenizer, ids, [(label != IGNORE, "") for label in labels])
-        if isinstance(data, MaskedLMData):
-            notes = ["" if label == IGNORE else _text(tokenizer, [label]).strip() for label in labels]
+        if data.learns_tokens:
+            # Of a token that was masked, the note is what it was.
+            notes = [
+                "" if new in (IGNORE, old) else _text(tokenizer, [new]).strip()
+                for old, new in zip(ids, labels, strict=True)
+            ]
             return _runs(tokenizer, ids, [(label != IGNORE, note) for label, note in zip(labels, notes, strict=True)])
         if (names := getattr(data, "label_names", None)) is not None:
             notes = ["" if label == IGNORE else str(names[label]) for label in labels]
@@ -214,11 +208,11 @@ def facts_of(data: Any, split: str, examples: Any) -> SplitFacts:
         key = data.duplicate_key(rows.table)
         duplicates = len(rows) - len({key(index) for index in rows.indices})
     learned = None
-    if isinstance(data, SupervisedData):
+    if data.packing is not None:
         # The first token of an example is not predicted.
         learned = sum(sum(label != IGNORE for label in labels[1:]) for labels in _column(examples, "labels"))
     packed = None
-    if isinstance(data, SupervisedData) and counts and max(counts) <= data.max_length:
+    if data.packing is not None and counts and max(counts) <= data.max_length:
         bins = pack(counts, data.max_length)
         packed = (len(bins), sum(counts) / (len(bins) * data.max_length))
     ordered = sorted(counts)

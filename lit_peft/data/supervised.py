@@ -38,6 +38,7 @@ class SupervisedData(LitDataModule):
 
     task = "causal_lm"
     cuts_tokens = True
+    learns_tokens = True
 
     def __init__(self, train_on_inputs: bool = False, packing: bool = False, **common: Any) -> None:
         super().__init__(**common)

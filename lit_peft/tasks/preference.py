@@ -185,7 +185,7 @@ class Preference(CausalLM):
         return self._compare(model, batch)
 
     def _compare(self, model: Any, batch: Batch, with_loss: bool = True) -> Any:
-        """As `forward`. Without the loss, processes need not have equally many batches; KTO's divergence is None then."""
+        """As `forward`; without the loss and KTO's divergence, processes need not have equally many batches."""
         settings, labels = self.settings, batch["labels"]
         if ("desirable" in batch) != settings.is_unpaired:
             raise LitPeftError(self._wrong_rows("desirable" in batch))
