@@ -19,7 +19,7 @@ from lit_peft.data import json_rows
 from lit_peft.data.conll import read_conll
 from lit_peft.data.even_shards import DropSurplus, EvenShards
 from lit_peft.data.files import column_values, read_file
-from lit_peft.data.text_classification import encode_texts
+from lit_peft.data.text_encoding import encode_texts
 
 pytestmark = pytest.mark.usefixtures("new_cache")
 

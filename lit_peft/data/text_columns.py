@@ -10,7 +10,7 @@ from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.files import fingerprint, require_columns
 from lit_peft.data.labels import parse_number
 from lit_peft.data.rows import RowError
-from lit_peft.data.text_classification import encode_texts
+from lit_peft.data.text_encoding import encode_texts
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
 
