@@ -47,7 +47,7 @@ def script_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
 
 
 @pytest.mark.parametrize("code", BLOCKS.values(), ids=BLOCKS)
-def test_example(code: str, decoder: Path, script_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example(code: str, decoder: Path, encoder: Path, script_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path = script_folder
     rows = [f'{{"text": "{" ".join(words)}"}}' for words in itertools.permutations(("good", "film", "the", "story"))]
     (tmp_path / "texts.jsonl").write_text("\n".join(rows), encoding="utf-8")
@@ -55,6 +55,12 @@ def test_example(code: str, decoder: Path, script_folder: Path, monkeypatch: pyt
     (tmp_path / "preferences.jsonl").write_text("\n".join(pairs), encoding="utf-8")
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "model").symlink_to(decoder)
+    (tmp_path / "path" / "to" / "encoder").symlink_to(encoder)
+    if "adapters/{language}" in code:  # what a run of task masked_lm writes
+        for language in ("english", "turkish"):
+            model = transformers.AutoModelForMaskedLM.from_pretrained("path/to/encoder")
+            lit_peft.attach(model, lit_peft.AdapterPSettings(reduction_factor=2))
+            lit_peft.save_adapter(model, f"adapters/{language}")
     code = code.replace("max_steps=100", "max_steps=2")
     module = types.ModuleType("__main__")  # classes of a script can be pickled
     monkeypatch.setitem(sys.modules, "__main__", module)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_peft.data.base import LitDataModule, pad_collator
@@ -12,7 +12,7 @@ from lit_peft.data.encoding import tokenize
 from lit_peft.data.files import column_values
 from lit_peft.data.loaders import Collate
 from lit_peft.data.notes import drop_cut_column, share_of
-from lit_peft.data.rows import Rows, Split, require_text, text_key
+from lit_peft.data.rows import ROW_NUMBER, Rows, Split, require_text, text_key
 from lit_peft.data.settings import refuse_unused
 from lit_peft.data.text_columns import (
     ANCHOR,
@@ -27,6 +27,7 @@ from lit_peft.data.text_columns import (
     find_column,
     find_negatives,
     negative_columns,
+    negative_texts,
     one_positive_per_row,
     rename,
 )
@@ -47,8 +48,8 @@ class EmbeddingData(LitDataModule):
     The columns are found by their names, which are noted: anchor, query, question, sentence1, text1 or title; positive,
     pos, document, passage, answer, response, sentence2, text2, context, body or abstract; negative, neg, hard_negative,
     negative_1, …; score or similarity. A column of negatives may hold lists, and so may that of the positives, each of
-    which then gives a row. With `pairs`, each row is one text, of which the pair is made. Prediction reads one text per
-    row.
+    which then gives a row; an empty list gives none, which is noted. With `pairs`, each row is one text, of which the
+    pair is made. Prediction reads one text per row.
 
     Batches: `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer has them, all [texts, length]: the anchors
     of all rows, their positives, then all negatives; `texts`, the numbers of the three; `lengths`, the number of tokens
@@ -93,6 +94,9 @@ class EmbeddingData(LitDataModule):
         self.pairs = pairs
         # With `pairs`, the splits whose rows are pairs already.
         self._given: set[Split] = set()
+        # The first row of each kind, see `refuse_rows`, and the kinds that the task refuses.
+        self._kinds: dict[tuple[Split, str], str] = {}
+        self._refused: dict[tuple[Split, str], str] = {}
         # The place in a row that the text of prediction has.
         self._predicted = TEXT
         if pairs not in (None, "halves", "same"):
@@ -158,7 +162,20 @@ class EmbeddingData(LitDataModule):
         # Unread columns that happen to have such a name.
         others = (*negative_columns(table.column_names), SCORE)
         stray = [name for name in others if name in table.column_names and name not in names.values()]
-        return one_positive_per_row(table.remove_columns(stray))
+        return self._one_positive_per_row(table.remove_columns(stray), field, source)
+
+    def _one_positive_per_row(self, table: Dataset, field: str, source: str) -> Dataset:
+        """Make a row of each positive; rows without one are noted."""
+        rows = one_positive_per_row(table)
+        if ROW_NUMBER not in rows.column_names:
+            return rows
+        dropped = len(table) - len(set(column_values(rows, ROW_NUMBER)))
+        if dropped and dropped == len(table) and not self.streaming:
+            raise LitPeftError(f"{field} {source!r}: no row has a positive; each list of positives is empty.")
+        if dropped:
+            of_all = share_of(dropped, len(table), "rows")
+            self.notes.add(f"{field} {source!r}: {of_all} dropped, because their list of positives is empty.")
+        return rows
 
     def _note_prefix(self, column: str) -> None:
         anchors = ANCHORS if self.anchor_column is None else (self.anchor_column,)
@@ -202,10 +219,12 @@ class EmbeddingData(LitDataModule):
             raise LitPeftError(f"{rows.field} {rows.source!r}: no text has two words, so there are no halves.")
         dropped = share_of(len(rows) - len(kept), len(rows), "rows")
         self.notes.add(f"data.{split}: {dropped} dropped, because a text of one word has no halves.")
-        return Rows(rows.table, kept, rows.field, rows.source, rows.row_numbers)
+        return replace(rows, indices=kept)
 
     def encode(self, rows: Rows, split: Split) -> Any:
         """Tokens of each text, cut to `max_length`, and the score."""
+        if not len(rows):  # a block of a stream may have none left
+            return []
         prefixes, has_scores = self.prefixes, False
         if split == "predict":
             prefixes = {TEXT: self.prefixes.get(self._predicted, "")}
@@ -213,6 +232,8 @@ class EmbeddingData(LitDataModule):
             # Of several sets, some may have none; their rows are encoded one set after the other.
             scores = column_values(rows.table, SCORE)
             has_scores = any(scores[index] is not None for index in rows.indices)
+        if split != "predict":
+            self._find_kinds(rows, split, has_scores)
         table = tokenize(
             rows,
             encode_rows,
@@ -225,6 +246,38 @@ class EmbeddingData(LitDataModule):
             max_length=self.max_length,
         )
         return drop_cut_column(table, self.notes, split, "rows", self.max_length)
+
+    def _find_kinds(self, rows: Rows, split: Split, has_scores: bool) -> None:
+        """Note the first row of each kind.
+
+        Raises:
+            LitPeftError: the task refuses it.
+        """
+        found = {"score" if has_scores else "no score": rows.indices[0]}
+        columns = [column_values(rows.table, name) for name in negative_columns(rows.table.column_names)]
+        for index in rows.indices:
+            negatives = negative_texts([cells[index] for cells in columns])
+            # Rows with scores only have the metric of scores, which compares no negatives.
+            if negatives or not has_scores:
+                found.setdefault("negative" if negatives else "no negative", index)
+        for kind, index in found.items():
+            self._kinds.setdefault((split, kind), rows.locate(index))
+        self.refuse_rows(self._refused)
+
+    def refuse_rows(self, kinds: Mapping[tuple[Split, str], str]) -> None:
+        """Refuse rows of some kinds: those that were encoded, and those that will be.
+
+        Args:
+            kinds: (split, kind) -> why. The kinds are `score`, `no score`, `negative` and `no negative`.
+
+        Raises:
+            LitPeftError: names the first such row.
+        """
+        self._refused = dict(kinds)
+        for (split, kind), why in kinds.items():
+            if (split, kind) in self._kinds:
+                what = kind if kind.startswith("no ") else f"a {kind}"
+                raise LitPeftError(f"{self._kinds[split, kind]} has {what}. {why}")
 
     def collator(self, split: Split) -> Collate:
         """As `LitDataModule.collator`, for all texts of all rows."""

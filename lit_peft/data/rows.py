@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation", "test", "predict"]
 
 
+# A column that `prepare_table` may add if it makes several rows of one or none: the row's number in the source, from 1.
+ROW_NUMBER = "row_number_in_source"
 # Characters of a text that is tokenized as a whole: beyond, it takes minutes, and gigabytes of memory.
 LONGEST_TEXT = 5_000_000
 

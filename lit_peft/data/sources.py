@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lit_peft.data.files import column_values, is_file, read_hub, require_columns, stream_file
 from lit_peft.data.joined import join_rows
 from lit_peft.data.notes import MEANINGFUL_COLUMNS, note_unused_columns
-from lit_peft.data.rows import Rows, Split
+from lit_peft.data.rows import ROW_NUMBER, Rows, Split
 from lit_peft.data.source_files import HUB_PREFIX, files_of, is_saved_dataset, load_saved, names_files, split_hub_name
 from lit_peft.data.source_settings import Source, SourceSet, parse_setting
 from lit_peft.data.splits import filter_rows
@@ -240,7 +240,8 @@ def select_rows(
         LitPeftError: a column is missing, or no row is left.
     """
     require_columns(table, columns, field, source)
-    return keep_where(Rows(table, list(range(len(table))), field, source), where)
+    numbers = column_values(table, ROW_NUMBER) if ROW_NUMBER in table.column_names else None
+    return keep_where(Rows(table, list(range(len(table))), field, source, numbers), where)
 
 
 def keep_where(rows: Rows, where: Mapping[str, Any]) -> Rows:

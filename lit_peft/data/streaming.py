@@ -12,13 +12,13 @@ from typing import Any, ClassVar, NamedTuple
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lit_peft.data.encoding import no_progress_bars
-from lit_peft.data.files import require_columns
+from lit_peft.data.files import column_values, require_columns
 from lit_peft.data.joined import PlacedRows
 from lit_peft.data.json_rows import table_of
 from lit_peft.data.lengths import encode_to_length
 from lit_peft.data.notes import note_unused_columns
 from lit_peft.data.packing import pack, train_collator
-from lit_peft.data.rows import Rows
+from lit_peft.data.rows import ROW_NUMBER, Rows
 from lit_peft.data.sampling import Drawn, weights_digest
 from lit_peft.data.sources import Piece, missing_split, pieces_of, source_sets
 from lit_peft.util.errors import LitPeftError, causes
@@ -293,8 +293,11 @@ def _rows_of(data: Any, block: list[StreamedRow]) -> Rows:
     used = (*data.columns("train").values(), *data.optional_columns)
     note_unused_columns(data.notes, field, table.column_names, used)
     indices = list(range(len(table)))
-    if len(table) == len(block):
-        places = tuple((row.source, row.number) for row in block)
+    numbers: Any = range(1, len(block) + 1)
+    if ROW_NUMBER in table.column_names:
+        numbers = column_values(table, ROW_NUMBER)
+    if len(table) == len(numbers):
+        places = tuple((block[number - 1].source, block[number - 1].number) for number in numbers)
         return PlacedRows(table, indices, field, source, None, places)
     # Rows that `prepare_table` made out of one have no number in the file.
     return Rows(table, indices, "a streamed block of data.train", source)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.files import fingerprint, require_columns
 from lit_peft.data.labels import parse_number
-from lit_peft.data.rows import RowError
+from lit_peft.data.rows import ROW_NUMBER, RowError
 from lit_peft.data.text_encoding import encode_texts
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
@@ -77,22 +77,26 @@ def rename(table: Dataset, names: dict[str, str]) -> Dataset:
 
 
 def one_positive_per_row(table: Dataset) -> Dataset:
-    """Make a row of each positive, if the column holds lists."""
+    """Make a row of each positive, if the column holds lists, with the number of the row that it was in."""
     import datasets
 
     kind = table.features[POSITIVE]
     if not isinstance(kind, (datasets.List, datasets.LargeList, datasets.Sequence)):
         return table
+    features = {**table.features, POSITIVE: kind.feature, ROW_NUMBER: datasets.Value("int64")}
     return table.map(
         _split_positives,
         batched=True,
+        with_indices=True,
+        features=datasets.Features(features),
         remove_columns=table.column_names,
-        new_fingerprint=fingerprint(get_fingerprint(table), "one positive per row"),
+        new_fingerprint=fingerprint(get_fingerprint(table), "one numbered row per positive"),
         desc="One row per positive",
     )
 
 
-def _split_positives(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _split_positives(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    batch = {**batch, ROW_NUMBER: [index + 1 for index in indices]}
     counts = [len(texts or ()) for texts in batch[POSITIVE]]
     out = {
         name: [cell for cell, count in zip(cells, counts, strict=True) for _ in range(count)]

@@ -45,6 +45,14 @@ _USED = {
     "cosine": (),
     "cosent": ("temperature",),
 }
+# What a row may have or lack that a loss has no use for or needs.
+_PROBLEMS = {
+    "no score": "needs a score in each row: set data.score_column, or use in_batch_negatives",
+    "score": "has no use for the rows' scores: use cosine or cosent, or set data.score_column to ''",
+    "negative": "has no use for the rows' negatives: set data.negative_columns to []",
+    "no negative": "needs a negative in each row: set data.negative_columns, remove rows without one, or use "
+    "in_batch_negatives",
+}
 
 
 class Embedding(Task):
@@ -67,8 +75,8 @@ class Embedding(Task):
         normalize: divide each vector by its length. Scores are dot products, so they are cosines then.
         loss_type: `in_batch_negatives`: choose each anchor's positive among those of the whole batch, of all processes,
             and all negatives (InfoNCE, `MultipleNegativesRankingLoss`). `triplet`: the positive is nearer than each of
-            the row's negatives. `cosine`: squared difference of the cosine and the score (`CosineSimilarityLoss`).
-            `cosent`: the order of the cosines is that of the scores (`CoSENTLoss`).
+            the row's negatives, of which each row needs one. `cosine`: squared difference of the cosine and the score
+            (`CosineSimilarityLoss`). `cosent`: the order of the cosines is that of the scores (`CoSENTLoss`).
         temperature: what scores are divided by; 1 / `scale` of sentence-transformers; 0.05 if unset.
         symmetric: also choose each positive's anchor, and take the mean of both losses.
         margin: of `triplet`, by how much the positive is nearer; 0.3 if unset.
@@ -144,13 +152,22 @@ class Embedding(Task):
             raise LitPeftError(f"task={self.name!r} has no head to train alone: use another method, e.g. LoRA.")
 
     def check_data(self, data: Any) -> None:
-        """Refuse a data module of another task.
+        """Refuse a data module of another task, and rows without what the loss needs or with what it has no use for.
 
         Raises:
-            LitPeftError: names the one to use.
+            LitPeftError: names the data module to use, or the first such row.
         """
         if hasattr(data, "collator") and not hasattr(data, "anchor_column"):
             raise LitPeftError(f"task={self.name!r} has no use for {type(data).__name__}: use EmbeddingData.")
+        if not hasattr(data, "refuse_rows"):
+            return
+        refused = [("train", "no score"), ("train", "negative")] if self.needs_scores else [("train", "score")]
+        if self.loss_type == "triplet":
+            refused += [(split, "no negative") for split in ("train", "validation", "test")]
+        data.refuse_rows({(split, kind): self._says(_PROBLEMS[kind]) for split, kind in refused})
+
+    def _says(self, problem: str) -> str:
+        return f"task_args: loss_type={self.loss_type!r} {problem}."
 
     def prepare(self, model: Any) -> None:
         """Also note which token virtual tokens stand in place of."""
@@ -265,15 +282,15 @@ class Embedding(Task):
         if not positives or anchors != positives:
             problem = "needs an anchor and a positive in each row: set data.anchor_column and data.positive_column"
         elif self.needs_scores and "scores" not in batch:
-            problem = "needs a score in each row: set data.score_column, or use in_batch_negatives"
+            problem = _PROBLEMS["no score"]
         elif not self.needs_scores and "scores" in batch:
-            problem = "has no use for the rows' scores: use cosine or cosent, or set data.score_column to ''"
+            problem = _PROBLEMS["score"]
         elif self.needs_scores and negatives:
-            problem = "has no use for the rows' negatives: set data.negative_columns to []"
-        elif self.loss_type == "triplet" and negatives < anchors:
-            problem = "needs a negative in each row: set data.negative_columns, or use in_batch_negatives"
+            problem = _PROBLEMS["negative"]
+        elif self.loss_type == "triplet" and (not negatives or len(batch["owners"].unique()) < anchors):
+            problem = _PROBLEMS["no negative"]
         if problem is not None:
-            raise LitPeftError(f"task_args: loss_type={self.loss_type!r} {problem}.")
+            raise LitPeftError(self._says(problem))
 
     def weight(self, batch: Batch) -> Tensor:
         anchors, _, negatives = batch["texts"]
