@@ -7,7 +7,8 @@ innermost. A of all experts is one matrix, expert after expert, and in B the exp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -24,14 +25,30 @@ _FILE = "adapter_config.json"
 
 def expert_layers(attachment: Attachment) -> dict[str, ExpertLoRA]:
     """Return the LoRA layers of parameters by peft's name of their wrapper, without the prefix."""
-    by_module: dict[str, list[ExpertLoRA]] = {}
-    for path, layer in attachment.adapted.items():
-        if isinstance(layer, ExpertLoRA):
-            by_module.setdefault(path.rpartition(".")[0], []).append(layer)
+    layers = {path: layer for path, layer in attachment.adapted.items() if isinstance(layer, ExpertLoRA)}
+    return {wrapper: layers[path] for wrapper, path in _wrappers(layers).items()}
+
+
+def experts_in_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Return how many experts have their weights in each parameter, by peft's name of its wrapper, without the prefix.
+
+    Args:
+        model: the bare model.
+        names: the full names of the parameters, in the model's order.
+    """
+    shapes = {wrapper: model.get_parameter(name).shape for wrapper, name in _wrappers(names).items()}
+    return {wrapper: math.prod(shape[:-2]) for wrapper, shape in shapes.items()}
+
+
+def _wrappers(paths: Iterable[str]) -> dict[str, str]:
+    """Return paths of parameters, or of their layers, by peft's name of their wrapper."""
+    by_module: dict[str, list[str]] = {}
+    for path in paths:
+        by_module.setdefault(path.rpartition(".")[0], []).append(path)
     return {
-        path + ".base_layer" * (len(layers) - 1 - index): layer
-        for path, layers in by_module.items()
-        for index, layer in enumerate(layers)
+        module + ".base_layer" * (len(own) - 1 - index): path
+        for module, own in by_module.items()
+        for index, path in enumerate(own)
     }
 
 
