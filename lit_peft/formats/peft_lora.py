@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lit_peft.formats.files import copy_tensors
 from lit_peft.formats.peft_experts import (
     as_peft,
+    check_rows,
     expert_layers,
-    experts_in_parameters,
     from_peft,
     parameter_names,
     parameters_in_file,
@@ -124,25 +124,19 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
     for name in ("rank_pattern", "alpha_pattern"):
         used = set(first_fitting(values[name], names, f"{_FILE}: {name}").values())
         values[name] = {pattern: value for pattern, value in values[name].items() if pattern in used}
-    rank = max(pattern_values(values["rank_pattern"], names, values.get("r", 8)).values())
-    stored_rank = _stored_rank(stored, experts_in_parameters(model, parameters))
+    ranks = pattern_values(values["rank_pattern"], names, values.get("r", 8))
+    rank = max(ranks.values())
+    lora_a = (tensor for name, tensor in stored.items() if _LORA_A.search(name))
+    stored_rank = max([0, *(tensor.shape[0] for tensor in lora_a if tensor.dim() and tensor.numel())])
     if rank > stored_rank:
         raise LitPeftError(
             f"{_FILE}: r={values.get('r', 8)} with rank_pattern={brief(values['rank_pattern'])} is more than the "
             f"stored tensors have (rank {stored_rank}): the folder is incomplete."
         )
+    # The rows of a parameter are those of all its experts, so their number says less about the rank.
+    check_rows(model, {name: int(ranks[name]) for name in parameters}, stored, _PREFIX)
     known_init: InitLoRA = "pissa" if init == "pissa" else "olora" if init == "olora" else "kaiming"
     return LoRASettings(**values, init_lora_weights=known_init)
-
-
-def _stored_rank(stored: Mapping[str, Tensor], experts: Mapping[str, int]) -> int:
-    """Return the largest rank of the stored tensors, of which some have the A of several `experts` in their rows."""
-    ranks = [0]
-    for name, tensor in stored.items():
-        found = _LORA_A.search(name)
-        if found and tensor.dim() and tensor.numel():
-            ranks.append(len(tensor) // experts.get(name[: found.start()].removeprefix(_PREFIX), 1))
-    return max(ranks)
 
 
 def _modules_to_save(model: nn.Module, names: Collection[str], stored: Collection[str]) -> list[str]:
