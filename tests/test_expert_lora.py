@@ -237,11 +237,20 @@ def test_a_folder_of_another_number_of_experts_is_refused(tmp_path: Path) -> Non
     lit_peft.save_adapter(adapted("qwen3_moe"), tmp_path / "a")
     other = moe("qwen3_moe", num_experts=8)
     before = logits(other)
-    with pytest.raises(
-        LitPeftError, match=r"lora_A\.weight has shape \(12, 32\), and the gate_up_proj.*needs \(24, 32\)"
-    ):
+    with pytest.raises(LitPeftError, match=r"lora_A\.weight has 12 rows, and r=3 needs 24 for the 8 experts in .*up"):
         lit_peft.load_adapter(other, tmp_path / "a", check_base=False)
     assert torch.equal(logits(other), before)
+
+
+def test_the_rank_in_a_folder_is_that_of_each_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lit_peft.save_adapter(adapted("qwen3_moe"), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(file.read_text().replace('"r": 3', '"r": 12'))
+    built: list[Any] = []
+    monkeypatch.setattr(ExpertLoRA, "reset_parameters", lambda self, init: built.append(self))
+    with pytest.raises(LitPeftError, match=r"lora_A\.weight has 12 rows, and r=12 needs 48 for the 4 experts"):
+        lit_peft.load_adapter(moe("qwen3_moe"), tmp_path / "a")
+    assert not built
 
 
 # -------------------------------------------------------------------------------------------------- what is computed

@@ -396,6 +396,9 @@ def test_metrics_are_those_of_the_masked_tokens(supervised_loss: bool, base: Pat
     close(found["loss"], loss)
     close(found["perplexity"], loss.exp())
     assert found["accuracy"] == pytest.approx((logits.argmax(-1) == targets).float().mean().item())
+    module.val_metrics["accuracy"].reset()
+    module.validation_step(BATCH, 0)  # outside of a Trainer, with gradients
+    close(module.val_metrics["accuracy"].compute(), found["accuracy"])
     with torch.no_grad():
         next(iter(trained_of(module).values())).fill_(torch.nan)
         module.validation_step(BATCH, 0)

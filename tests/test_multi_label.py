@@ -230,6 +230,29 @@ def test_one_row_has_no_r2(encoder: Path) -> None:
     assert metrics["r2"].compute().isnan()
 
 
+@pytest.mark.parametrize("problem_type", ["multi_label", "regression"])
+def test_a_process_without_a_row_has_states_of_the_same_dimensions(problem_type: str) -> None:
+    task = find_task(TASK, {"problem_type": problem_type})
+    with_rows, without = (task.metrics(transformers.BertConfig(num_labels=3)) for _ in range(2))
+    output = transformers.utils.ModelOutput(logits=torch.randn(4, 3))
+    task.update(with_rows, output, {"input_ids": IDS, "labels": SEVERAL})
+    for name, metric in with_rows.items():
+        for state, value in metric.metric_state.items():
+            empty = without[name].metric_state[state]
+            # torchmetrics gathers an empty tensor of one dimension for an empty list, in the type of the metric.
+            empty = torch.tensor([], dtype=without[name].dtype) if empty == [] else empty
+            value = torch.cat(value) if isinstance(value, list) else value
+            assert (value.dim(), value.dtype) == (empty.dim(), empty.dtype), (name, state)
+
+
+def test_a_threshold_of_zero_is_a_number() -> None:
+    task = find_task(TASK, {"problem_type": "multi_label", "threshold": 0})
+    metrics = task.metrics(transformers.BertConfig(num_labels=3))
+    output = transformers.utils.ModelOutput(logits=torch.zeros(4, 3))
+    task.update(metrics, output, {"input_ids": IDS, "labels": torch.ones(4, 3)})
+    assert metrics["exact_match"].compute() == 1
+
+
 # ------------------------------------------------------------------------------------------------- the models
 
 
@@ -465,6 +488,20 @@ def test_balanced_weights_are_those_of_scikit_learn(encoder: Path, tmp_path: Pat
     assert module.hparams.task_args["problem_type"] == "multi_label"
 
 
+@pytest.mark.parametrize(
+    ("case", "problem"), [("everywhere", "every training row has"), ("nowhere", "no training row has")]
+)
+def test_balanced_weights_need_rows_with_a_label_and_rows_without(
+    case: str, problem: str, encoder: Path, tmp_path: Path
+) -> None:
+    labels = [["a"], ["a", "b", "c"]] if case == "everywhere" else [[], ["a", "c"]]
+    rows = [{"text": text_of(at, "well"), "labels": labels[at % 2]} for at in range(10)]
+    data = read(write(tmp_path / "rows.jsonl", rows), encoder, validation_fraction=0, labels=["a", "b", "c"])
+    module = lit_peft.LoRA(base=str(encoder), task=TASK, task_args={"pos_weight": "balanced"})
+    with pytest.raises(LitPeftError, match=problem):
+        module.take_labels(data)
+
+
 def test_balanced_weights_of_tags_count_words(encoder: Path, tmp_path: Path) -> None:
     rows = [
         {"tokens": ["the", "film", "is", "good"], "tags": ["O", "B-X", "O", "O"]},
@@ -633,7 +670,9 @@ output: results
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["multi_label", "regression", "reward"])
+@pytest.mark.parametrize(
+    "kind", ["multi_label", "regression", "reward", "multi_label:one", "regression:one", "reward:one"]
+)
 def test_metrics_of_two_processes_are_those_of_one(kind: str, encoder: Path, lists: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("objective_run.py")
     found = []
@@ -644,5 +683,5 @@ def test_metrics_of_two_processes_are_those_of_one(kind: str, encoder: Path, lis
         done = subprocess.run([*launch, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(out.read_text()))
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 4
-    assert found[1] == pytest.approx(found[0], abs=1e-4)
+    assert found[0].keys() == found[1].keys() and len(found[0]) >= 4
+    assert found[1] == pytest.approx(found[0], abs=1e-4, nan_ok=True)  # one row has no correlation

@@ -7,7 +7,8 @@ innermost. A of all experts is one matrix, expert after expert, and in B the exp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -24,15 +25,8 @@ _FILE = "adapter_config.json"
 
 def expert_layers(attachment: Attachment) -> dict[str, ExpertLoRA]:
     """Return the LoRA layers of parameters by peft's name of their wrapper, without the prefix."""
-    by_module: dict[str, list[ExpertLoRA]] = {}
-    for path, layer in attachment.adapted.items():
-        if isinstance(layer, ExpertLoRA):
-            by_module.setdefault(path.rpartition(".")[0], []).append(layer)
-    return {
-        path + ".base_layer" * (len(layers) - 1 - index): layer
-        for path, layers in by_module.items()
-        for index, layer in enumerate(layers)
-    }
+    layers = {path: layer for path, layer in attachment.adapted.items() if isinstance(layer, ExpertLoRA)}
+    return {wrapper: layers[path] for wrapper, path in _wrappers(layers).items()}
 
 
 def as_peft(layer: ExpertLoRA) -> tuple[Tensor, Tensor]:
@@ -76,6 +70,40 @@ def parameters_in_file(model: nn.Module, names: Collection[str]) -> tuple[list[s
             "belongs to another model."
         )
     return find_parameters(model, others, False, source=f"{_FILE}: "), linear
+
+
+def check_rows(model: nn.Module, ranks: Mapping[str, int], stored: Mapping[str, Tensor], prefix: str) -> None:
+    """Check the rank of parameters against their stored A, before memory is allocated for it.
+
+    Args:
+        model: the bare model.
+        ranks: the rank of each parameter by its full name, in the model's order.
+        stored: the tensors of the folder.
+        prefix: what peft begins their names with.
+
+    Raises:
+        LitPeftError: an A has more or fewer rows than the experts need.
+    """
+    for wrapper, name in _wrappers(ranks).items():
+        key = f"{wrapper}.lora_A.weight"
+        tensor, count = stored.get(f"{prefix}{key}"), math.prod(model.get_parameter(name).shape[:-2])
+        if tensor is not None and tensor.dim() and len(tensor) != count * ranks[name]:
+            raise LitPeftError(
+                f"{_FILE}: {key} has {len(tensor)} rows, and r={ranks[name]} needs {count * ranks[name]} for the "
+                f"{count} experts in {name} of this model: the folder is incomplete, or belongs to another model."
+            )
+
+
+def _wrappers(paths: Iterable[str]) -> dict[str, str]:
+    """Return paths of parameters, or of their layers, by peft's name of their wrapper."""
+    by_module: dict[str, list[str]] = {}
+    for path in paths:
+        by_module.setdefault(path.rpartition(".")[0], []).append(path)
+    return {
+        module + ".base_layer" * (len(own) - 1 - index): path
+        for module, own in by_module.items()
+        for index, path in enumerate(own)
+    }
 
 
 def from_peft(attachment: Attachment, stored: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.formats.files import copy_tensors
-from lit_peft.formats.peft_experts import as_peft, expert_layers, from_peft, parameter_names, parameters_in_file
+from lit_peft.formats.peft_experts import (
+    as_peft,
+    check_rows,
+    expert_layers,
+    from_peft,
+    parameter_names,
+    parameters_in_file,
+)
 from lit_peft.formats.untrusted import check_names
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.lora import LoRASettings
@@ -117,7 +124,8 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
     for name in ("rank_pattern", "alpha_pattern"):
         used = set(first_fitting(values[name], names, f"{_FILE}: {name}").values())
         values[name] = {pattern: value for pattern, value in values[name].items() if pattern in used}
-    rank = max(pattern_values(values["rank_pattern"], names, values.get("r", 8)).values())
+    ranks = pattern_values(values["rank_pattern"], names, values.get("r", 8))
+    rank = max(ranks.values())
     lora_a = (tensor for name, tensor in stored.items() if _LORA_A.search(name))
     stored_rank = max([0, *(tensor.shape[0] for tensor in lora_a if tensor.dim() and tensor.numel())])
     if rank > stored_rank:
@@ -125,6 +133,8 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             f"{_FILE}: r={values.get('r', 8)} with rank_pattern={brief(values['rank_pattern'])} is more than the "
             f"stored tensors have (rank {stored_rank}): the folder is incomplete."
         )
+    # The rows of a parameter are those of all its experts, so their number says less about the rank.
+    check_rows(model, {name: int(ranks[name]) for name in parameters}, stored, _PREFIX)
     known_init: InitLoRA = "pissa" if init == "pissa" else "olora" if init == "olora" else "kaiming"
     return LoRASettings(**values, init_lora_weights=known_init)
 

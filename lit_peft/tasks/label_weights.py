@@ -63,9 +63,14 @@ def positive_weights(counts: Sequence[int], rows: int) -> list[float]:
     """Return weights that give the rows with a label the same share of its loss as those without: without / with.
 
     Raises:
-        LitPeftError: a label is in no row.
+        LitPeftError: a label is in no row, or in every row.
     """
     _check_all_occur("pos_weight", counts)
+    if rows in counts:
+        raise LitPeftError(
+            f"task_args: pos_weight='balanced', but every training row has the label with the index "
+            f"{counts.index(rows)}, which would get the weight 0: leave the label out, or give the weights as a list."
+        )
     return [(rows - count) / count for count in counts]
 
 

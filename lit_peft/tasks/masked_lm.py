@@ -81,6 +81,13 @@ class MaskedLM(Task):
     def metrics(self, config: Any) -> dict[str, Metric]:
         return {"loss": Mean(), "perplexity": Perplexity(), "accuracy": Mean()}
 
+    @torch.no_grad()  # what is predicted right is counted in calls without gradients
+    def evaluate(
+        self, model: Any, metrics: Metrics, batch: Batch, generation: Generation
+    ) -> list[dict[str, Any]] | None:
+        """As `Task.evaluate`."""
+        return super().evaluate(model, metrics, batch, generation)
+
     def update(self, metrics: Metrics, output: Any, batch: Batch) -> None:
         weight, loss = self.weight(batch), self.precise_loss(output, batch)
         metrics["loss"].update(loss, weight)

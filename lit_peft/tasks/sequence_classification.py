@@ -126,7 +126,7 @@ class SequenceClassification(Task):
         self.problem_type: str | None = problem_type
         self.monitor = _MONITORS.get(problem_type or "", self.monitor)
         self.class_weights, self.pos_weight = class_weights, pos_weight
-        self.label_smoothing, self.threshold = label_smoothing, threshold
+        self.label_smoothing, self.threshold = label_smoothing, float(threshold)
 
     def learn(self, problem_type: str | None, counts: Counts) -> dict[str, Any]:
         """Take the problem type and balanced weights from the data; see `Task.learn`."""
