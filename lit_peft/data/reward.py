@@ -130,6 +130,12 @@ class RewardData(ComparisonData):
         """Tokens of both texts, or of the single one, cut to `max_length`, and the margin."""
         form = self.form_of(rows.table)
         has_margin = self.margin_column in rows.table.column_names and split != "predict"
+        if self.style(form) != "chat" and self.tokenizer.pad_token_id == self.tokenizer.eos_token_id is not None:
+            self.notes.add(
+                "The tokenizer pads with its end-of-text token, which the head of a decoder passes over: a score is "
+                "read at the token before it.",
+                once=True,
+            )
         table = tokenize(
             rows,
             encode_texts_to_score,
@@ -190,7 +196,7 @@ class RewardCollator:
         rows = [{"input_ids": example["input_ids"][side]} for side in (0, 1) for example in examples]
         batch: dict[str, Any] = dict(self.pad(rows))
         if "margin" in examples[0]:
-            batch["margin"] = torch.tensor([example["margin"] for example in examples])
+            batch["margin"] = torch.tensor([example["margin"] for example in examples], dtype=torch.float32)
         if self.paired:
             batch["paired"] = [True] * len(examples)
         return batch
