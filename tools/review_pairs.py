@@ -34,7 +34,8 @@ def pairs(count: int) -> list[dict[str, str]]:
             if row["source"] == "rotten_tomatoes" and 6 <= len(row["text"].split()) <= 16:
                 for word in re.findall("[a-z]{5,}", row["text"]):
                     by_word[word][row["label"]].add(row["text"])
-    draw, used, rows = random.Random(0), set[str](), []
+    draw, used = random.Random(0), set[str]()
+    rows: list[dict[str, str]] = []
     for word in draw.sample(sorted(by_word), len(by_word)):
         left = {label: sorted(texts - used) for label, texts in by_word[word].items()}
         if len(rows) < count and all(left.values()):
