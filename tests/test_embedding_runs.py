@@ -153,7 +153,7 @@ def test_a_data_module_of_another_task_is_refused(encoder: Path, pairs: Path, tm
     module = lit_peft.LoRA(base=str(encoder), task="embedding")
     columns = {"text_column": "query", "label_column": "document"}
     data = TextClassificationData(base=str(encoder), train=str(pairs), validation_fraction=0, **columns)
-    with pytest.raises(LitPeftError, match="has no use for TextClassificationData: use EmbeddingData"):
+    with pytest.raises(LitPeftError, match="has no use for TextClassificationData, whose rows"):
         pl.Trainer(**QUIET, default_root_dir=tmp_path).fit(module, data)
 
 

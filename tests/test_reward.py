@@ -454,14 +454,11 @@ def test_a_configuration_is_written_for_it(
     assert command(monkeypatch, "fit", "--config", "config.yaml", *limits) == 0
 
 
-def test_truth_values_are_margins_and_padding_with_the_end_of_text_is_said(
-    decoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
+def test_truth_values_are_margins_and_padding_with_the_end_of_text_is_said(decoder: Path, tmp_path: Path) -> None:
     rows = [{"chosen": f"good {at}", "rejected": f"bad {at}", "margin": bool(at % 2)} for at in range(8)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = RewardData(base=str(decoder), train=str(tmp_path / "pairs.jsonl"), batch_size=4)
     data.tokenizer.pad_token = data.tokenizer.eos_token
     data.setup("fit")
     assert next(iter(data.train_dataloader()))["margin"].dtype == torch.float32
-    assert "pads with its end-of-text token" in caplog.text
+    assert any("pads with its end-of-text token" in line for line in data.notes.lines())

@@ -152,13 +152,11 @@ class Embedding(Task):
             raise LitPeftError(f"task={self.name!r} has no head to train alone: use another method, e.g. LoRA.")
 
     def check_data(self, data: Any) -> None:
-        """Refuse a data module of another task, and rows without what the loss needs or with what it has no use for.
+        """Refuse rows without what the loss needs, or with what it has no use for.
 
         Raises:
-            LitPeftError: names the data module to use, or the first such row.
+            LitPeftError: names the first such row.
         """
-        if hasattr(data, "collator") and not hasattr(data, "anchor_column"):
-            raise LitPeftError(f"task={self.name!r} has no use for {type(data).__name__}: use EmbeddingData.")
         if not hasattr(data, "refuse_rows"):
             return
         refused = [("train", "no score"), ("train", "negative")] if self.needs_scores else [("train", "score")]
