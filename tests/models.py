@@ -24,6 +24,17 @@ QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "num_sanity_val_steps": 0,
 }
+# Each method with settings that fit a tiny model.
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRA": {"r": 4},
+    "AdapterH": {"reduction_factor": 4},
+    "AdapterP": {"reduction_factor": 4},
+    "Parallel": {"reduction_factor": 4},
+    "PrefixTuning": {"num_virtual_tokens": 4},
+    "PTuningV2": {"num_virtual_tokens": 4},
+    "PTuning": {"num_virtual_tokens": 4},
+    "PromptTuning": {"num_virtual_tokens": 4, "prompt_tuning_init": "RANDOM"},
+}
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 GPT = {"n_layer": 2, "n_embd": 32, "n_head": 4}
 SEQ2SEQ = {

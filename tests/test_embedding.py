@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import ALL, AUTO, DECODERS, ENCODERS
+from models import ALL, AUTO, DECODERS, ENCODERS, METHODS
 from torch import Tensor
 
 import lit_peft
@@ -19,17 +19,6 @@ from lit_peft import LitPeftError
 from lit_peft.nn.contrastive import pool
 from lit_peft.tasks import find_task
 from lit_peft.tasks.retrieval import retrieval_metrics
-
-METHODS = {
-    "LoRA": {"r": 4},
-    "AdapterH": {"reduction_factor": 4},
-    "AdapterP": {"reduction_factor": 4},
-    "Parallel": {"reduction_factor": 4},
-    "PrefixTuning": {"num_virtual_tokens": 4},
-    "PTuningV2": {"num_virtual_tokens": 4},
-    "PTuning": {"num_virtual_tokens": 4},
-    "PromptTuning": {"num_virtual_tokens": 4, "prompt_tuning_init": "RANDOM"},
-}
 
 
 def texts(rows: int, seed: int, length: int = 9) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import WORDS
-from models import checkpointing, make, scramble
+from models import METHODS, checkpointing, make, scramble
 from test_preference import adapted, labelled_batch, pair_batch
 from torch import Tensor
 
@@ -25,18 +25,12 @@ from lit_peft.data import PreferenceData
 from lit_peft.nn.cross_entropy import head_cross_entropy, head_log_probs
 from lit_peft.tasks import find_task
 
-METHODS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
+    **METHODS,
     "LoRA": {"r": 4, "target_modules": "all-linear"},
     "LoRA on the head": {"r": 4, "target_modules": ["q_proj", "lm_head"]},
     "LoRA with a trained head": {"r": 4, "modules_to_save": ["lm_head"], "lora_dropout": 0.2},
     "LoRA from PiSSA": {"r": 4, "init_lora_weights": "pissa", "target_modules": ["q_proj"]},
-    "AdapterH": {"reduction_factor": 4},
-    "AdapterP": {"reduction_factor": 4},
-    "Parallel": {"reduction_factor": 4},
-    "PrefixTuning": {"num_virtual_tokens": 4},
-    "PTuningV2": {"num_virtual_tokens": 4},
-    "PTuning": {"num_virtual_tokens": 4},
-    "PromptTuning": {"num_virtual_tokens": 4, "prompt_tuning_init": "RANDOM"},
     "HeadOnly": {},
 }
 QUIET: dict[str, Any] = {
@@ -148,14 +142,14 @@ def test_a_step_keeps_no_more_than_one_of_supervised_tuning() -> None:
 # ------------------------------------------------------------------------------------------------ every method
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_the_reference_of_every_method_is_the_base(name: str, decoder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     batch = small(pair_batch())
     base = AutoModelForCausalLM.from_pretrained(decoder).eval()
     expected = plain_log_probs(base, batch)
-    module = getattr(lit_peft, name.split()[0])(base=str(decoder), task="preference", **METHODS[name])
+    module = getattr(lit_peft, name.split()[0])(base=str(decoder), task="preference", **SETTINGS[name])
     module.configure_model()
     module.train()
     scramble(module.model)
@@ -173,7 +167,7 @@ def test_the_reference_of_every_method_is_the_base(name: str, decoder: Path) -> 
     module.eval()
     with torch.no_grad():
         again = module(**batch)
-        evaluated = plain_log_probs(module.model, batch) if "irtual" not in str(METHODS[name]) else again.log_probs
+        evaluated = plain_log_probs(module.model, batch) if "irtual" not in str(SETTINGS[name]) else again.log_probs
     torch.testing.assert_close(again.log_probs, evaluated, rtol=1e-4, atol=1e-5)
 
 
@@ -328,7 +322,7 @@ def test_precomputing_the_reference_changes_nothing(
     task_args: dict[str, Any] = {"loss_type": "kto"} if kind == "kto" else {"beta": 0.5}
     settings: dict[str, Any] = {"data": {"unpair": kind == "kto"}}
     settings["method"] = "LoRA" if kind in ("pairs", "kto") else kind
-    settings.update(METHODS.get(kind, {}))
+    settings.update(SETTINGS.get(kind, {}))
     file = written(tmp_path)
     once, expected = fit(decoder, file, tmp_path, task_args=task_args, **copy.deepcopy(settings))
     for said in ("are kept in", "are read from"):

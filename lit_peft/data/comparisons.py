@@ -19,14 +19,10 @@ from lit_peft.data.preference_forms import (
     find_form,
     read_preference,
 )
-from lit_peft.data.prompt_templates import read_template
-from lit_peft.data.rows import Split, text_key
+from lit_peft.data.rows import Split, first_values, text_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-# A table's form is found from the first value of each column; this many rows are searched for one.
-_ROWS_TO_SEARCH = 100
 
 
 class ComparisonData(LitDataModule):
@@ -47,18 +43,6 @@ class ComparisonData(LitDataModule):
         # Until a table is read, every column that a form may have.
         names = (*PROMPTS, *CHATS, *COMPLETIONS, *LABELS, *TEMPLATE_COLUMNS, *filter(None, vars(named).values()))
         self.optional_columns = names
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, with `chat_template` if that is set."""
-        tokenizer = super().tokenizer
-        if self.chat_template is not None:
-            tokenizer.chat_template = read_template(self.chat_template)
-        return tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        LitDataModule.tokenizer.fset(self, tokenizer)  # type: ignore[attr-defined]
 
     def columns(self, split: Split) -> dict[str, str | None]:
         """The columns of the prompt and of the answers or, for single answers, of the label."""
@@ -108,12 +92,3 @@ class ComparisonData(LitDataModule):
             return json.dumps(messages, sort_keys=True, default=str) if messages else whole(index)
 
         return prompt
-
-
-def first_values(table: Dataset) -> dict[str, Any]:
-    """Return the first value of each column of a table, None if its first rows have none."""
-    values = {}
-    for name in table.column_names:
-        first = (table[index][name] for index in range(min(len(table), _ROWS_TO_SEARCH)))
-        values[name] = next((value for value in first if value is not None), None)
-    return values

@@ -19,8 +19,8 @@ from lit_peft.data.chats import (
 from lit_peft.data.conversations import Form, check_format, find_form
 from lit_peft.data.files import column_values
 from lit_peft.data.notes import share_of
-from lit_peft.data.prompt_templates import TEMPLATES, fill_template, parse_history, read_template
-from lit_peft.data.rows import RowError, Rows, Split, require_text, text_key
+from lit_peft.data.prompt_templates import TEMPLATES, fill_template, parse_history
+from lit_peft.data.rows import RowError, Rows, Split, first_values, require_text, text_key
 from lit_peft.data.settings import refuse_unused
 from lit_peft.data.supervised import SupervisedData, encode_answers
 from lit_peft.models.tokenization import stop_tokens
@@ -29,9 +29,6 @@ from lit_peft.util.type_checks import brief
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-# A table's form is found from the first value of each column; this many rows are searched for one.
-_ROWS_TO_SEARCH = 100
 
 
 class InstructionData(SupervisedData):
@@ -130,18 +127,6 @@ class InstructionData(SupervisedData):
         elif format in ("messages", "sharegpt"):
             refuse_unused(f"with data.format {format!r}", instructions)
 
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, with `chat_template` if that is set."""
-        tokenizer = super().tokenizer
-        if self.chat_template is not None:
-            tokenizer.chat_template = read_template(self.chat_template)
-        return tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        SupervisedData.tokenizer.fset(self, tokenizer)  # type: ignore[attr-defined]
-
     def columns(self, split: Split) -> dict[str, str | None]:
         """The columns of the messages; or of the prompt and, except for prediction, of the answer."""
         form = self._forms.get(split, self._form)
@@ -172,10 +157,7 @@ class InstructionData(SupervisedData):
 
     def form_of(self, table: Dataset) -> Form:
         """Return how the rows of a table write a conversation."""
-        values = {}
-        for name in table.column_names:
-            first = (table[index][name] for index in range(min(len(table), _ROWS_TO_SEARCH)))
-            values[name] = next((value for value in first if value is not None), None)
+        values = first_values(table)
         form = find_form(values, self._alpaca, self.format, self.messages_column)
         if self.format is not None or self.messages_column is not None:
             return form

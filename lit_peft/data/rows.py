@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_peft.data.files import column_values
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
+
+# A table's form is found from the first value of each column; this many rows are searched for one.
+_ROWS_TO_SEARCH = 100
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,3 +106,12 @@ def require_text(
                     f"at most {longest:,} are read as one example: is a quote or a line break missing? Remove or split "
                     "the row."
                 )
+
+
+def first_values(table: Dataset) -> dict[str, Any]:
+    """Return the first value of each column of a table, None if its first rows have none."""
+    values = {}
+    for name in table.column_names:
+        first = (table[index][name] for index in range(min(len(table), _ROWS_TO_SEARCH)))
+        values[name] = next((value for value in first if value is not None), None)
+    return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lit_peft.data.prompt_templates import read_template
 from lit_peft.models.tokenization import add_tokens, load_tokenizer
 from lit_peft.util.errors import LitPeftError
 
@@ -30,6 +31,8 @@ def tokenizer_of(data: Any) -> Any:
 
 def adapted(tokenizer: Any, data: Any) -> Any:
     """Return a tokenizer with the settings of a data module."""
+    if (template := getattr(data, "chat_template", None)) is not None:
+        tokenizer.chat_template = read_template(template)
     if data.add_tokens:
         add_tokens(tokenizer, data.add_tokens)
     if data.truncation_side == "left":

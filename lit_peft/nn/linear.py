@@ -41,3 +41,13 @@ def is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     is_vector = isinstance(weight, Tensor) and weight.dim() == 1
     return is_vector and not isinstance(module, nn.PReLU) and next(module.children(), None) is None
+
+
+def is_frozen_linear(head: nn.Module) -> bool:
+    """Return whether a module is a plain linear layer of floating-point numbers of which nothing is trained."""
+    return (
+        isinstance(head, nn.Linear)
+        and type(head.weight) is nn.Parameter
+        and head.weight.is_floating_point()
+        and not any(parameter.requires_grad for parameter in head.parameters())
+    )

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lit_peft.nn.cross_entropy import head_cross_entropy
+from lit_peft.nn.linear import is_frozen_linear
 from lit_peft.nn.torch_internals import is_compiled
 
 IGNORE = -100
@@ -123,14 +124,14 @@ class MaskedLoss:
             return None
         is_masked = (labels != IGNORE).to(hidden.device)
         self.hidden, self.targets = hidden[is_masked], labels.to(hidden.device)[is_masked]
-        if self.is_last and not self.keep_logits and _frozen_linear(head):
+        if self.is_last and not self.keep_logits and is_frozen_linear(head):
             # One row still: the model's code needs some logits to continue with.
             return (hidden[:1, :1].detach(), *args[1:])
         return (self.hidden[None], *args[1:])
 
     def _after(self, head: Any, args: tuple[Any, ...], logits: Tensor) -> None:
         """Forward hook of the output embeddings: compute the loss while their weight is there."""
-        if self.hidden is None or self.keep_logits or self.is_last is False or not _frozen_linear(head):
+        if self.hidden is None or self.keep_logits or self.is_last is False or not is_frozen_linear(head):
             return
         if self.is_last is None:
             if not len(self.targets):
@@ -149,12 +150,3 @@ class MaskedLoss:
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self.sum = F.cross_entropy(precise, targets, reduction="sum")
         self.correct = None if torch.is_grad_enabled() else (logits.argmax(-1) == targets).sum()
-
-
-def _frozen_linear(head: nn.Module) -> bool:
-    return (
-        isinstance(head, nn.Linear)
-        and type(head.weight) is nn.Parameter
-        and head.weight.is_floating_point()
-        and not any(parameter.requires_grad for parameter in head.parameters())
-    )

@@ -27,6 +27,7 @@ from lit_peft.models.transformers_internals import (
     set_own_loss_function,
 )
 from lit_peft.nn.cross_entropy import head_cross_entropy, head_log_probs
+from lit_peft.nn.linear import is_frozen_linear
 from lit_peft.nn.torch_internals import is_compiled, runs_last
 
 # (scale, soft cap) that a model applies to its logits.
@@ -196,7 +197,7 @@ class SupervisedLoss:
         self.calling = True
         self.own_loss = own_loss_function(self.model)
         self.model.loss_function = self.loss
-        if not _frozen_linear(head):
+        if not is_frozen_linear(head):
             return (self.hidden[None], *args[1:])
         if self.finish is not None:
             # The head still computes one row: the model's code needs some logits to continue with.
@@ -214,7 +215,7 @@ class SupervisedLoss:
         """Forward hook of the head: compute the loss while its weight is there."""
         if not self.enabled or not self.calling:
             return
-        if self.finish is not None and _frozen_linear(head):
+        if self.finish is not None and is_frozen_linear(head):
             self.sum = self._of_head(head, self.finish)
         elif self.probing:
             self.probe = logits[0, -1].detach()
@@ -237,7 +238,7 @@ class SupervisedLoss:
                 finish = self.finish = find_finish(self.model, self.probe, logits[0, -1].detach())
                 self.probed = True
                 logits = logits[:, :-1]
-            if finish is not None and _frozen_linear(head) and head.weight.untyped_storage().size():
+            if finish is not None and is_frozen_linear(head) and head.weight.untyped_storage().size():
                 # Computed exactly as in later calls: the first step of a resumed run is a later step of the whole run.
                 total = self._of_head(head, finish)
             else:  # also if a sharded head has freed its weight
@@ -303,15 +304,6 @@ def _from_logits(logits: Tensor, labels: Tensor, shifted: bool) -> Tensor:
     values = -F.cross_entropy(precise, targets[supervised], reduction="none")
     whole = values.new_zeros(targets.shape).masked_scatter(supervised, values)
     return F.pad(whole, (1, 0)) if shifted else whole
-
-
-def _frozen_linear(head: nn.Module) -> bool:
-    return (
-        isinstance(head, nn.Linear)
-        and type(head.weight) is nn.Parameter
-        and head.weight.is_floating_point()
-        and not any(parameter.requires_grad for parameter in head.parameters())
-    )
 
 
 def find_finish(model: nn.Module, raw: Tensor, finished: Tensor) -> Finish | None:
