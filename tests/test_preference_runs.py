@@ -502,3 +502,33 @@ def test_adapters_below_are_no_part_of_the_reference_so_they_are_refused() -> No
     with pytest.raises(LitPeftError, match="stack='folder' and task='preference' do not go together"):
         lit_peft.AdapterP(base="nowhere", task="preference", stack="folder")
     lit_peft.AdapterP(base="nowhere", task="preference", task_args={"loss_type": "orpo"}, stack="folder")
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore")
+def test_methods_are_compared(
+    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"train": written(tmp_path), "max_length": 16, "batch_size": 4}
+    plan = {
+        "base": str(decoder),
+        "task": "preference",
+        "data": {
+            "class_path": "PreferenceData",
+            "init_args": {**data, "validation_fraction": 0.25, "test_fraction": 0.25, "padding_free": True},
+        },
+        "methods": {"LoRA": {"learning_rate": 1e-2}, "AdapterP": {"learning_rate": 1e-2}},
+        "trainer": {"accelerator": "cpu"},
+        "steps": 12,
+        "evaluations": 2,
+        "trials": 1,
+        "seeds": 1,
+        "output": str(tmp_path / "compare"),
+    }
+    file = tmp_path / "compare.yaml"
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    file.write_text(yaml.safe_dump(plan))
+    assert main(["compare", "--config", str(file)]) == 0
+    printed = capsys.readouterr().out
+    for method in plan["methods"]:
+        assert re.search(rf"\| {method} \| (1\.0|0\.[89])\d* \|", printed)
