@@ -345,7 +345,7 @@ def _check_writable(root: Path) -> None:
 
 
 def _quiet() -> None:
-    """Silence the libraries' messages about themselves, but not their warnings."""
+    """Silence what libraries say of a run that this program says or decides itself, but not their other warnings."""
     import datasets
     import transformers
 
@@ -357,6 +357,5 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     warnings.filterwarnings("ignore", message=".*The dirpath has changed.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")

@@ -275,7 +275,7 @@ class PreferenceData(ComparisonData):
         """Return the function that joins the examples of a split into a batch."""
         if self.padding_free and self.is_encoder_decoder:
             raise LitPeftError(
-                f"data.padding_free is set, but {self.base!r} is an encoder-decoder, whose prompts and answers are apart: "
-                "leave it out."
+                f"data.padding_free is set, but {self.base!r} is an encoder-decoder, whose prompts and answers are "
+                "apart: leave it out."
             )
         return PreferenceCollator(pad_collator(self), self.max_length, self.is_encoder_decoder, self.padding_free)

@@ -57,9 +57,9 @@ class Preference(CausalLM):
     Batches of pairs: `input_ids`, `attention_mask` and `labels` [2 · pairs, length], first the chosen answers with
     their prompts, then the rejected ones; labels are -100 outside of the answers. Batches of single answers, for
     `kto`: the same with one row for each answer, `desirable` [answers], bool, and `kl_input_ids`, `kl_attention_mask`
-    and `kl_labels`: the prompts with answers to other prompts, on which the divergence is estimated. With `packed_index`
-    and `packed_positions` (`PreferenceData.padding_free`) a causal LM runs on the rows joined as these say. The model is
-    a causal LM or an encoder-decoder, whose `labels` are the answers alone.
+    and `kl_labels`: the prompts with answers to other prompts, on which the divergence is estimated. With
+    `packed_index` and `packed_positions` (`PreferenceData.padding_free`) a causal LM runs on the rows joined as these
+    say. The model is a causal LM or an encoder-decoder, whose `labels` are the answers alone.
 
     The reward of an answer is beta · (log π(y|x) − log π_ref(y|x)); with `simpo` and `orpo`, which run no reference, it
     is beta times the mean log-probability of its tokens. The reference runs in evaluation mode.
