@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -18,12 +19,16 @@ FOREIGN = re.compile(
 )
 
 
-def printed(folder: Path, *arguments: str) -> str:
+# The arguments of several commands, in a process that imports everything once.
+RUN = "import json, sys; from lit_peft.cli import main; print([main(a) for a in json.loads(sys.argv[1])])"
+
+
+def printed(folder: Path, *commands: list[str]) -> str:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONWARNINGS", None)
-    command = [sys.executable, "-m", "lit_peft", *arguments]
+    command = [sys.executable, "-c", RUN, json.dumps(commands)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert str([0] * len(commands)) in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
 
 
@@ -35,34 +40,31 @@ def test_no_command_prints_lines_of_libraries(decoder: Path, encoder: Path, revi
     others.write_text("the story was bad\nthis acting is great\n")
     data = ["--data", "CausalLMData", "--data.train", str(texts), "--data.max_length", "16", "--data.batch_size", "4"]
     model = ["--model", "LoRA", "--model.base", str(decoder), "--model.target_modules", "all-linear"]
-    outputs = {"fit": printed(tmp_path, "fit", *model, *data, "--trainer.max_steps", "3")}
-    adapter = next(tmp_path.rglob("adapter_config.json")).parent
-    config, checkpoint = next(tmp_path.rglob("config.yaml")), next(tmp_path.rglob("*.ckpt"))
-    run = ["--config", str(config), "--ckpt_path", str(checkpoint)]
-    outputs["test"] = printed(tmp_path, "test", *run, "--data.test", str(others))
-    outputs["predict"] = printed(tmp_path, "predict", *run, "--data.predict", str(others))
-    outputs["data"] = printed(tmp_path, "data", "--config", str(config))
-    outputs["info"] = printed(tmp_path, "info", str(adapter))
-    outputs["export"] = printed(tmp_path, "export", "--ckpt_path", str(checkpoint), "--output", "exported")
-    outputs["merge"] = printed(
-        tmp_path, "merge", "--base", str(decoder), "--adapter", str(adapter), "--output", "merged"
-    )
-    outputs["generate"] = printed(
-        tmp_path, "generate", "--base", str(decoder), "--adapter", str(adapter), "--prompt", "the film"
-    )
-    outputs["doctor"] = printed(tmp_path, "doctor")
+    text = printed(tmp_path, ["fit", *model, *data, "--trainer.max_steps", "3"])
+    config, checkpoint = str(next(tmp_path.rglob("config.yaml"))), str(next(tmp_path.rglob("*.ckpt")))
+    run = ["--config", config, "--ckpt_path", checkpoint]
+    adapter = ["--base", str(decoder), "--adapter", str(next(tmp_path.rglob("adapter_config.json")).parent)]
+    rows = {"train": str(reviews), "validation_fraction": 0.2, "test_fraction": 0.2, "batch_size": 8}
     plan: dict[str, Any] = {
         "base": str(encoder),
         "task": "sequence_classification",
-        "steps": 4,
-        "trials": 1,
-        "seeds": 1,
+        "data": {"class_path": "TextClassificationData", "init_args": rows},
+        "methods": {"LoRA": {"target_modules": ["query"], "learning_rate": 1e-3}},
+        "trainer": {"accelerator": "cpu"},
+        "output": str(tmp_path / "compare"),
+        **dict.fromkeys(("steps", "trials", "seeds", "evaluations"), 1),
     }
-    rows = {"train": str(reviews), "validation_fraction": 0.2, "test_fraction": 0.2, "batch_size": 8}
-    plan["data"] = {"class_path": "TextClassificationData", "init_args": rows}
-    plan["methods"] = {"LoRA": {"target_modules": ["query"], "learning_rate": 1e-3}}
-    plan.update(trainer={"accelerator": "cpu"}, output=str(tmp_path / "compare"), evaluations=1)
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(plan))
-    outputs["compare"] = printed(tmp_path, "compare", "--config", "compare.yaml")
-    found = {name: [line for line in text.splitlines() if FOREIGN.search(line)] for name, text in outputs.items()}
-    assert not {name: lines for name, lines in found.items() if lines}
+    text += printed(
+        tmp_path,
+        ["test", *run, "--data.test", str(others)],
+        ["predict", *run, "--data.predict", str(others)],
+        ["data", "--config", config],
+        ["info", adapter[-1]],
+        ["export", "--ckpt_path", checkpoint, "--output", "exported"],
+        ["merge", *adapter, "--output", "merged"],
+        ["generate", *adapter, "--prompt", "the film"],
+        ["compare", "--config", "compare.yaml"],
+    )
+    text += printed(tmp_path, ["doctor"])  # by itself: it imports what others do not
+    assert not [line for line in text.splitlines() if FOREIGN.search(line)]
