@@ -80,13 +80,18 @@ def llava() -> tuple[Any, Any]:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE.replace("IMAGE", "<image>"),
     )
-    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision, image_size=28, patch_size=14, projection_dim=64),
-        text_config=LlamaConfig(**text_settings(made)),
-        image_token_id=made.convert_tokens_to_ids("<image>"),
-    )
-    return config, processor
+    vision: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    settings: dict[str, Any] = {
+        "vision_config": CLIPVisionConfig(**vision, image_size=28, patch_size=14, projection_dim=64),
+        "text_config": LlamaConfig(**text_settings(made)),
+        "image_token_id": made.convert_tokens_to_ids("<image>"),
+    }
+    return LlavaConfig(**settings), processor
 
 
 def draw(colour: str, shape: str, randomness: random.Random) -> Any:

@@ -29,7 +29,7 @@ class ImageCollator:
         """Collate a batch.
 
         Args:
-            examples: each with `input_ids`, `text`, `images`, and `labels` unless it is a prompt.
+            examples: each with `input_ids`, `text`, `image_files`, and `labels` unless it is a prompt.
 
         Returns:
             The tensors of `PadCollator`, and those of the processor. What the processor returns for each token, such as
@@ -47,7 +47,7 @@ class ImageCollator:
                 for source in (ImageSource(image["path"], image["data"]) for image in row)
                 if any(source)
             ]
-            for row in (example["images"] for example in examples)
+            for row in (example["image_files"] for example in examples)
         ]
         texts = [example["text"] for example in examples]
         found = dict(self.reader.call(texts, images, padding=True, return_tensors="pt"))

@@ -39,6 +39,8 @@ class SupervisedData(LitDataModule):
     task = "causal_lm"
     cuts_tokens = True
     learns_tokens = True
+    # Whether examples can be packed.
+    packs = True
 
     def __init__(self, train_on_inputs: bool = False, packing: bool = False, **common: Any) -> None:
         super().__init__(**common)

@@ -161,7 +161,7 @@ def encode_image_chats(
         with_references: return the text of that turn as well.
 
     Returns:
-        See `encode_chats`. `text` is the rendered text and `images` its images, at least one entry, which is empty in a
+        See `encode_chats`. `text` is the rendered text and `image_files` its images, at least one entry, empty in a
         row without images; `cut_image` is whether `max_length` would cut an image.
 
     Raises:
@@ -169,7 +169,7 @@ def encode_image_chats(
     """
     renderer, reader = ImageRenderer(tokenizer), ImageReader(tokenizer)
     learning = () if prompts_only else ("labels", "supervised", "lost", "kept", "left_out", "cut_image")
-    names = ("input_ids", "length", "text", "images", *learning, *(("reference",) if with_references else ()))
+    names = ("input_ids", "length", "text", "image_files", *learning, *(("reference",) if with_references else ()))
     out: dict[str, list[Any]] = {name: [] for name in names}
     for row in range(len(next(iter(batch.values())))):
         cells = {name: batch[name][row] for name in template_columns}
@@ -249,7 +249,7 @@ def _add(
 def _add_images(out: dict[str, list[Any]], text: str, sources: list[ImageSource]) -> None:
     out["text"].append(text)
     # An empty entry gives the column its type if the first rows have no images.
-    out["images"].append([{"path": path, "data": data} for path, data in sources or [ImageSource("", b"")]])
+    out["image_files"].append([{"path": path, "data": data} for path, data in sources or [ImageSource("", b"")]])
 
 
 def _answer(contents: list[Any]) -> str:

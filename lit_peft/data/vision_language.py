@@ -59,6 +59,7 @@ class VisionLanguageData(ProcessorData, InstructionData):
 
     task = "image_text_to_text"
     truncation_sides = ("right", "drop")
+    packs = False
     # Images take hundreds of tokens, and time to read.
     most_tokens = 8_192
     measured_rows = 100
@@ -236,7 +237,7 @@ class VisionLanguageData(ProcessorData, InstructionData):
         """Note how many images the examples have, and how many tokens these take."""
         if not len(table):
             return
-        counts = [sum(bool(image["path"] or image["data"]) for image in images) for images in table["images"]]
+        counts = [sum(bool(image["path"] or image["data"]) for image in images) for images in table["image_files"]]
         ids, reader = column_values(table, "input_ids"), ImageReader(self.processor)
         tokens = sum(token in reader.token_ids for row in ids for token in row)
         without = sum(not count for count in counts)

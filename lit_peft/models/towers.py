@@ -51,8 +51,8 @@ def towers(model: Any) -> dict[str, list[str]]:
     vision, sound = _path_of(model, encoder), _path_of(model, model.get_encoder(modality="audio"))
     inside = [f"{vision}.{name}" for name, _ in encoder.named_children() if name in _PROJECTORS]
     apart = [path for path in (language, vision, sound) if path]
-    head = model.get_output_embeddings()
-    between = [path for path in _outside(model, "", apart) if model.get_submodule(path) is not head]
+    # Outside the base model there is the output head, and what a method may have added.
+    between = list(_outside(model, _path_of(model, model.base_model), apart))
     return {"language": [language], "vision": [vision], "projector": inside + between}
 
 
@@ -100,11 +100,10 @@ def describe_towers(module: nn.Module) -> str:
         if parts := towers(model):
             counts = dict.fromkeys(parts, 0)
             for name, parameter in model.named_parameters():
-                part = tower_of(name, parts)
-                if part is not None and parameter.requires_grad:
-                    counts[part] += parameter.numel()
+                part = tower_of(name, parts) or "other parts"  # a prompt, an output head
+                counts[part] = counts.get(part, 0) + parameter.numel() * parameter.requires_grad
             trained = [f"{part} ({count:,} parameters)" for part, count in counts.items() if count]
-            frozen = [part for part, count in counts.items() if not count]
+            frozen = [part for part in parts if not counts[part]]
             words = [f"{' and '.join(trained)} trained"] if trained else []
             return ", ".join([*words, *([f"{' and '.join(frozen)} frozen"] if frozen else [])])
     return ""
