@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import http.server
+import importlib.util
 import io
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -401,3 +403,21 @@ def test_the_preview_shows_an_image_as_one_token(family: str, file: Path) -> Non
     facts = facts_of(data, "train", data.examples("train"))
     assert facts.packed is None and facts.learned is not None and facts.duplicates == 0
     assert any("6 images in 6 examples" in line for line in data.report())
+
+
+def test_a_missing_package_is_named(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vision_models import model_of
+
+    model_of("qwen2_5_vl").save_pretrained(tmp_path)
+    processor_of("qwen2_5_vl").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    settings |= {"processor_class": "Qwen2_5_VLProcessor"}
+    settings |= {"video_processor": {"video_processor_type": "Qwen2VLVideoProcessor"}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed")
+    with pytest.raises(LitPeftError, match="its processor needs the package torchvision: `pip install"):
+        _ = VisionLanguageData(train=str(file), base=str(tmp_path)).processor
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(LitPeftError, match="Images are read by Pillow, which is not installed"):
+        VisionLanguageData(train=str(file), base=str(tmp_path))

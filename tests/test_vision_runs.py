@@ -196,7 +196,7 @@ def test_packed_rows_and_data_of_other_tasks_are_refused(work: Path, file: Path)
     module = module_of(base)
     with pytest.raises(LitPeftError, match="has no use for InstructionData, whose rows are for 'causal_lm'"):
         module.check_data(lit_peft.data.InstructionData(train=str(file)))
-    with pytest.raises(LitPeftError, match="needs a ImageTextToText model"):
+    with pytest.raises(LitPeftError, match="needs an ImageTextToText model"):
         shutil.copytree(base, work / "text", dirs_exist_ok=True)
         settings = json.loads((work / "text" / "config.json").read_text())
         (work / "text" / "config.json").write_text(json.dumps(settings["text_config"]))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lit_peft.models.sources import hub_error, resolve_base
 from lit_peft.models.tokenization import tokenizer_digest, with_padding
-from lit_peft.util.errors import LitPeftError, closest, first_line
+from lit_peft.util.errors import LitPeftError, causes, closest, first_line
 from lit_peft.util.type_checks import brief
 
 # The parts of a processor, besides its tokenizer.
@@ -51,12 +52,12 @@ def load_processor(
         )
     except LitPeftError:
         raise
-    except ImportError as problem:
-        raise LitPeftError(
-            f"{field} {base!r}: its processor needs a package that is missing ({first_line(problem)}): "
-            '`pip install "lit-peft[vision]"` for images, `pip install "lit-peft[speech]"` for sounds.'
-        ) from problem
-    except Exception as problem:  # OSError, ValueError or KeyError, depending on what is missing
+    except Exception as problem:  # OSError, ValueError, ImportError or KeyError, depending on what is missing
+        if (missing := _missing_package(problem)) is not None:
+            raise LitPeftError(
+                f"{field} {base!r}: its processor needs {missing}: "
+                '`pip install "lit-peft[vision]"` for images, `pip install "lit-peft[speech]"` for sounds.'
+            ) from problem
         raise hub_error(base, problem, field=field) from problem
     if getattr(processor, "tokenizer", None) is None:
         raise LitPeftError(
@@ -73,6 +74,15 @@ def load_processor(
             )
     with_padding(processor.tokenizer, base, field)
     return processor
+
+
+def _missing_package(problem: Exception) -> str | None:
+    """Return the package for want of which a processor could not be loaded, in words; None for another problem."""
+    text = " ".join(f"{type(link).__name__} {link}" for link in causes(problem)).lower()
+    # Without torchvision, there are no processors of videos, which those of many models contain.
+    if find_spec("torchvision") is None and ("torchvision" in text or "video" in text):
+        return "the package torchvision"
+    return f"a package that is missing ({first_line(problem)})" if isinstance(problem, ImportError) else None
 
 
 def _has(owner: Any, name: str, value: Any) -> bool:
