@@ -306,7 +306,9 @@ def test_a_processor_is_loaded_with_settings_and_unknown_ones_are_refused(file: 
     split = VisionLanguageData(**settings).examples("train")[0]["input_ids"]
     whole = VisionLanguageData(**settings, processor_args={"do_image_splitting": False}).examples("train")[0]
     assert len(whole["input_ids"]) < len(split)
-    with pytest.raises(LitPeftError, match=r"data\.processor_args has 'do_image_spliting': False, which the Idefics"):
+    with pytest.raises(
+        LitPeftError, match=r"data\.processor_args has 'do_image_spliting': False, which changes nothing"
+    ):
         _ = VisionLanguageData(**settings, processor_args={"do_image_spliting": False}).processor
 
 
