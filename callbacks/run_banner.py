@@ -11,6 +11,7 @@ from lit_peft.callbacks.last_checkpoint import LastCheckpoint
 
 from lit_peft.methods.attachment import trainable_parameters
 from lit_peft.models.experts import experts_adapted, experts_left_out
+from lit_peft.models.towers import describe_towers
 
 
 class RunBanner(Callback):
@@ -40,6 +41,7 @@ class RunBanner(Callback):
             "base": facts.get("base", ""),
             "task": facts.get("task", ""),
             "method": facts.get("method", type(pl_module).__name__),
+            "towers": describe_towers(pl_module),
             "experts": "; ".join(filter(None, (experts_adapted(pl_module), experts_left_out(pl_module)))),
             "trainable": f"{trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.3f} %)",
             "length": _length(trainer) + (f" ({self.length_note})" if self.length_note else ""),

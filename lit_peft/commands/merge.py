@@ -38,6 +38,7 @@ def run(arguments: list[str]) -> None:
     from lit_peft.formats.folder import load_adapter, new_folder
     from lit_peft.formats.sentence_transformers import write_modules
     from lit_peft.methods.lora import merge
+    from lit_peft.models.processing import copy_processor
     from lit_peft.models.tokenization import adapter_tokenizer
 
     with new_folder(options.output) as folder:
@@ -47,6 +48,7 @@ def run(arguments: list[str]) -> None:
         # A base without a tokenizer can be merged, too.
         with contextlib.suppress(LitPeftError):
             adapter_tokenizer([options.adapter], options.base, "--base", options.revision).save_pretrained(folder)
+        copy_processor(options.base, folder, options.revision)
         if options.pooling is not None:
             write_modules(folder, model.config.hidden_size, options.pooling, options.normalize != "false")
     print(f"merged: {options.output}")

@@ -18,6 +18,7 @@ _NAMES = {
     "Seq2SeqData": "lit_peft.data.seq2seq",
     "TextClassificationData": "lit_peft.data.text_classification",
     "TokenClassificationData": "lit_peft.data.token_classification",
+    "VisionLanguageData": "lit_peft.data.vision_language",
 }
 __all__ = list(_NAMES)
 __getattr__ = lazy_names(__name__, _NAMES)

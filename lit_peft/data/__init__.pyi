@@ -15,6 +15,7 @@ from lit_peft.data.reward import RewardData as RewardData
 from lit_peft.data.seq2seq import Seq2SeqData as Seq2SeqData
 from lit_peft.data.text_classification import TextClassificationData as TextClassificationData
 from lit_peft.data.token_classification import TokenClassificationData as TokenClassificationData
+from lit_peft.data.vision_language import VisionLanguageData as VisionLanguageData
 
 __all__ = [
     "CausalLMData",
@@ -30,4 +31,5 @@ __all__ = [
     "Seq2SeqData",
     "TextClassificationData",
     "TokenClassificationData",
+    "VisionLanguageData",
 ]

@@ -185,8 +185,9 @@ class Task:
         if has_model_class(self.auto_class, config) or self.auto_class in (getattr(config, "auto_map", None) or {}):
             return getattr(transformers, self.auto_class)
         kind = self.auto_class.removeprefix("AutoModelFor")
+        kind = f"an {kind}" if kind[0] in "AEIOU" else f"a {kind}"
         raise LitPeftError(
-            f"task={self.name!r} needs a {kind} model, and transformers has none of model_type={config.model_type!r}: "
+            f"task={self.name!r} needs {kind} model, and transformers has none of model_type={config.model_type!r}: "
             "choose another base or another task."
         )
 
