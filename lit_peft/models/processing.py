@@ -1,0 +1,84 @@
+"""Loading processors, which turn texts with images or sounds into a model's inputs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from lit_peft.models.sources import hub_error, resolve_base
+from lit_peft.models.tokenization import tokenizer_digest, with_padding
+from lit_peft.util.errors import LitPeftError, closest, first_line
+from lit_peft.util.type_checks import brief
+
+# The parts of a processor, besides its tokenizer.
+_PARTS = ("image_processor", "feature_extractor", "video_processor")
+
+
+def load_processor(
+    base: str,
+    field: str = "data.base",
+    revision: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    settings_field: str = "data.processor_args",
+) -> Any:
+    """Load the processor of a base model: its tokenizer, with what reads images or sounds.
+
+    Args:
+        base: a model, in any form that `lit_peft.models.sources.resolve_base` accepts.
+        field: the setting's name, for error messages.
+        revision: branch, tag or commit of a hub model.
+        settings: values to use instead of the saved ones, by the names of the processor's and its parts' attributes.
+        settings_field: the name of the setting that gives them, for error messages.
+
+    Returns:
+        The processor. Its tokenizer has a padding token.
+
+    Raises:
+        LitPeftError: there is no processor, a package that it needs is missing, or it does not have a setting.
+    """
+    from transformers import AutoProcessor
+
+    version = {} if revision is None else {"revision": revision}
+    settings = dict(settings or {})
+    try:
+        processor = AutoProcessor.from_pretrained(
+            resolve_base(base).path, trust_remote_code=False, **version, **settings
+        )
+    except LitPeftError:
+        raise
+    except ImportError as problem:
+        raise LitPeftError(
+            f"{field} {base!r}: its processor needs a package that is missing ({first_line(problem)}): "
+            '`pip install "lit-peft[vision]"` for images, `pip install "lit-peft[speech]"` for sounds.'
+        ) from problem
+    except Exception as problem:  # OSError, ValueError or KeyError, depending on what is missing
+        raise hub_error(base, problem, field=field) from problem
+    if getattr(processor, "tokenizer", None) is None:
+        raise LitPeftError(
+            f"{field} {base!r} has no processor, only a {type(processor).__name__}: name a model that takes more than "
+            "text, with the preprocessor_config.json or processor_config.json that it was saved with."
+        )
+    for name, value in settings.items():
+        owners = [processor, *(part for part in map(processor.__dict__.get, _PARTS) if part is not None)]
+        if not any(_has(owner, name, value) for owner in owners):
+            known = {name for owner in owners for name in vars(owner) if not name.startswith("_")}
+            raise LitPeftError(
+                f"{settings_field} has {name!r}: {brief(value)}, which the {type(processor).__name__} of {base!r} does "
+                f"not take; the closest are {closest(name, sorted(known))}."
+            )
+    with_padding(processor.tokenizer, base, field)
+    return processor
+
+
+def _has(owner: Any, name: str, value: Any) -> bool:
+    """Whether an object took a setting. Some sizes are stored in another form than they are given in."""
+    found = getattr(owner, name, None)
+    return found is not None or (value is None and hasattr(owner, name))
+
+
+def processor_digest(processor: Any) -> str:
+    """Hash what a processor's output depends on, for cache keys."""
+    parts = [part.to_json_string() for name in _PARTS if (part := getattr(processor, name, None)) is not None]
+    whole = [type(processor).__name__, str(getattr(processor, "chat_template", None)), *parts]
+    return hashlib.sha256("\0".join([tokenizer_digest(processor.tokenizer), *whole]).encode()).hexdigest()
