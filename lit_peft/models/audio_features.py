@@ -7,6 +7,9 @@ from typing import Any
 
 from lit_peft.util.errors import LitPeftError
 
+# The names of what models of audio take.
+AUDIO = ("input_features", "input_values")
+
 
 def audio_part(processor: Any, base: str) -> Any:
     """Return the feature extractor of a processor.

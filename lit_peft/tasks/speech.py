@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
-from lit_peft.methods.attachment import MethodSettings
+from lit_peft.methods.attachment import MethodSettings, attachment_of
 from lit_peft.methods.soft_prompt import SoftPromptSettings
 from lit_peft.models.architectures import learned_positions
 from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task, finite, float32_default
@@ -71,6 +71,9 @@ class SpeechSeq2Seq(Seq2Seq):
             LitPeftError: the transcripts have a language, and the model is for English only.
         """
         self.positions = learned_positions(model.get_decoder())
+        if self.positions is not None:
+            # The prefix of the decoder's own attention has positions, too.
+            self.positions -= getattr(attachment_of(model).settings, "num_virtual_tokens", 0)
         settings = getattr(model, "generation_config", None)
         if self.language is not None and getattr(settings, "is_multilingual", True) is False:
             raise LitPeftError(
@@ -129,8 +132,12 @@ class SpeechSeq2Seq(Seq2Seq):
         if "max_new_tokens" not in given and "max_length" not in given:
             room = _MAX_NEW_TOKENS if self.positions is None else self.positions - start
             given["max_new_tokens"] = min(_MAX_NEW_TOKENS, room)
+        # Without it, transformers warns that the model's own maximum has no effect.
+        given.setdefault("max_length", None)
         try:
             out = model.generate(**inputs, **given)
+        except LitPeftError:
+            raise
         except ValueError as problem:  # of Whisper's own checks
             raise LitPeftError(f"model.generation {given} is not possible: {first_line(problem)}") from problem
         texts: list[str] = tokenizer.batch_decode(out, skip_special_tokens=True)
