@@ -122,7 +122,7 @@ def _generator(module: pl.LightningModule) -> Any:
             f"SampleGenerations needs a `generate` method, but {type(module).__name__} and the modules inside it have "
             "none: leave the callback out."
         )
-    if getattr(getattr(found, "__self__", None), "main_input_name", "input_ids") in AUDIO:
+    if any(getattr(inner, "main_input_name", None) in AUDIO for inner in module.modules()):
         raise LitPeftError(
             "SampleGenerations writes answers to texts, and the model takes audio: leave the callback out; testing "
             "writes the transcripts of a file."
