@@ -81,8 +81,15 @@ def save_whisper(folder: Path, width: int = 64, seconds: int = 2, seed: int = 0)
     words = tokenizer()
     ids = words.get_vocab()
     end, start = ids["<|endoftext|>"], ids["<|startoftranscript|>"]
-    sizes = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in _sizes(width).items()}
-    marks = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end, "decoder_start_token_id": start}
+    sizes: dict[str, Any] = {
+        f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in _sizes(width).items()
+    }
+    marks: dict[str, Any] = {
+        "pad_token_id": end,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "decoder_start_token_id": start,
+    }
     config = WhisperConfig(
         vocab_size=len(words), d_model=width, max_source_positions=50 * seconds, max_target_positions=64,
         num_mel_bins=80, init_std=0.05, begin_suppress_tokens=None, **sizes, **marks,
