@@ -9,15 +9,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from test_expert_lora import FAMILIES, IDS, gradients, logits, moe, only_experts, scramble
+from lit_peft.callbacks import PrecisionReport
+from models import QUIET
+from test_expert_lora import FAMILIES, IDS, fit, gradients, logits, mixture, moe, only_experts, scramble
 from torch import Tensor, nn
 
 import lit_peft
 from lit_peft import LitPeftError
+from lit_peft.cli import main
 from lit_peft.methods.baselines import FullFineTuningSettings
 from lit_peft.models.experts import (
     dequantize_experts,
@@ -296,3 +300,67 @@ def test_full_fine_tuning_of_quantized_experts_is_refused() -> None:
     model, _ = quantized("mixtral")
     with pytest.raises(LitPeftError, match="A quantized base cannot be trained in full"):
         lit_peft.attach(model, FullFineTuningSettings())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_a_compiled_layer_runs(with_lora: bool, implementation: str) -> None:
+    model, _ = quantized("qwen3_moe", "int8")
+    model.set_experts_implementation(implementation)
+    if with_lora:
+        lit_peft.attach(model, only_experts())
+        scramble(model)
+    expected = logits(model)
+    model.model.layers[1].mlp.compile(backend="eager")
+    torch.testing.assert_close(logits(model), expected)
+
+
+def test_the_report_of_precision_counts_the_codes(tokenizer_folder: Path, tmp_path: Path, reviews: Path) -> None:
+    base = mixture(tokenizer_folder, tmp_path / "base")
+    found = {}
+    for quantization in (None, "nf4"):
+        report = PrecisionReport()
+        module = lit_peft.LoRA(base=str(base), target_modules=[], target_experts=True, r=2, quantization=quantization)
+        rows = lit_peft.CausalLMData(base=str(base), train=str(reviews), limit_train=16)
+        trainer = pl.Trainer(**QUIET, max_steps=1, enable_checkpointing=False, callbacks=[report], limit_val_batches=0)
+        trainer.fit(module, rows)
+        found[quantization] = report.report["base"]
+    # Experts, at 4.5 bits each: half of a byte for a number, and 4 bytes for 64.
+    experts = 2 * 4 * 32 * (32 + 16)
+    assert found["nf4"]["uint8"] >= experts / 2
+    assert found[None]["float32"] - found["nf4"]["float32"] >= 4 * experts
+    assert found["nf4"]["int32"] >= experts / 16
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_the_commands_train_and_merge_a_quantized_mixture(
+    quantization: str,
+    tokenizer_folder: Path,
+    reviews: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("torchao" if quantization == "int8" else "bitsandbytes")
+    base = mixture(tokenizer_folder, tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(not quantized|another way than in products).*")
+        assert main(fit(base, reviews, tmp_path / "run", "--model.quantization", quantization)) == 0
+    shown = capsys.readouterr().out
+    assert "frozen weights; in full precision: embed_tokens (" in shown and "lm_head" in shown
+    (folder,) = (tmp_path / "run").glob("*/adapter")
+    (checkpoint,) = (tmp_path / "run").glob("*/checkpoints/best*")
+    assert main(["export", "--ckpt_path", str(checkpoint), "--output", str(tmp_path / "exported")]) == 0
+    module = lit_peft.LoRA.load_from_checkpoint(checkpoint).eval()
+    expected = logits_of(module.model)
+    for adapter in (folder, tmp_path / "exported"):
+        output = tmp_path / f"merged-{adapter.name}"
+        given = ["--base", str(base), "--quantization", quantization, "--adapter", str(adapter)]
+        assert main(["merge", *given, "--output", str(output)]) == 0
+        merged = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
+        torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def logits_of(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS % 40).logits
+    return found

@@ -38,8 +38,7 @@ def run(arguments: list[str]) -> None:
     from lit_peft.formats.folder import load_adapter, new_folder
     from lit_peft.formats.sentence_transformers import write_modules
     from lit_peft.methods.lora import merge
-    from lit_peft.models.audio_features import AUDIO
-    from lit_peft.models.processing import load_processor
+    from lit_peft.models.processing import copy_processor
     from lit_peft.models.tokenization import adapter_tokenizer
 
     with new_folder(options.output) as folder:
@@ -47,11 +46,9 @@ def run(arguments: list[str]) -> None:
         merge(load_adapter(model, options.adapter, check_base=not options.force))
         model.save_pretrained(folder, max_shard_size=options.max_shard_size)
         # A base without a tokenizer can be merged, too.
-        if model.main_input_name in AUDIO:
-            with contextlib.suppress(LitPeftError):
-                load_processor(options.base, "--base", options.revision).save_pretrained(folder)
         with contextlib.suppress(LitPeftError):
             adapter_tokenizer([options.adapter], options.base, "--base", options.revision).save_pretrained(folder)
+        copy_processor(options.base, folder, options.revision)
         if options.pooling is not None:
             write_modules(folder, model.config.hidden_size, options.pooling, options.normalize != "false")
     print(f"merged: {options.output}")

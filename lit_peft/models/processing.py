@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lit_peft.models.sources import hub_error, resolve_base
@@ -13,6 +15,8 @@ from lit_peft.util.type_checks import brief
 
 # The parts of a processor, besides its tokenizer.
 _PARTS = ("image_processor", "feature_extractor", "video_processor")
+# The files with their settings.
+_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json")
 
 
 def load_processor(
@@ -82,3 +86,21 @@ def processor_digest(processor: Any) -> str:
     parts = [part.to_json_string() for name in _PARTS if (part := getattr(processor, name, None)) is not None]
     whole = [type(processor).__name__, str(getattr(processor, "chat_template", None)), *parts]
     return hashlib.sha256("\0".join([tokenizer_digest(processor.tokenizer), *whole]).encode()).hexdigest()
+
+
+def copy_processor(base: str, folder: Path, revision: str | None = None) -> None:
+    """Copy the settings of a base's processor into a folder, besides those of its tokenizer, if it has a processor."""
+    source = resolve_base(base)
+    for name in _FILES:
+        if source.is_local:
+            path = Path(source.path) / name
+        else:
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+            try:
+                path = Path(hf_hub_download(source.path, name, revision=revision))
+            except (EntryNotFoundError, LocalEntryNotFoundError):  # this model has none, or it is not in the cache
+                continue
+        if path.is_file():
+            shutil.copyfile(path, folder / name)

@@ -88,8 +88,6 @@ class QuantizedStack(nn.Module):
         """Return what stands for W in products."""
         return QuantizedWeight(self)
 
-    # The compiler cannot follow weights that are no tensors.
-    @torch.compiler.disable
     def __getitem__(self, index: Any) -> Any:
         return self.operand()[index]
 
@@ -105,7 +103,6 @@ class QuantizedStack(nn.Module):
             return getattr(self.operand(), name)
 
     @classmethod
-    @torch.compiler.disable
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         args = tuple(_as_operand(value) for value in args)
         return func(*args, **{name: _as_operand(value) for name, value in (kwargs or {}).items()})
@@ -233,6 +230,8 @@ class QuantizedWeight:
         )
         return self.matrices()
 
+    # The compiler cannot follow weights that are no tensors.
+    @torch.compiler.disable
     def after_groups(self, x: Tensor, ends: Any) -> Tensor:
         """Return the products of the rows of x with the expert of their group; rows after the last group are zero.
 
@@ -246,6 +245,7 @@ class QuantizedWeight:
         out: Tensor = _Products.apply(x, self.stack, groups, self.is_flipped)
         return out
 
+    @torch.compiler.disable
     def after(self, x: Tensor) -> Tensor:
         """Return the product of x and the weight, for each expert that the weight has; shape (..., columns)."""
         rows, width = x.reshape(-1, x.shape[-1]), self.shape[-1]
