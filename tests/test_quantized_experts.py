@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 import transformers
 from lit_peft.callbacks import PrecisionReport
 from models import QUIET
+from safetensors.torch import load_file
 from test_expert_lora import FAMILIES, IDS, fit, gradients, logits, mixture, moe, only_experts, scramble
 from torch import Tensor, nn
 
@@ -31,7 +35,8 @@ from lit_peft.models.experts import (
     stacked_experts,
 )
 from lit_peft.models.quantization import quantize
-from lit_peft.nn.quantized_experts import KINDS, QuantizedStack
+from lit_peft.nn.expert_codes import KINDS
+from lit_peft.nn.quantized_experts import QuantizedStack
 
 # DBRX has its experts in one matrix.
 STACKED = [kind for kind in FAMILIES if kind != "dbrx"]
@@ -364,3 +369,27 @@ def logits_of(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(input_ids=IDS % 40).logits
     return found
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_on_quantized_experts_as_one_does(
+    strategy: str, tokenizer_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("torchao")
+    base, quantization = mixture(tokenizer_folder, tmp_path / "base"), ["--model.quantization", "int8"]
+    assert main(fit(base, reviews, tmp_path / "one", "--data.batch_size", "16", *quantization)) == 0
+    file = Path(__file__).parents[1] / "configs" / "strategies" / f"{strategy}.yaml"
+    more = ["--config", str(file), "--trainer.accelerator", "cpu", "--trainer.devices", "2", "--data.batch_size", "8"]
+    script = tmp_path / "run.py"
+    script.write_text("import sys\nfrom lit_peft.cli import main\nassert main(sys.argv[1:]) == 0\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command += fit(base, reviews, tmp_path / "two", *more, *quantization)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-6000:]
+    one, two = (
+        load_file(next((tmp_path / name).glob("*/adapter")) / "adapter_model.safetensors") for name in ("one", "two")
+    )
+    assert set(one) == set(two)
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], atol=1e-5, rtol=1e-5)

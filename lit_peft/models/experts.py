@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_peft.nn.expert_codes import KINDS
 from lit_peft.nn.expert_lora import ExpertLoRA
-from lit_peft.nn.quantized_experts import KINDS, QuantizedStack, QuantizedWeight, expert_weight, make_dense
+from lit_peft.nn.quantized_experts import QuantizedStack, QuantizedWeight, expert_weight, make_dense
 from lit_peft.util.memory import page_out
 
 # What the kinds of bitsandbytes that have no like for experts stand for.

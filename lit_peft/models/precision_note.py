@@ -24,7 +24,7 @@ def precision_note(model: nn.Module) -> str | None:
         else:
             for parameter in module.parameters(recurse=False):
                 if parameter.is_floating_point() and not parameter.requires_grad:
-                    kept[path.rpartition(".")[2]] += parameter.numel()
+                    kept[path.removesuffix(".base_layer").rpartition(".")[2]] += parameter.numel()
     if not quantized:
         return None
     total = quantized + sum(kept.values())

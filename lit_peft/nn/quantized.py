@@ -127,11 +127,11 @@ def check_dequantizable(module: nn.Module) -> None:
     Raises:
         LitPeftError: its weight is stored in an unknown way.
     """
-    from lit_peft.nn.quantized_experts import QuantizedStack  # which uses this module
-
     weight: Any = module.weight
     bitsandbytes = is_instance(weight, "bitsandbytes.nn", "Params4bit", "Int8Params")
-    if not (isinstance(module, (QuantizedLinear, QuantizedStack)) or bitsandbytes or _is_torchao(weight)):
+    # `QuantizedStack`, whose module imports this one.
+    is_stack = hasattr(module, "dense_stack")
+    if not (isinstance(module, QuantizedLinear) or is_stack or bitsandbytes or _is_torchao(weight)):
         raise LitPeftError(
             f"{type(module).__name__} stores its weight as {weight.dtype} in a way that lit_peft cannot dequantize: "
             "quantize the base with torchao or bitsandbytes, or load it unquantized."
