@@ -294,6 +294,12 @@ def test_a_missing_file_is_named_with_its_row(base: Path, tmp_path: Path) -> Non
         rows.setup("validate")
 
 
+def test_a_column_without_audio_is_named(base: Path, tmp_path: Path) -> None:
+    rows = data(base, write(tmp_path / "a.jsonl", [{"audio": 17, "text": "yes"}, {"audio": 18, "text": "no"}]))
+    with pytest.raises(LitPeftError, match=r"row 1: column 'audio' has 17, which is no audio"):
+        rows.setup("fit")
+
+
 def test_a_file_that_changed_is_measured_again(base: Path, long_table: Path) -> None:
     settings = {"long_audio": "drop"}
     assert len(data(base, long_table, **settings).examples("validation")) == 2

@@ -29,9 +29,9 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".
 # Of the resampling filter: zero crossings on each side, the share of the band that passes, and the window's shape.
 _CROSSINGS, _PASSED, _BETA = 32, 0.95, 12.0
 # Samples of the output that are computed at a time.
-_BLOCK = 2**15
+_BLOCK = 2**13
 # Rates beyond these are an error in a header.
-_RATES = (1_000, 768_000)
+_RATES = (1_000, 200_000)
 
 
 class AudioError(Exception):
@@ -73,12 +73,12 @@ def audio_key(table: Dataset, column: str) -> Callable[[int], Hashable]:
 
 
 def _key(cell: Any) -> Hashable:
-    if isinstance(cell, str) or cell is None:
-        return cell
-    if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("array") is None:
-        return str(cell.get("path"))
-    data = cell if isinstance(cell, bytes) else (cell.get("bytes") or np.asarray(cell["array"]).tobytes())
-    return hashlib.sha256(data).hexdigest()
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    if isinstance(cell, dict) and cell.get("array") is not None:
+        return hashlib.sha256(repr(cell["array"]).encode()).hexdigest()
+    return audio_path(cell) or repr(cell)
 
 
 def audio_path(cell: Any) -> str | None:
@@ -166,7 +166,10 @@ def _open(cell: Any, by_wave: Callable[[Any], Any], by_soundfile: Callable[[Any]
         if is_url(path):
             raise AudioError(f"has the URL {path!r}; download the files first and give their paths")
         if not os.path.isfile(path):
-            raise AudioError(f"has the file {path!r}, which does not exist; paths start at the data file's folder")
+            raise AudioError(
+                f"has the file {path!r}, which does not exist; paths start at the folder of the table, or "
+                "at the current one"
+            )
     name = repr(path) if path is not None else "a file given as bytes"
 
     def source() -> Any:
