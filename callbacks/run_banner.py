@@ -11,6 +11,7 @@ from lit_peft.callbacks.last_checkpoint import LastCheckpoint
 
 from lit_peft.methods.attachment import trainable_parameters
 from lit_peft.models.experts import experts_adapted, experts_left_out
+from lit_peft.models.precision_note import precision_note
 from lit_peft.models.towers import describe_towers
 
 
@@ -43,6 +44,7 @@ class RunBanner(Callback):
             "method": facts.get("method", type(pl_module).__name__),
             "towers": describe_towers(pl_module),
             "experts": "; ".join(filter(None, (experts_adapted(pl_module), experts_left_out(pl_module)))),
+            "quantized": precision_note(pl_module) or "",
             "trainable": f"{trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.3f} %)",
             "length": _length(trainer) + (f" ({self.length_note})" if self.length_note else ""),
             "precision": f"{trainer.precision} on {trainer.world_size} × {device}",

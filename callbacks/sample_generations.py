@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lit_peft.models.audio_features import AUDIO
 from lit_peft.util.errors import LitPeftError, first_line
 
 
@@ -120,5 +121,10 @@ def _generator(module: pl.LightningModule) -> Any:
         raise LitPeftError(
             f"SampleGenerations needs a `generate` method, but {type(module).__name__} and the modules inside it have "
             "none: leave the callback out."
+        )
+    if any(getattr(inner, "main_input_name", None) in AUDIO for inner in module.modules()):
+        raise LitPeftError(
+            "SampleGenerations writes answers to texts, and the model takes audio: leave the callback out; testing "
+            "writes the transcripts of a file."
         )
     return found

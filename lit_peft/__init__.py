@@ -23,6 +23,7 @@ _NAMES = {
     "QuestionAnsweringData": "lit_peft.data.question_answering",
     "ReasoningData": "lit_peft.data.reasoning",
     "Seq2SeqData": "lit_peft.data.seq2seq",
+    "SpeechData": "lit_peft.data.speech",
     "Stack": "lit_peft.methods.stack",
     "TextClassificationData": "lit_peft.data.text_classification",
     "TokenClassificationData": "lit_peft.data.token_classification",

@@ -31,6 +31,7 @@ from lit_peft.methods.prompt_tuning import PromptTuningSettings as PromptTuningS
 from lit_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
 from lit_peft.data.reasoning import ReasoningData as ReasoningData
 from lit_peft.data.seq2seq import Seq2SeqData as Seq2SeqData
+from lit_peft.data.speech import SpeechData as SpeechData
 from lit_peft.methods.stack import Stack as Stack
 from lit_peft.data.text_classification import TextClassificationData as TextClassificationData
 from lit_peft.data.token_classification import TokenClassificationData as TokenClassificationData
@@ -90,6 +91,7 @@ __all__ = [
     "QuestionAnsweringData",
     "ReasoningData",
     "Seq2SeqData",
+    "SpeechData",
     "Stack",
     "TextClassificationData",
     "TokenClassificationData",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from speech_example import save_whisper
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 from vision_models import model_of
 
@@ -196,9 +197,11 @@ def test_init_asks_for_what_no_flag_gives(
 
 @pytest.mark.parametrize("task", TASKS)
 def test_doctor_knows_every_task(task: str, encoder: Path, decoder: Path, t5: Path, tmp_path: Path) -> None:
-    base = {"causal_lm": decoder, "seq2seq": t5, "image_text_to_text": tmp_path}.get(task, encoder)
-    if base is tmp_path:
-        model_of("llava").save_pretrained(tmp_path)
+    base = {"causal_lm": decoder, "seq2seq": t5}.get(task, encoder)
+    if task == "image_text_to_text":
+        model_of("llava").save_pretrained(base := tmp_path)
+    if task == "speech_seq2seq":
+        save_whisper(base := tmp_path, width=16)
     need = doctor.training_memory(str(base), "AdapterP", task, 2, 16)
     assert need["parameters"] > need["gradients"] > 0 and need["Adam's moments"] == 2 * need["gradients"]
     assert need["activations, about"] > 0

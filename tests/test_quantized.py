@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 import lit_peft
 from lit_peft import CausalLMData, LitPeftError
 from lit_peft.cli import main
+from lit_peft.models.precision_note import precision_note
 from lit_peft.models.quantization import quantize
 from lit_peft.nn import LoRALinear
 from lit_peft.nn.quantized import (
@@ -416,7 +417,7 @@ def test_memory_of_a_mapped_tensor_is_freed_and_read_again(tmp_path: Path) -> No
 
 
 @needs["torchao"]
-def test_a_mixtures_experts_are_named_that_stay_unquantized() -> None:
+def test_a_mixtures_experts_are_quantized_and_what_is_not_is_named() -> None:
     config = Qwen3MoeConfig(
         vocab_size=40,
         hidden_size=32,
@@ -429,10 +430,13 @@ def test_a_mixtures_experts_are_named_that_stay_unquantized() -> None:
         num_key_value_heads=2,
     )
     model = AutoModelForCausalLM.from_config(config)
-    experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
-    share = f"{experts / sum(p.numel() for p in model.parameters()):.0%}"
-    with pytest.warns(UserWarning, match=f"int8.*{share} of the weights.*experts.*not quantized"):
-        quantize(model, "int8")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    kept = sum(p.numel() for name, p in model.named_parameters() if "proj" not in name)
+    quantize(model.requires_grad_(False), "int8")
+    note = precision_note(model)
+    assert note is not None and f"{1 - kept / total:.2%} of {total:,} frozen weights" in note
+    assert f"embed_tokens ({40 * 32 / total:.2%})" in note and f"lm_head ({40 * 32 / total:.2%})" in note
+    assert "gate (" in note and "experts" not in note
 
 
 @needs["torchao"]

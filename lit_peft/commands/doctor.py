@@ -76,6 +76,7 @@ def training_memory(base: str, method: str, task: str, batch_size: int, length: 
     """
     import lit_peft
     from lit_peft.methods.attachment import trainable_parameters
+    from lit_peft.models.audio_features import AUDIO
     from lit_peft.training.building import build_empty_model
 
     settings = {} if task == "causal_lm" or task == "seq2seq" else {"num_labels": 2}
@@ -84,6 +85,8 @@ def training_memory(base: str, method: str, task: str, batch_size: int, length: 
     trained = 4 * trainable_parameters(model)
     parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
     text = model.config.get_text_config()
+    if model.main_input_name in AUDIO:  # Whisper's encoder sees a recording of the greatest length
+        length = max(length, getattr(model.config, "max_source_positions", length))
     hidden, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
     # The paper counts two bytes per value; in float32 it is four.
     activations = 2 * layers * batch_size * length * (34 * hidden + 5 * heads * length)

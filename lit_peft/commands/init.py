@@ -113,6 +113,18 @@ FORMS = {
         batch_size=2,
         max_length=2048,
     ),
+    "speech_seq2seq": _Form(
+        "SpeechData",
+        "columns `audio` (paths, bytes or samples) and `text` (audio_column, text_column)",
+        "openai/whisper-small",
+        {
+            "task_args": ({"normalizer": "basic"}, "error rates without upper case and punctuation; none: with them"),
+            "generation": ({"max_new_tokens": 224}, "arguments of generate in validation and prediction"),
+        },
+        {"language": (None, "of the transcripts, e.g. german; null for an English-only Whisper")},
+        8,
+        448,
+    ),
     "embedding": _Form(
         "EmbeddingData",
         "columns such as `query` and `document`, and optionally `negatives` or `score`; data.help lists the names",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lit_peft.models.audio_features import AUDIO
 from lit_peft.util.errors import LitPeftError, closest
 
 
@@ -87,6 +88,11 @@ def check_generates(model: Any) -> None:
         raise LitPeftError(
             f"--base {model._lit_peft_base!r} is a {type(model).__name__}, which cannot generate text: give a causal "
             "or an encoder-decoder model, or the --task to load it for."
+        )
+    if getattr(model, "main_input_name", "input_ids") in AUDIO:
+        raise LitPeftError(
+            f"--base {model._lit_peft_base!r} is a {type(model).__name__}, which takes audio, not a prompt: transcribe "
+            "recordings with `lit-peft predict`."
         )
 
 

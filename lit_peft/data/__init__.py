@@ -16,6 +16,7 @@ _NAMES = {
     "ReasoningData": "lit_peft.data.reasoning",
     "RewardData": "lit_peft.data.reward",
     "Seq2SeqData": "lit_peft.data.seq2seq",
+    "SpeechData": "lit_peft.data.speech",
     "TextClassificationData": "lit_peft.data.text_classification",
     "TokenClassificationData": "lit_peft.data.token_classification",
     "VisionLanguageData": "lit_peft.data.vision_language",

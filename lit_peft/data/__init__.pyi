@@ -13,6 +13,7 @@ from lit_peft.data.question_answering import QuestionAnsweringData as QuestionAn
 from lit_peft.data.reasoning import ReasoningData as ReasoningData
 from lit_peft.data.reward import RewardData as RewardData
 from lit_peft.data.seq2seq import Seq2SeqData as Seq2SeqData
+from lit_peft.data.speech import SpeechData as SpeechData
 from lit_peft.data.text_classification import TextClassificationData as TextClassificationData
 from lit_peft.data.token_classification import TokenClassificationData as TokenClassificationData
 from lit_peft.data.vision_language import VisionLanguageData as VisionLanguageData
@@ -29,6 +30,7 @@ __all__ = [
     "ReasoningData",
     "RewardData",
     "Seq2SeqData",
+    "SpeechData",
     "TextClassificationData",
     "TokenClassificationData",
     "VisionLanguageData",

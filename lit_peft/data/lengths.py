@@ -94,9 +94,10 @@ def _most_tokens(data: Any) -> tuple[int, str]:
         # A tokenizer's folder has no configuration, and the model's own code is not run for this.
         with suppress(OSError, ValueError, LitPeftError):
             config = AutoConfig.from_pretrained(resolve_base(data.base).path, trust_remote_code=False)
-            positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-            if isinstance(positions, int) and positions > 1:
-                limits.setdefault(positions, "the number of the base model's positions")
+            for name in ("max_position_embeddings", "max_target_positions"):  # of a decoder, in speech models
+                positions = getattr(config.get_text_config(), name, None)
+                if isinstance(positions, int) and positions > 1:
+                    limits.setdefault(positions, "the number of the base model's positions")
     least = min(limits)
     return least, limits[least]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lit_peft.data.prompt_templates import read_template
+from lit_peft.data.transcripts import set_language
 from lit_peft.models.tokenization import add_tokens, load_tokenizer
 from lit_peft.util.errors import LitPeftError
 
@@ -33,6 +34,8 @@ def adapted(tokenizer: Any, data: Any) -> Any:
     """Return a tokenizer with the settings of a data module."""
     if (template := getattr(data, "chat_template", None)) is not None:
         tokenizer.chat_template = read_template(template)
+    if hasattr(data, "speech_task"):
+        set_language(tokenizer, data.language, data.speech_task)
     if data.add_tokens:
         add_tokens(tokenizer, data.add_tokens)
     if data.truncation_side == "left":

@@ -20,10 +20,12 @@ from lit_peft.methods.attachment import attachment_of, base_name
 from lit_peft.methods.expert_targets import target_name
 from lit_peft.methods.tokens import NAME as TOKEN_ROWS
 from lit_peft.methods.tokens import resized_parameters
+from lit_peft.models.experts import quantized_experts
 from lit_peft.models.hub import cached_commit
 from lit_peft.nn.linear import linear_features
 from lit_peft.nn.lora import LoRALayer
 from lit_peft.nn.quantized import is_quantized
+from lit_peft.nn.quantized_experts import QuantizedStack
 from lit_peft.util.errors import LitPeftError
 
 KEY = "base"
@@ -93,11 +95,15 @@ def check_base(model: nn.Module, folder: Path, any_class: bool = False) -> None:
 def _record(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
     prefix = getattr(model, "base_model_prefix", "")
     # A quantized layer stores its weight in another shape.
-    quantized = {
+    quantized: dict[str, tuple[int, ...]] = {
         base_name(f"{path}.weight").removeprefix(f"{prefix}."): linear_features(module)[::-1]
         for path, module in model.named_modules()
-        if is_quantized(module)
+        if is_quantized(module) and not isinstance(module, QuantizedStack)
     }
+    for path, stack in quantized_experts(model).items():
+        name = base_name(path).removeprefix(f"{prefix}.")
+        if (codes := weights.pop(f"{name}.weight", None)) is not None:
+            weights[name], quantized[name] = codes, tuple(stack.shape)
     shapes = repr(sorted(quantized.get(name, tuple(weight.shape)) for name, weight in weights.items()))
     # Large weights tell models apart best; norms and biases are much the same in many models.
     largest = sorted(weights, key=lambda name: (-weights[name].numel(), name))[:_SAMPLED_TENSORS]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lit_peft.formats.untrusted import check_names
 from lit_peft.methods.attachment import Attachment
 from lit_peft.methods.expert_targets import find_parameters, target_name
+from lit_peft.models.experts import adaptable_weights, weight_named
 from lit_peft.nn.expert_lora import ExpertLoRA
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
@@ -59,7 +60,7 @@ def parameters_in_file(model: nn.Module, names: Collection[str]) -> tuple[list[s
     check_names(names, f"{_FILE}: target_parameters")
     linear: list[str] = []
     others: list[str] = []
-    for name, _ in model.named_parameters():
+    for name in adaptable_weights(model):
         if any(f".{name}".endswith(f".{target}") for target in names):
             path, _, last = name.rpartition(".")
             is_layer = last == "weight" and isinstance(model.get_submodule(path), nn.Linear)
@@ -86,7 +87,7 @@ def check_rows(model: nn.Module, ranks: Mapping[str, int], stored: Mapping[str, 
     """
     for wrapper, name in _wrappers(ranks).items():
         key = f"{wrapper}.lora_A.weight"
-        tensor, count = stored.get(f"{prefix}{key}"), math.prod(model.get_parameter(name).shape[:-2])
+        tensor, count = stored.get(f"{prefix}{key}"), math.prod(weight_named(model, name).shape[:-2])
         if tensor is not None and tensor.dim() and len(tensor) != count * ranks[name]:
             raise LitPeftError(
                 f"{_FILE}: {key} has {len(tensor)} rows, and r={ranks[name]} needs {count * ranks[name]} for the "

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from lit_peft.methods.attachment import Attachment
 from lit_peft.methods.changes import ReplaceModule
 from lit_peft.methods.targets import keep_layers
-from lit_peft.models.experts import stacked_experts
+from lit_peft.models.experts import adaptable_weights, quantized_experts, stacked_experts
 from lit_peft.nn.expert_lora import ExpertLoRA, LoRAExperts
 from lit_peft.nn.lora_layer import InitLoRA
+from lit_peft.nn.quantized_experts import QuantizedWeight
 from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.expressions import Expressions
 
@@ -43,8 +44,8 @@ def find_parameters(
     Raises:
         LitPeftError: a name matches nothing, or a parameter cannot be adapted, or no parameter is left.
     """
-    parameters = dict(model.named_parameters())
-    experts = set(stacked_experts(model))
+    parameters = adaptable_weights(model)
+    experts = {*stacked_experts(model), *quantized_experts(model)}
     if target_experts and not experts:
         raise LitPeftError(
             f"target_experts=True, but {type(model).__name__} has no experts that are stored as one parameter: leave "
@@ -134,6 +135,8 @@ def _check(model: nn.Module, name: str, parameter: Tensor, source: str) -> None:
             f"{start}, the weight of a {type(owner).__name__}: name the module in target_modules instead, e.g. "
             f"target_modules=[{path.rpartition('.')[2]!r}]."
         )
+    if isinstance(parameter, QuantizedWeight):
+        return
     if not parameter.is_floating_point() or type(parameter.data) not in (Tensor, nn.Parameter):
         raise LitPeftError(f"{start}, which is quantized: load the base without quantization to adapt it.")
     if not path or isinstance(owner, _HAVE_LAYERS) or parameter.dim() not in (2, 3):
@@ -150,7 +153,7 @@ def _no_match(model: nn.Module, target: str, parameters: Mapping[str, Tensor], s
         own = sorted(name for name, _ in model.get_submodule(inside[0]).named_parameters())
         advice = f"{inside[0]} is a module; its parameters are {', '.join(own[:4])}"
     else:
-        known = {name.rpartition(".")[2] for name in stacked_experts(model)} or {
+        known = {name.rpartition(".")[2] for name in (*stacked_experts(model), *quantized_experts(model))} or {
             name.rpartition(".")[2] for name, parameter in parameters.items() if parameter.dim() in (2, 3)
         }
         advice = f"the closest are {closest(last, sorted(known))}"

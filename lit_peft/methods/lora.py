@@ -21,6 +21,7 @@ from lit_peft.models.quantization import dequantize
 from lit_peft.nn.expert_lora import ExpertLoRA
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear, check, check_mergeable
 from lit_peft.nn.quantized import dense_linear, is_quantized
+from lit_peft.nn.quantized_experts import make_dense
 from lit_peft.util.errors import LitPeftError
 
 
@@ -209,6 +210,8 @@ def merge(model: Model) -> Model:
     for layer in layers.values():
         if is_quantized(layer.base_layer):
             layer.base_layer = dense_linear(layer.base_layer, dtype)
+        elif isinstance(layer, ExpertLoRA):
+            make_dense(layer.base_layer, layer.parameter_name, dtype)
         # `keep_merged` frees the copy of W that `merge` makes, so only one copy exists at a time.
         layer.merge()
         layer.keep_merged()

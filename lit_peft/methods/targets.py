@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_peft.models.experts import experts_left_out, stacked_experts
+from lit_peft.models.experts import experts_left_out, quantized_experts, stacked_experts
 from lit_peft.models.towers import TOWERS, language_path, tower_of, towers, unread_by
 from lit_peft.models.transformers_internals import is_model_of, returns_its_product
 from lit_peft.nn.linear import stores_transposed
@@ -221,7 +221,8 @@ def _names_experts(model: nn.Module, target_modules: str | Sequence[str]) -> boo
     """Whether a list of names would include a mixture's experts if these were linear layers, e.g. `down_proj`."""
     if isinstance(target_modules, str):
         return False
-    parts = {part for name in stacked_experts(model) for part in name.rpartition(".")[2].split("_")}
+    experts = (*stacked_experts(model), *quantized_experts(model))
+    parts = {part for name in experts for part in name.rpartition(".")[2].split("_")}
     return any(name.rpartition(".")[2].removesuffix("_proj") in parts - {"proj"} for name in target_modules)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_peft.models.experts import experts_left_out
+from lit_peft.models.experts import dequantize_experts, experts_left_out, quantize_experts
 from lit_peft.models.transformers_internals import clear_quantization_flags
 from lit_peft.nn.quantized import QuantizedLinear, dense_linear, is_quantized
 from lit_peft.util.errors import LitPeftError, closest
@@ -94,8 +94,8 @@ def quantize(model: nn.Module, quantization: str | Mapping[str, Any] | None, ski
     """Quantize a model's linear layers in place, except heads and tied weights, so that gradients pass through them.
 
     `int8` has one scale for each row. `int4` has one for each group of `GROUP_SIZE` weights, or for each row if that
-    is not a divisor of the row's size. A mixture's experts that are no linear layers are not quantized; a warning says
-    how much of the model they are.
+    is not a divisor of the row's size. A mixture's experts that are stored as one parameter are quantized one by one,
+    see `lit_peft.nn.quantized_experts`; a warning says how much of the model are experts that are not.
 
     Args:
         model: a transformers model, as it was loaded.
@@ -140,17 +140,19 @@ def quantize(model: nn.Module, quantization: str | Mapping[str, Any] | None, ski
                 # Otherwise, evaluation on a CPU changes the weights' layout for good and rounds scales to bfloat16.
                 module.support_avx512bf16_for_cpu = False
     if quantization is not None:
+        quantize_experts(model, quantization, skip)
         # A tensor that is mapped from the weights' file keeps the entire file open.
         for tensor in (*model.parameters(), *model.buffers()):
             if type(tensor.data) is torch.Tensor and tensor.is_floating_point():
                 tensor.data = tensor.data.clone()
-        about = experts_left_out(model)
+        about = experts_left_out(model, of_quantized=False)
         if about is not None:
             warnings.warn(f"quantization={quantization!r}: {about}, so they are not quantized.", stacklevel=2)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every quantized linear layer by a plain one, so that transformers saves the model as usual."""
+    """Replace every quantized layer by a plain one, and those of experts, so that transformers saves the model."""
+    dequantize_experts(model, dtype)
     for path, module in list(model.named_modules()):
         if is_quantized(module):
             _put(model, path, dense_linear(module, dtype))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_peft.nn.grouped import LowRankSum
 from lit_peft.nn.lora_layer import InitLoRA, LoRALayer, check
-from lit_peft.nn.torch_internals import own_parameter
+from lit_peft.nn.quantized_experts import QuantizedWeight, expert_weight
 from lit_peft.util.errors import LitPeftError
 
 _LOCK = threading.Lock()
@@ -49,7 +49,7 @@ class ExpertLoRA(LoRALayer):
         init_lora_weights: InitLoRA = "kaiming",
     ) -> None:
         self.parameter_name = parameter_name
-        *stack, rows, columns = experts.get_parameter(parameter_name).shape
+        *stack, rows, columns = expert_weight(experts, parameter_name).shape
         self.stack = tuple(stack)
         # Rows are inputs. Only for stacked weights, as in peft.
         self.is_transposed = bool(stack) and bool(getattr(experts, "is_transposed", False))
@@ -77,9 +77,25 @@ class ExpertLoRA(LoRALayer):
 
     @property
     def weight(self) -> Tensor:
-        parameter = own_parameter(self.base_layer, self.parameter_name)
-        assert parameter is not None
-        return parameter
+        found: Tensor = expert_weight(self.base_layer, self.parameter_name)
+        return found
+
+    def dense_weight(self) -> Tensor:
+        weight: Any = self.weight
+        return weight.matrices() if isinstance(weight, QuantizedWeight) else weight.detach()
+
+    def merge(self) -> None:
+        """As `LoRALayer.merge`, which cannot be undone for quantized experts.
+
+        Raises:
+            LitPeftError: the experts are quantized.
+        """
+        if isinstance(self.weight, QuantizedWeight):
+            raise LitPeftError(
+                f"{self.parameter_name} of these experts is quantized, so an update cannot be added to it and removed "
+                "again: use lit_peft.merge(model), which dequantizes the model for good."
+            )
+        super().merge()
 
     @property
     def bias(self) -> Tensor | None:

@@ -11,18 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_peft.nn.quantized_experts import QuantizedWeight
+
 # A group as (matrix, first row, row after the last), without the groups that have no rows.
 _Groups = list[tuple[int, int, int]]
 
 
-def grouped_lora(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, ends: Tensor, scaling: float) -> Tensor:
+def grouped_lora(x: Tensor, weight: Tensor | None, left: Tensor, right: Tensor, ends: Tensor, scaling: float) -> Tensor:
     """Return `x_g (W_g + s · L_g R_g)` for the rows x_g of each group g, which follow each other.
 
     Rows after the last group are zero in the result.
 
     Args:
         x: the rows, shape (rows, in_features).
-        weight: W, shape (groups, in_features, out_features).
+        weight: W, shape (groups, in_features, out_features); None for zero.
         left: L, shape (groups, in_features, r).
         right: R, shape (groups, r, out_features).
         ends: the number of rows up to the end of each group, shape (groups,).
@@ -31,7 +33,7 @@ def grouped_lora(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, ends: T
     Returns:
         The products, shape (rows, out_features).
     """
-    if _has_kernel(x) and not (weight.requires_grad and torch.is_grad_enabled()):
+    if _has_kernel(x) and not (weight is not None and weight.requires_grad and torch.is_grad_enabled()):
         return _by_kernel(x, weight, left, right, ends.to(torch.int32), scaling)
     bounds = [0, *ends.tolist()]
     groups = [(g, start, end) for g, (start, end) in enumerate(itertools.pairwise(bounds)) if end > start]
@@ -42,7 +44,7 @@ def _has_kernel(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
-def _by_kernel(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, ends: Tensor, scaling: float) -> Tensor:
+def _by_kernel(x: Tensor, weight: Tensor | None, left: Tensor, right: Tensor, ends: Tensor, scaling: float) -> Tensor:
     """The products by torch's grouped kernel, which does not wait for the device to know the size of the groups."""
     # The kernel reads 16 bytes at a time, which is eight numbers in bfloat16.
     missing = -left.shape[-1] % 8
@@ -53,7 +55,8 @@ def _by_kernel(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, ends: Ten
     x = torch.where(counted, x, 0)
     inner = torch.where(counted, F.grouped_mm(x, left, offs=ends), 0)
     update = F.grouped_mm(inner * scaling, right, offs=ends)
-    return torch.where(counted, F.grouped_mm(x, weight, offs=ends) + update, 0)
+    out = update if weight is None else F.grouped_mm(x, weight, offs=ends) + update
+    return torch.where(counted, out, 0)
 
 
 class _GroupedLoRA(torch.autograd.Function):
@@ -61,14 +64,17 @@ class _GroupedLoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, left: Tensor, right: Tensor, scaling: float, groups: _Groups
+        ctx: Any, x: Tensor, weight: Tensor | None, left: Tensor, right: Tensor, scaling: float, groups: _Groups
     ) -> Tensor:
-        out, inner = x.new_empty(len(x), weight.shape[2]), x.new_empty(len(x), left.shape[2])
+        out, inner = x.new_empty(len(x), right.shape[2]), x.new_empty(len(x), left.shape[2])
         for g, start, end in groups:
             rows, part = x[start:end], out[start:end]
             torch.mm(rows, left[g], out=inner[start:end])
-            torch.mm(rows, weight[g], out=part)
-            part.addmm_(inner[start:end], right[g], alpha=scaling)
+            if weight is None:
+                torch.mm(inner[start:end], right[g], out=part).mul_(scaling)
+            else:
+                torch.mm(rows, weight[g], out=part)
+                part.addmm_(inner[start:end], right[g], alpha=scaling)
         _clear_rest(groups, out)
         ctx.save_for_backward(x, inner, weight, left, right)
         ctx.scaling, ctx.groups = scaling, groups
@@ -91,7 +97,9 @@ class _GroupedLoRA(torch.autograd.Function):
             rows, part, part_inner = x[start:end], grad[start:end], grad_inner[start:end]
             torch.mm(part, right[g].T, out=part_inner)
             part_inner.mul_(ctx.scaling)
-            if grad_x is not None:
+            if grad_x is not None and weight is None:
+                torch.mm(part_inner, left[g].T, out=grad_x[start:end])
+            elif grad_x is not None:
                 torch.mm(part, weight[g].T, out=grad_x[start:end])
                 grad_x[start:end].addmm_(part_inner, left[g].T)
             if grad_weight is not None:
@@ -229,6 +237,9 @@ def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
             ends = kwargs.get("offs", rest[0])
             if first.dim() == 2 and second.ndim == 3 and isinstance(ends, Tensor) and set(kwargs) <= {"offs"}:
                 left, right = second.left.to(first.dtype), second.right.to(first.dtype)
+                if isinstance(second.weight, QuantizedWeight):
+                    update = grouped_lora(first, None, left, right, ends, second.scaling)
+                    return second.weight.after_groups(first, ends) + update
                 return grouped_lora(first, second.weight, left, right, ends, second.scaling)
     is_product = name in ("mm", "bmm") or (name in ("matmul", "__matmul__") and getattr(second, "ndim", 0) > 1)
     if is_product and isinstance(first, LowRankSum) and isinstance(second, Tensor) and not kwargs:

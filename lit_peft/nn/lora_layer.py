@@ -204,7 +204,7 @@ class LoRALayer(nn.Module):
         """
         if not all(torch.isfinite(parameter).all() for parameter in self.parameters(recurse=False)):
             raise self._not_finite("adapter")
-        if not is_quantized(self.base_layer) and not torch.isfinite(self.weight).all():
+        if not is_quantized(self.base_layer) and not torch.isfinite(self.dense_weight()).all():
             raise self._not_finite("base")
 
     def _not_finite(self, source: str) -> LitPeftError:

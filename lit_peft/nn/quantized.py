@@ -122,14 +122,16 @@ def _is_torchao(weight: Tensor) -> bool:
 
 
 def check_dequantizable(module: nn.Module) -> None:
-    """Check that lit_peft can dequantize a quantized layer.
+    """Check that lit_peft can dequantize a quantized layer, or quantized experts.
 
     Raises:
         LitPeftError: its weight is stored in an unknown way.
     """
     weight: Any = module.weight
     bitsandbytes = is_instance(weight, "bitsandbytes.nn", "Params4bit", "Int8Params")
-    if not (isinstance(module, QuantizedLinear) or bitsandbytes or _is_torchao(weight)):
+    # `QuantizedStack`, whose module imports this one.
+    is_stack = hasattr(module, "dense_stack")
+    if not (isinstance(module, QuantizedLinear) or is_stack or bitsandbytes or _is_torchao(weight)):
         raise LitPeftError(
             f"{type(module).__name__} stores its weight as {weight.dtype} in a way that lit_peft cannot dequantize: "
             "quantize the base with torchao or bitsandbytes, or load it unquantized."

@@ -17,6 +17,7 @@ from lit_peft.tasks.question_answering import QuestionAnswering
 from lit_peft.tasks.reward import Reward
 from lit_peft.tasks.seq2seq import Seq2Seq
 from lit_peft.tasks.sequence_classification import SequenceClassification
+from lit_peft.tasks.speech import SpeechSeq2Seq
 from lit_peft.tasks.token_classification import TokenClassification
 from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.type_checks import brief, check_types
@@ -35,6 +36,7 @@ TASKS: dict[str, type[Task]] = {
         Embedding,
         MaskedLM,
         ImageTextToText,
+        SpeechSeq2Seq,
     )
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -30,7 +30,7 @@ class Seq2Seq(Task):
     auto_class = "AutoModelForSeq2SeqLM"
     new_head = False
     generates = True
-    extras = ("references",)
+    extras: ClassVar[tuple[str, ...]] = ("references",)
 
     def weight(self, batch: Batch) -> Tensor:
         return (batch["labels"] != -100).sum()
@@ -42,14 +42,11 @@ class Seq2Seq(Task):
     def float32_loss(self, output: Any, batch: Batch) -> Tensor | None:
         return cross_entropy(output.logits.float().flatten(0, -2), batch["labels"].flatten())
 
-    def evaluate(self, model: Any, metrics: Metrics, batch: Batch, generation: Generation) -> None:
+    def evaluate(
+        self, model: Any, metrics: Metrics, batch: Batch, generation: Generation
+    ) -> list[dict[str, Any]] | None:
         super().evaluate(model, metrics, batch, generation)
-        texts = self._generate(model, batch, generation)
-        references = batch.get("references")
-        if references is None:
-            tokenizer = generation.tokenizer
-            labels = batch["labels"].masked_fill(batch["labels"] == -100, tokenizer.pad_token_id)
-            references = tokenizer.batch_decode(labels, skip_special_tokens=True)
+        texts, references = self.generate(model, batch, generation), self.references(batch, generation)
         with float32_default():
             for text, reference in zip(texts, references, strict=True):
                 scores = rouge_score(text, reference, rouge_keys=_ROUGE)
@@ -57,13 +54,25 @@ class Seq2Seq(Task):
                     metrics[name].update(scores[f"{name}_fmeasure"])
             for name in ("bleu", "sacrebleu"):
                 metrics[name].update(texts, [[reference] for reference in references])
+        return None
 
     def predict(self, model: Any, batch: Batch, generation: Generation) -> list[dict[str, Any]]:
         sources = generation.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
-        texts = self._generate(model, batch, generation)
+        texts = self.generate(model, batch, generation)
         return [{"source": source, "text": text} for source, text in zip(sources, texts, strict=True)]
 
-    def _generate(self, model: Any, batch: Batch, generation: Generation) -> list[str]:
+    def references(self, batch: Batch, generation: Generation) -> list[str]:
+        """Return the texts that the generated ones are compared with: the batch's own, or else its labels as text."""
+        if "references" in batch:
+            texts: list[str] = batch["references"]
+            return texts
+        tokenizer = generation.tokenizer
+        labels = batch["labels"].masked_fill(batch["labels"] == -100, tokenizer.pad_token_id)
+        decoded: list[str] = tokenizer.batch_decode(labels, skip_special_tokens=True)
+        return decoded
+
+    def generate(self, model: Any, batch: Batch, generation: Generation) -> list[str]:
+        """Return the text that the model generates for each row."""
         settings = {"max_new_tokens": MAX_NEW_TOKENS, **generation.settings}
         out = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
         texts: list[str] = generation.tokenizer.batch_decode(out, skip_special_tokens=True)

@@ -49,7 +49,7 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
     Args:
         base: hub id, model folder, `.gguf` file, or `pkg:DISTRIBUTION` for a model in an installed package.
         task: `causal_lm`, `seq2seq`, `sequence_classification`, `token_classification`, `multiple_choice`,
-            `question_answering`, `masked_lm`, `embedding`, `reward` or `preference`.
+            `question_answering`, `masked_lm`, `embedding`, `speech_seq2seq`, `reward` or `preference`.
         labels: names of the labels, for classification; taken from the data module if unset.
         num_labels: number of labels, if they have no names.
         learning_rate: peak learning rate; the method's usual one if unset.
