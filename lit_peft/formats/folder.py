@@ -17,6 +17,7 @@ from lit_peft.formats.files import read_extra, write_extra
 from lit_peft.formats.untrusted import read_json
 from lit_peft.methods.adapters import adapter_names, new_adapter
 from lit_peft.methods.attachment import Attachment, Model, attachment_of
+from lit_peft.methods.together import Together
 from lit_peft.nn.finite import non_finite_names
 from lit_peft.util.disk import whole_folder, write_failure
 from lit_peft.util.errors import LitPeftError, first_line
@@ -119,6 +120,12 @@ def write_adapter(
         raise LitPeftError(
             f"{attachment.settings.method!r} has no adapter to save because it trains the model itself: save the model "
             "with model.save_pretrained(folder)."
+        )
+    if isinstance(attachment, Together):
+        names = list(attachment.members)
+        raise LitPeftError(
+            f"A folder holds one adapter, and several adapters are active, {names}: save each one in a block `with "
+            f"lit_peft.use_adapter(model, {names[0]!r}):`, or make one of them with lit_peft.combine_adapters."
         )
     _check_trained_parameters(attachment)
     _check_finite(attachment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ from lit_peft.formats.peft_experts import (
     parameter_names,
     parameters_in_file,
 )
+from lit_peft.formats.peft_layers import attentions, conv_as_peft, layers_from_peft, projection_tensors
 from lit_peft.formats.untrusted import check_names
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
+from lit_peft.methods.layer_kinds import can_adapt, lora_class
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.targets import default_targets, find_targets, first_fitting, pattern_values
 from lit_peft.methods.tokens import token_rows
 from lit_peft.nn.expert_lora import ExpertLoRA
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear
+from lit_peft.nn.lora_conv import LoRAConv
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief, check_types
 
@@ -51,6 +55,7 @@ READ = {
     "init_lora_weights",
     "use_rslora",
     "use_dora",
+    "lora_bias",
     "modules_to_save",
     "trainable_token_indices",
 }
@@ -102,7 +107,9 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
     exclude_modules, patterns = values.pop("exclude_modules", None), values.pop("layers_pattern", None)
     parameters, linear = parameters_in_file(model, values.pop("target_parameters", None) or ())
     # peft adapts its default modules only where it has some for the model, and then it writes them down.
-    named = values.get("target_modules", [] if parameters else default_targets(model))
+    named = values.get("target_modules")
+    if named is None:
+        named = [] if parameters else default_targets(model)
     targets: list[str] = []
     if named or not (parameters or linear):
         targets = find_targets(
@@ -115,8 +122,16 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             strict=False,
             source=f"{_FILE}: ",
             with_experts=bool(parameters),
+            can_adapt=can_adapt,
         )
     targets += [path for path in linear if path not in targets]
+    if values.get("lora_dropout") and any(lora_class(model.get_submodule(path)) is None for path in targets):
+        # peft ignores it for these layers, and applies it to others.
+        warnings.warn(
+            f"{_FILE}: lora_dropout={values.pop('lora_dropout')} is left out, because an nn.MultiheadAttention, which "
+            "the adapter is on, computes without it.",
+            stacklevel=2,
+        )
     # peft ignores names and patterns that match nothing; our settings must not have any.
     values["target_modules"], values["modules_to_save"] = targets, modules_to_save or None
     values["target_parameters"] = parameters or None
@@ -188,7 +203,7 @@ def load_tensors(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> N
     # A bias that is not stored is the base's own.
     unchanged = {base_name(name) for name in attachment.saved if name.endswith(".bias")} - set(found)
     targets = {name: tensor for name, tensor in targets.items() if name not in unchanged}
-    copy_tensors(targets, found, folder, ignored=parameters)
+    copy_tensors(targets, layers_from_peft(attachment, found), folder, ignored=parameters)
     own = {
         f"{name}.{factor}.weight": getattr(layer, factor)
         for name, layer in expert_layers(attachment).items()
@@ -221,11 +236,12 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
     assert isinstance(settings, LoRASettings)
     layers, parameters = _layers(attachment), parameter_names(attachment)
     first = next(iter(layers.values()), None)
+    modules = sorted({*layers, *attentions(attachment)})
     moved = getattr(first, "moved", False)
     # The scale must not change: it is alpha / r, or alpha / sqrt(r).
     rank_factor, alpha_factor = (2, 2**0.5 if settings.use_rslora else 2) if moved else (1, 1)
     ranks, alphas = (
-        _independent_of_order(patterns, [*layers, *parameters])
+        _independent_of_order(patterns, [*modules, *parameters])
         for patterns in (settings.rank_pattern, settings.alpha_pattern)
     )
     modules_to_save = [f".{name}" for name in settings.modules_to_save or ()]
@@ -238,7 +254,7 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         "init_lora_weights": True,
         "peft_type": "LORA",
         # Full names, so that peft adapts these modules and no others.
-        "target_modules": sorted(layers),
+        "target_modules": modules,
         "target_parameters": sorted(parameters) or None,
         "exclude_modules": None,
         "layers_to_transform": None,
@@ -253,8 +269,11 @@ def tensors(attachment: Attachment) -> dict[str, Tensor]:
     """Return the attached LoRA's tensors by peft's names, relative to the original base weights."""
     found = _trained_tensors(attachment)
     for path, layer in attachment.adapted.items():
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, LoRALinear | LoRAConv):
             found[f"{path}.lora_A.weight"], found[f"{path}.lora_B.weight"] = layer.plain()
+        if isinstance(layer, LoRAConv):
+            found.update(conv_as_peft(path, layer, found))
+    found.update(projection_tensors(attachment))
     for name, layer in expert_layers(attachment).items():
         found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = as_peft(layer)
     return {f"{_PREFIX}{name}": tensor for name, tensor in found.items()}
@@ -274,7 +293,10 @@ def _trained_tensors(attachment: Attachment) -> dict[str, Tensor]:
         middle, end = ("lora_embedding_", "") if isinstance(layer, LoRAEmbedding) else ("lora_", ".weight")
         found[f"{path}.{middle}A{end}"] = layer.lora_A
         found[f"{path}.{middle}B{end}"] = layer.lora_B
+        if layer.lora_bias is not None:
+            found[f"{path}.lora_B.bias"] = layer.lora_bias
         if layer.lora_magnitude is not None:
             found[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude
+    found.update(projection_tensors(attachment, as_peft=False))
     found.update(attachment.saved)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,63 +23,12 @@ from lit_peft.methods.changes import (
     owner_of,
     tied_names,
 )
+from lit_peft.methods.settings import MethodSettings as MethodSettings
 from lit_peft.nn.quantized import is_quantized
 from lit_peft.util.errors import LitPeftError, closest
-from lit_peft.util.type_checks import check_types
 
 Model = TypeVar("Model", bound=nn.Module)
 _KEY = "_lit_peft_attachment"
-
-
-@dataclass(frozen=True)
-class MethodSettings:
-    """The settings that all methods share.
-
-    Args:
-        modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
-            A full parameter name selects a single parameter.
-        trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
-            A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
-
-    Raises:
-        LitPeftError: a value does not have the type of its field.
-    """
-
-    method: ClassVar[str] = ""
-    # The usual learning rate of the method, for runs that set none.
-    learning_rate: ClassVar[float] = 1e-3
-    # Whether a row may hold several examples: the method treats each token alike.
-    packs: ClassVar[bool] = True
-    # Whether its adapters can be stacked, see `Stack`.
-    stacks: ClassVar[bool] = False
-    modules_to_save: tuple[str, ...] | list[str] | None = field(default=None, kw_only=True)
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_types(type(self), vars(self))
-
-    def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
-        """Add the method to a model. Every change must go through `attachment`, which can undo it.
-
-        Args:
-            model: the frozen model.
-            attachment: makes and records the changes.
-
-        Raises:
-            LitPeftError: the settings do not fit the model.
-        """
-        raise NotImplementedError
-
-    def learning_rate_factor(self, name: str) -> float:
-        """Return the factor on the learning rate for one parameter.
-
-        Args:
-            name: the parameter's name in the model.
-
-        Returns:
-            The factor; 1 unless the method has different learning rates.
-        """
-        return 1.0
 
 
 @dataclass
@@ -299,7 +248,7 @@ class Attachment:
 
     def resume(self) -> None:
         """Put a suspended method back on the model, on the base's present device and in its present dtype."""
-        self._follow_base()
+        self.follow_base()
         if self.unfrozen and self.model.get_parameter(self.unfrozen[0]).requires_grad:
             self.freeze()
         for change in self.changes:
@@ -319,7 +268,7 @@ class Attachment:
         for change in reversed(self.changes):
             change.undo(self.model)
 
-    def _follow_base(self) -> None:
+    def follow_base(self) -> None:
         """Move the method's tensors as the base was moved while they were off the model."""
         old, new = self.last_seen, device_and_dtype(self.model)
         if old is None or new is None or old == new:

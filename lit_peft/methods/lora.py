@@ -11,16 +11,20 @@ from torch import nn
 
 from lit_peft.methods.attach import detach
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of, base_name
-from lit_peft.methods.changes import owner_of, tied_names
+from lit_peft.methods.changes import ReplaceModule, owner_of, tied_names
 from lit_peft.methods.expert_targets import adapt_parameters, find_parameters
+from lit_peft.methods.layer_kinds import can_adapt, lora_class, new_layer
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_values
 from lit_peft.methods.threads import exclusive
 from lit_peft.methods.tokens import merged_rows, write_rows
 from lit_peft.models.quantization import dequantize
 from lit_peft.nn.expert_lora import ExpertLoRA
-from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear, check, check_mergeable
+from lit_peft.nn.lora import InitLoRA, check, check_mergeable
+from lit_peft.nn.lora_attention import LoRAMultihead
+from lit_peft.nn.lora_sum import ParameterLoRASum
 from lit_peft.nn.quantized import dense_linear, is_quantized
+from lit_peft.nn.weight_update import WeightUpdate
 from lit_peft.util.errors import LitPeftError
 
 
@@ -48,6 +52,7 @@ class LoRASettings(MethodSettings):
         use_rslora: scale by `lora_alpha / sqrt(r)` instead (arXiv:2312.03732).
         use_dora: weight-decomposed updates (arXiv:2402.09353).
         init_lora_weights: `kaiming`, `gaussian`, `pissa` (arXiv:2404.02948) or `olora` (arXiv:2406.01775).
+        lora_bias: whether each update has a bias of its own, `s · (B A x + bias)`. Merging needs layers with a bias.
         loraplus_lr_ratio: ratio of B's learning rate to A's (LoRA+, arXiv:2402.12354).
 
     Raises:
@@ -71,6 +76,7 @@ class LoRASettings(MethodSettings):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: InitLoRA = "kaiming"
+    lora_bias: bool = False
     loraplus_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
@@ -82,6 +88,9 @@ class LoRASettings(MethodSettings):
             raise LitPeftError(f"bias={self.bias!r} is not known: use 'none', 'all' or 'lora_only'.")
         if self.loraplus_lr_ratio <= 0:
             raise LitPeftError(f"loraplus_lr_ratio={self.loraplus_lr_ratio}: give a positive number, e.g. 16.")
+        if self.lora_bias and (self.use_dora or self.init_lora_weights in ("pissa", "olora")):
+            wrong = "use_dora=True" if self.use_dora else f"init_lora_weights={self.init_lora_weights!r}"
+            raise LitPeftError(f"lora_bias=True does not work with {wrong}, neither here nor in peft: leave one out.")
         if self.target_parameters or self.target_experts:
             self._check_parameters()
         for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
@@ -94,8 +103,9 @@ class LoRASettings(MethodSettings):
     def _check_parameters(self) -> None:
         """Check the settings that a LoRA on parameters does not have."""
         field = "target_experts" if self.target_experts else "target_parameters"
-        if self.use_dora or self.lora_dropout:
-            wrong = "use_dora=True" if self.use_dora else f"lora_dropout={self.lora_dropout}"
+        if self.use_dora or self.lora_dropout or self.lora_bias:
+            dropout_or_bias = f"lora_dropout={self.lora_dropout}" if self.lora_dropout else "lora_bias=True"
+            wrong = "use_dora=True" if self.use_dora else dropout_or_bias
             raise LitPeftError(
                 f"{wrong} does not work with {field}, neither here nor in peft: leave one of them out. Weight decay or "
                 "a smaller r also counter overfitting."
@@ -107,8 +117,8 @@ class LoRASettings(MethodSettings):
             )
 
     def learning_rate_factor(self, name: str) -> float:
-        """Return `loraplus_lr_ratio` for B, and 1 for any other parameter."""
-        return self.loraplus_lr_ratio if name.rpartition(".")[2] == "lora_B" else 1.0
+        """Return `loraplus_lr_ratio` for B and the update's bias, and 1 for any other parameter."""
+        return self.loraplus_lr_ratio if name.rpartition(".")[2] in ("lora_B", "lora_bias") else 1.0
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
         """Wrap each target in a LoRA layer and train the biases that `bias` selects.
@@ -139,6 +149,7 @@ class LoRASettings(MethodSettings):
                 self.layers_pattern,
                 self.modules_to_save,
                 with_experts=bool(parameters),
+                can_adapt=can_adapt,
             )
             if targets or not parameters
             else []
@@ -150,16 +161,17 @@ class LoRASettings(MethodSettings):
         alphas = pattern_values(self.alpha_pattern, names, self.lora_alpha)
         for path in paths:
             base = model.get_submodule(path)
-            layer_class = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
-            layer = layer_class(
-                base,  # type: ignore[arg-type]
-                r=int(ranks[path]),
-                lora_alpha=alphas[path],
-                lora_dropout=self.lora_dropout,
-                use_rslora=self.use_rslora,
-                use_dora=self.use_dora,
-                init_lora_weights=self.init_lora_weights,
-            )
+            settings = {
+                "r": int(ranks[path]),
+                "lora_alpha": alphas[path],
+                "use_rslora": self.use_rslora,
+                "init_lora_weights": self.init_lora_weights,
+            }
+            if lora_class(base) is None:
+                self._adapt_attention(attachment, path, settings)
+                continue
+            others = {"lora_dropout": self.lora_dropout, "use_dora": self.use_dora, "lora_bias": self.lora_bias}
+            layer = new_layer(base, {**settings, **others})
             attachment.replace(path, layer)
             if self.bias == "lora_only" and layer.bias is not None:
                 attachment.train(f"{path}.base_layer.bias")
@@ -168,6 +180,22 @@ class LoRASettings(MethodSettings):
             for name, _ in list(model.named_parameters(remove_duplicate=False)):
                 if name.endswith(".bias"):
                     attachment.train(name)
+
+    def _adapt_attention(self, attachment: Attachment, path: str, settings: dict[str, Any]) -> None:
+        """Add a LoRA to both projections of an `nn.MultiheadAttention`."""
+        if self.use_dora or self.lora_bias or self.lora_dropout:
+            dropout_or_bias = f"lora_dropout={self.lora_dropout}" if self.lora_dropout else "lora_bias=True"
+            wrong = "use_dora=True" if self.use_dora else dropout_or_bias
+            raise LitPeftError(
+                f"{wrong} does not work with {path}, an nn.MultiheadAttention, whose code needs whole weights: leave "
+                "the module out of target_modules, or leave the setting out."
+            )
+        base: Any = attachment.model.get_submodule(path)
+        layers = LoRAMultihead.updates(base, **settings)
+        attachment.make(ReplaceModule(path, LoRAMultihead(base, layers).train(base.training)))
+        attachment.adapted.update({f"{path}.lora_{name.split('.')[0]}": layer for name, layer in layers.items()})
+        if self.bias == "lora_only" and base.out_proj.bias is not None:
+            attachment.train(f"{path}.base_layer.out_proj.bias")
 
 
 class LoRAMixin(MethodMixin):
@@ -193,20 +221,20 @@ def merge(model: Model) -> Model:
         LitPeftError: no method is attached, or the attached method is not a weight update.
     """
     attachment = attachment_of(model)
-    layers = {path: layer for path, layer in attachment.adapted.items() if isinstance(layer, LoRALayer)}
+    layers = {path: layer for path, layer in attachment.adapted.items() if isinstance(layer, WeightUpdate)}
     check_mergeable(model)
     if not layers:
         raise LitPeftError(
             f"The attached method {attachment.settings.method!r} is not a weight update and cannot be merged: save it "
             "with lit_peft.save_adapter instead."
         )
-    modules = [path for path, layer in layers.items() if not isinstance(layer, ExpertLoRA)]
+    modules = [path for path, layer in layers.items() if not isinstance(layer, ExpertLoRA | ParameterLoRASum)]
     copies = [pair for path in modules for pair in _untie(model, f"{path}.base_layer.weight")]
     quantized = any(is_quantized(module) for module in model.modules())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad), torch.float32)
     for layer in layers.values():
         if is_quantized(layer.base_layer):
-            layer.base_layer = dense_linear(layer.base_layer, dtype)
+            layer.replace_base(dense_linear(layer.base_layer, dtype))
         # `keep_merged` frees the copy of W that `merge` makes, so only one copy exists at a time.
         layer.merge()
         layer.keep_merged()

@@ -124,8 +124,9 @@ def _check_can_share(name: str, attachment: Attachment) -> None:
         )
     if any(isinstance(layer, ExpertLoRA) for layer in layers):
         raise LitPeftError(
-            f"The adapter {name!r} adapts the experts of a mixture, whose tokens are not in rows, so it cannot share "
-            "a batch with others: run its rows in a separate batch with set_adapter."
+            f"The adapter {name!r} adapts the experts of a mixture or an nn.MultiheadAttention, which compute all rows "
+            "with the same weights, so it cannot share a batch with others: run its rows in a separate batch with "
+            "set_adapter."
         )
     if attachment.trained and any(layer.original_ln_before for layer in sublayer_adapters):
         raise LitPeftError(
@@ -238,7 +239,8 @@ def _variant(
 
 
 def _is_plain(layer: LoRALayer | None) -> TypeGuard[LoRALinear]:
-    return isinstance(layer, LoRALinear) and layer.lora_magnitude is None and layer.residual_weight is None
+    plain = isinstance(layer, LoRALinear) and layer.lora_magnitude is None and layer.residual_weight is None
+    return plain and layer is not None and layer.lora_bias is None
 
 
 def _vocabulary_size(model: nn.Module) -> int | None:
