@@ -240,6 +240,9 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
     moved = getattr(first, "moved", False)
     # The scale must not change: it is alpha / r, or alpha / sqrt(r).
     rank_factor, alpha_factor = (2, 2**0.5 if settings.use_rslora else 2) if moved else (1, 1)
+    factors = {layer.scale_factor for layer in attachment.adapted.values() if isinstance(layer, LoRALayer)}
+    if factors != {1.0}:
+        alpha_factor *= factors.pop()
     ranks, alphas = (
         _independent_of_order(patterns, [*modules, *parameters])
         for patterns in (settings.rank_pattern, settings.alpha_pattern)

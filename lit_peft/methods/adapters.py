@@ -93,13 +93,14 @@ def adapters_of(model: nn.Module) -> Adapters:
 
 
 @exclusive
-def add_adapter(model: Model, name: str, settings: MethodSettings) -> Model:
+def add_adapter(model: Model, name: str, settings: MethodSettings, autocast_adapter_dtype: bool = True) -> Model:
     """Attach a new adapter and make it the active one. Existing adapters are kept.
 
     Args:
         model: a model with or without adapters.
         name: the new adapter's name.
         settings: the method's settings.
+        autocast_adapter_dtype: see `attach`.
 
     Returns:
         The same model.
@@ -108,7 +109,7 @@ def add_adapter(model: Model, name: str, settings: MethodSettings) -> Model:
         LitPeftError: the name is taken, or the settings do not fit the model. The model is left unchanged.
     """
     with new_adapter(model, name):
-        attach(model, settings)
+        attach(model, settings, autocast_adapter_dtype)
     return model
 
 

@@ -31,16 +31,14 @@ def parameter_device(weight: Tensor) -> torch.device:
 
 
 @torch.no_grad()
-def fill(target: Tensor, value: Tensor, device: torch.device) -> None:
+def fill(target: Tensor, value: Tensor) -> None:
     """Give a parameter its value: a tensor without memory becomes the value itself, any other is overwritten.
 
     Args:
         target: the parameter.
         value: its value, of the same shape.
-        device: the device for a parameter that has none yet.
     """
     if not target.is_meta:
         target.copy_(value)
         return
-    value = value.to(device, target.dtype)
-    torch.utils.swap_tensors(target, nn.Parameter(value, target.requires_grad))
+    torch.utils.swap_tensors(target, nn.Parameter(value.to(target.dtype), target.requires_grad))

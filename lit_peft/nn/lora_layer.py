@@ -75,8 +75,9 @@ class LoRALayer(WeightUpdate):
         self.keep_base(base_layer)
         self.in_features, self.out_features = in_features, out_features
         self.r, self.lora_alpha = r, lora_alpha
-        # The scale that the settings give; `rescale` changes the one that counts.
+        # `rescale` multiplies the scale that the settings give by `scale_factor`.
         self.initial_scaling = self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scale_factor = 1.0
         self.lora_dropout = lora_dropout
         dtype, device = adapter_dtype(self.weight), parameter_device(self.weight)
         self.lora_A = nn.Parameter(torch.empty(*self.stack, r, in_features, dtype=dtype, device=device))
@@ -146,14 +147,9 @@ class LoRALayer(WeightUpdate):
         """Whether the initialization (PiSSA, OLoRA) moved part of the base weight into the update."""
         return self.original_weight is not None
 
-    @property
-    def rescaled(self) -> float:
-        """The factor on the scale that `rescale` set."""
-        return self.scaling / self.initial_scaling if self.initial_scaling else 1.0
-
     def rescale(self, factor: float) -> None:
         """Multiply the scale that the settings give by a factor. The last call counts."""
-        self.scaling = self.initial_scaling * factor
+        self.scale_factor, self.scaling = factor, self.initial_scaling * factor
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """Return A and B of the same update to the original base weight W₀, with scale s.
@@ -219,13 +215,17 @@ class LoRALayer(WeightUpdate):
             self.unmerge()
             self.residual_weight = self.weight.detach().clone()
 
+    def follow_weight(self) -> None:
+        """Move A and B to the device of W."""
+        if self.lora_A.device != self.weight.device:
+            for parameter in self.parameters(recurse=False):
+                parameter.data = parameter.data.to(self.weight.device)
+
     def resume(self) -> None:
         """Prepare for being put back: follow the base layer's device, and take out of W what the update contains."""
         if any(parameter.requires_grad for parameter in self.base_layer.parameters(recurse=False)):
             self.base_layer.requires_grad_(False)
-        if self.lora_A.device != self.weight.device:
-            for parameter in self.parameters(recurse=False):
-                parameter.data = parameter.data.to(self.weight.device)
+        self.follow_weight()
         if self.residual_weight is not None:
             self.weight.data.copy_(self.residual_weight)
             self.residual_weight = None
