@@ -172,6 +172,7 @@ class LoRA(LoRAMixin, BaseLM):
         use_rslora: bool = False,
         use_dora: bool = False,
         init_lora_weights: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming",
+        ensure_weight_tying: bool = False,
         lora_bias: bool = False,
         loraplus_lr_ratio: float = 1.0,
     ) -> None:
@@ -197,6 +198,8 @@ class LoRA(LoRAMixin, BaseLM):
             use_rslora: scale by `lora_alpha / sqrt(r)` instead (arXiv:2312.03732).
             use_dora: weight-decomposed updates (arXiv:2402.09353).
             init_lora_weights: `kaiming`, `gaussian`, `pissa` (arXiv:2404.02948) or `olora` (arXiv:2406.01775).
+            ensure_weight_tying: whether an embedding and the head that shares its weight get one update together (or one
+                trained copy, with modules_to_save), so that they stay tied, also when they are merged.
             lora_bias: whether each update has a bias of its own, `s · (B A x + bias)`. Merging needs layers with a bias.
             loraplus_lr_ratio: ratio of B's learning rate to A's (LoRA+, arXiv:2402.12354).
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lit_peft.methods.attachment import Attachment
 from lit_peft.nn.lora_attention import ProjectionLoRA
 from lit_peft.nn.lora_conv import LoRAConv
+from lit_peft.nn.lora_tied import TiedLoRALinear
+from lit_peft.util.errors import LitPeftError
 
 # How often peft (0.21) adds the update of an attention's output projection to the weight.
 _TIMES_ADDED = 2
@@ -80,3 +84,37 @@ def layers_from_peft(attachment: Attachment, stored: Mapping[str, Tensor]) -> di
         if magnitude is not None:
             found[f"{path}.lora_magnitude_vector"] = magnitude.flatten()
     return found
+
+
+def tied_tensors(attachment: Attachment) -> dict[str, Tensor]:
+    """Return A and B of heads that share those of an embedding, by peft's names: peft stores both."""
+    found: dict[str, Tensor] = {}
+    for path, layer in attachment.adapted.items():
+        if isinstance(layer, TiedLoRALinear):
+            found[f"{path}.lora_A.weight"], found[f"{path}.lora_B.weight"] = layer.lora_A, layer.lora_B
+    return found
+
+
+def check_tied(attachment: Attachment, stored: Mapping[str, Tensor], folder: Path) -> None:
+    """Check that what a folder has for a head is what it has for the embedding.
+
+    Raises:
+        LitPeftError: it differs.
+    """
+    for name, own in tied_tensors(attachment).items():
+        other, mine = stored.get(name), own.detach().cpu()
+        if other is not None and (other.shape != mine.shape or not torch.allclose(mine, other.to(mine.dtype))):
+            raise LitPeftError(
+                f"{folder}: {name} differs from the tensor of the embedding, and ensure_weight_tying=True says that "
+                "they are one: set it to false in adapter_config.json."
+            )
+
+
+def tied_heads_of(attachment: Attachment) -> dict[str, str]:
+    """Return the paths of heads that share the update of an embedding, with that of the embedding."""
+    layers = attachment.adapted.items()
+    return {
+        path: next(other for other, each in layers if each is layer.source)
+        for path, layer in layers
+        if isinstance(layer, TiedLoRALinear)
+    }

@@ -20,16 +20,26 @@ from lit_peft.formats.peft_experts import (
     parameter_names,
     parameters_in_file,
 )
-from lit_peft.formats.peft_layers import attentions, conv_as_peft, layers_from_peft, projection_tensors
+from lit_peft.formats.peft_layers import (
+    attentions,
+    check_tied,
+    conv_as_peft,
+    layers_from_peft,
+    projection_tensors,
+    tied_heads_of,
+    tied_tensors,
+)
 from lit_peft.formats.untrusted import check_names
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.layer_kinds import can_adapt, lora_class
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.targets import default_targets, find_targets, first_fitting, pattern_values
 from lit_peft.methods.tokens import token_rows
+from lit_peft.methods.tying import tied_heads, tying_matters
 from lit_peft.nn.expert_lora import ExpertLoRA
 from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, LoRALinear
 from lit_peft.nn.lora_conv import LoRAConv
+from lit_peft.nn.lora_tied import TiedLoRALinear
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief, check_types
 
@@ -55,6 +65,7 @@ READ = {
     "init_lora_weights",
     "use_rslora",
     "use_dora",
+    "ensure_weight_tying",
     "lora_bias",
     "modules_to_save",
     "trainable_token_indices",
@@ -62,7 +73,6 @@ READ = {
 # They follow from the stored tensors, or only matter during training.
 NEUTRAL = {
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "fan_in_fan_out",
     "loftq_config",
@@ -132,6 +142,12 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             "the adapter is on, computes without it.",
             stacklevel=2,
         )
+    # peft says so where it has no effect, and goes on.
+    tokens = bool(values.get("trainable_token_indices"))
+    if not tying_matters(model, targets, modules_to_save, tokens):
+        values.pop("ensure_weight_tying", None)
+    if values.get("ensure_weight_tying"):
+        _check_tied_patterns(model, targets, values)
     # peft ignores names and patterns that match nothing; our settings must not have any.
     values["target_modules"], values["modules_to_save"] = targets, modules_to_save or None
     values["target_parameters"] = parameters or None
@@ -179,6 +195,25 @@ def _independent_of_order(patterns: Mapping[str, float], adapted: list[str]) -> 
     return {re.escape(path): patterns[pattern] for path, pattern in first.items()}
 
 
+def _check_tied_patterns(model: nn.Module, targets: list[str], values: Mapping[str, Any]) -> None:
+    """Refuse patterns that give a head another scale than the embedding, whose update it shares: they are not tied."""
+    embedding, heads = tied_heads(model) or ("", [])
+    for name, default in (("rank_pattern", values.get("r", 8)), ("alpha_pattern", values["lora_alpha"])):
+        first = pattern_values(values[name], [embedding, *heads], default)
+        if {embedding, *heads} & set(targets) and len(set(first.values())) > 1:
+            raise LitPeftError(
+                f"{_FILE}: {name} gives {brief(first)}, and ensure_weight_tying=True says that they share one update: "
+                "give them the same value."
+            )
+
+
+def _with_heads(attachment: Attachment, patterns: Mapping[str, float]) -> Mapping[str, float]:
+    """Return patterns that give a head the value of the embedding that it shares its update with, as peft needs it."""
+    tied = tied_heads_of(attachment)
+    first = first_fitting(patterns, list(tied.values()))
+    return {**{re.escape(head): patterns[first[path]] for head, path in tied.items() if path in first}, **patterns}
+
+
 def load_tensors(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
     """Copy a folder's tensors into the attached LoRA, and train each base parameter that differs from the stored one.
 
@@ -203,7 +238,9 @@ def load_tensors(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> N
     # A bias that is not stored is the base's own.
     unchanged = {base_name(name) for name in attachment.saved if name.endswith(".bias")} - set(found)
     targets = {name: tensor for name, tensor in targets.items() if name not in unchanged}
-    copy_tensors(targets, layers_from_peft(attachment, found), folder, ignored=parameters)
+    shared = [f"{path}.lora_{factor}.weight" for path in tied_heads_of(attachment) for factor in "AB"]
+    copy_tensors(targets, layers_from_peft(attachment, found), folder, ignored={*parameters, *shared})
+    check_tied(attachment, found, folder)
     own = {
         f"{name}.{factor}.weight": getattr(layer, factor)
         for name, layer in expert_layers(attachment).items()
@@ -244,7 +281,7 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
     if factors != {1.0}:
         alpha_factor *= factors.pop()
     ranks, alphas = (
-        _independent_of_order(patterns, [*modules, *parameters])
+        _independent_of_order(_with_heads(attachment, patterns), [*modules, *parameters])
         for patterns in (settings.rank_pattern, settings.alpha_pattern)
     )
     modules_to_save = [f".{name}" for name in settings.modules_to_save or ()]
@@ -272,14 +309,25 @@ def tensors(attachment: Attachment) -> dict[str, Tensor]:
     """Return the attached LoRA's tensors by peft's names, relative to the original base weights."""
     found = _trained_tensors(attachment)
     for path, layer in attachment.adapted.items():
-        if isinstance(layer, LoRALinear | LoRAConv):
+        if isinstance(layer, LoRALinear | LoRAConv) and not isinstance(layer, TiedLoRALinear):
             found[f"{path}.lora_A.weight"], found[f"{path}.lora_B.weight"] = layer.plain()
         if isinstance(layer, LoRAConv):
             found.update(conv_as_peft(path, layer, found))
     found.update(projection_tensors(attachment))
+    found.update(tied_tensors(attachment))
     for name, layer in expert_layers(attachment).items():
         found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = as_peft(layer)
-    return {f"{_PREFIX}{name}": tensor for name, tensor in found.items()}
+    # The format has no tensors that share memory.
+    once = {id(tensor) for tensor in found.values()}
+    return {f"{_PREFIX}{name}": _own(tensor, once) for name, tensor in found.items()}
+
+
+def _own(tensor: Tensor, first_seen: set[int]) -> Tensor:
+    """Return a tensor, or a copy of it the second time."""
+    if id(tensor) in first_seen:
+        first_seen.discard(id(tensor))
+        return tensor
+    return tensor.detach().clone()
 
 
 def _layers(attachment: Attachment) -> dict[str, Any]:
@@ -293,6 +341,8 @@ def _trained_tensors(attachment: Attachment) -> dict[str, Tensor]:
     for path, rows in token_rows(attachment).items():
         found[f"{path}.token_adapter.trainable_tokens_delta"] = rows.weight
     for path, layer in _layers(attachment).items():
+        if isinstance(layer, TiedLoRALinear):
+            continue
         middle, end = ("lora_embedding_", "") if isinstance(layer, LoRAEmbedding) else ("lora_", ".weight")
         found[f"{path}.{middle}A{end}"] = layer.lora_A
         found[f"{path}.{middle}B{end}"] = layer.lora_B

@@ -161,8 +161,12 @@ class Attachment:
                 f"{path} is quantized, so its weight cannot be trained: leave it out of modules_to_save, or load the "
                 "base without quantization."
             )
-        self.make(TrainParameter(path))
-        self.trained.append(path)
+        tied = tied_names(self.model, path) if self.ties else []
+        change = TrainParameter(path)
+        self.make(change)
+        for other in tied:
+            self.make(TrainParameter(other, change.copy))
+        self.trained += [path, *tied]
 
     def train_modules(self, names: tuple[str, ...] | list[str]) -> None:
         """Train every parameter of the named modules, or the named parameters.
@@ -201,13 +205,21 @@ class Attachment:
                     self._warn_if_tied(path, name)
                     self.train(path)
 
+    @property
+    def ties(self) -> bool:
+        """Whether parameters that the base ties are trained as one."""
+        return bool(getattr(self.settings, "ensure_weight_tying", False))
+
     def _warn_if_tied(self, path: str, name: str) -> None:
+        if self.ties:
+            return
         # Not the second name that a head has for the bias of a layer in it.
         tied = [other for other in tied_names(self.model, path) if not path.startswith(f"{other.rpartition('.')[0]}.")]
         if tied:
             warnings.warn(
                 f"modules_to_save={name!r}: {path} shares its weight with {', '.join(tied[:3])} in the base. Only the "
-                f"copy at {path} is trained, and it is no longer shared.",
+                f"copy at {path} is trained, and it is no longer shared. LoRA's ensure_weight_tying=True trains one "
+                "copy for all.",
                 stacklevel=5,
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -18,11 +18,13 @@ from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_values
 from lit_peft.methods.threads import exclusive
 from lit_peft.methods.tokens import merged_rows, write_rows
+from lit_peft.methods.tying import check_tied_patterns, split_tied
 from lit_peft.models.quantization import dequantize
 from lit_peft.nn.expert_lora import ExpertLoRA
-from lit_peft.nn.lora import InitLoRA, check, check_mergeable
+from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, check, check_mergeable
 from lit_peft.nn.lora_attention import LoRAMultihead
 from lit_peft.nn.lora_sum import ParameterLoRASum
+from lit_peft.nn.lora_tied import TiedLoRALinear
 from lit_peft.nn.quantized import dense_linear, is_quantized
 from lit_peft.nn.weight_update import WeightUpdate
 from lit_peft.util.errors import LitPeftError
@@ -52,6 +54,8 @@ class LoRASettings(MethodSettings):
         use_rslora: scale by `lora_alpha / sqrt(r)` instead (arXiv:2312.03732).
         use_dora: weight-decomposed updates (arXiv:2402.09353).
         init_lora_weights: `kaiming`, `gaussian`, `pissa` (arXiv:2404.02948) or `olora` (arXiv:2406.01775).
+        ensure_weight_tying: whether an embedding and the head that shares its weight get one update together (or one
+            trained copy, with modules_to_save), so that they stay tied, also when they are merged.
         lora_bias: whether each update has a bias of its own, `s · (B A x + bias)`. Merging needs layers with a bias.
         loraplus_lr_ratio: ratio of B's learning rate to A's (LoRA+, arXiv:2402.12354).
 
@@ -76,6 +80,7 @@ class LoRASettings(MethodSettings):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: InitLoRA = "kaiming"
+    ensure_weight_tying: bool = False
     lora_bias: bool = False
     loraplus_lr_ratio: float = 1.0
 
@@ -154,11 +159,22 @@ class LoRASettings(MethodSettings):
             if targets or not parameters
             else []
         )
-        names = [*paths, *parameters]
+        tied: list[str] = []
+        if self.ensure_weight_tying:
+            paths, tied = split_tied(model, paths, self.modules_to_save or (), bool(self.trainable_token_indices))
+            if tied and self.use_dora:
+                raise LitPeftError(
+                    "ensure_weight_tying=True does not work with use_dora=True, whose magnitudes of an embedding and "
+                    "of its head differ: leave one of them out."
+                )
+        names = [*paths, *tied, *parameters]
         check_patterns("rank_pattern", self.rank_pattern, names)
         check_patterns("alpha_pattern", self.alpha_pattern, names)
         ranks = pattern_values(self.rank_pattern, names, self.r)
         alphas = pattern_values(self.alpha_pattern, names, self.lora_alpha)
+        if tied:
+            check_tied_patterns(model, self.rank_pattern, self.alpha_pattern)
+        tied_embedding = model.get_input_embeddings() if tied else None  # type: ignore[operator]
         for path in paths:
             base = model.get_submodule(path)
             settings = {
@@ -173,6 +189,9 @@ class LoRASettings(MethodSettings):
             others = {"lora_dropout": self.lora_dropout, "use_dora": self.use_dora, "lora_bias": self.lora_bias}
             layer = new_layer(base, {**settings, **others})
             attachment.replace(path, layer)
+            if isinstance(layer, LoRAEmbedding) and tied and base is tied_embedding:
+                for head in tied:
+                    attachment.replace(head, TiedLoRALinear(model.get_submodule(head), layer, **settings, **others))
             if self.bias == "lora_only" and layer.bias is not None:
                 attachment.train(f"{path}.base_layer.bias")
         adapt_parameters(attachment, parameters, ranks, alphas, self.use_rslora, self.init_lora_weights)
@@ -228,7 +247,12 @@ def merge(model: Model) -> Model:
             f"The attached method {attachment.settings.method!r} is not a weight update and cannot be merged: save it "
             "with lit_peft.save_adapter instead."
         )
-    modules = [path for path, layer in layers.items() if not isinstance(layer, ExpertLoRA | ParameterLoRASum)]
+    tied = tied_layers(layers.values())
+    modules = [
+        path
+        for path, layer in layers.items()
+        if not isinstance(layer, ExpertLoRA | ParameterLoRASum) and id(layer) not in tied
+    ]
     copies = [pair for path in modules for pair in _untie(model, f"{path}.base_layer.weight")]
     quantized = any(is_quantized(module) for module in model.modules())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad), torch.float32)
@@ -245,11 +269,17 @@ def merge(model: Model) -> Model:
         copy.requires_grad_(original.requires_grad)
     with torch.no_grad():
         for path, value in saved.items():
-            _untie(model, base_name(path))
+            if not set(tied_names(model, base_name(path))) <= {base_name(name) for name in saved}:
+                _untie(model, base_name(path))
             model.get_parameter(base_name(path)).copy_(value)
     if quantized:
         dequantize(model, dtype)
     return model
+
+
+def tied_layers(layers: Iterable[nn.Module]) -> set[int]:
+    """Return the ids of layers that share their weight and their update: heads, and the embeddings they are tied to."""
+    return {number for layer in layers if isinstance(layer, TiedLoRALinear) for number in (id(layer), id(layer.source))}
 
 
 def _untie(model: nn.Module, name: str) -> list[tuple[nn.Parameter, nn.Parameter]]:

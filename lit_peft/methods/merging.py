@@ -10,7 +10,7 @@ from torch import nn
 
 from lit_peft.methods.adapters import adapters_of
 from lit_peft.methods.attachment import Model, attachment_or_none
-from lit_peft.methods.lora import merge
+from lit_peft.methods.lora import merge, tied_layers
 from lit_peft.methods.threads import exclusive
 from lit_peft.nn.lora import LoRALayer
 from lit_peft.nn.weight_update import WeightUpdate
@@ -81,7 +81,8 @@ def merge_adapter(model: Model) -> Model:
     """
     layers = _lora_layers(model)
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    if any(uses[id(layer.weight)] > 1 for layer in layers):
+    tied = tied_layers(layers)
+    if any(uses[id(layer.weight)] > 1 and id(layer) not in tied for layer in layers):
         raise LitPeftError(
             "An adapted weight is tied to the weight of another layer, which would change with it: use "
             "lit_peft.merge(model), which unties them."

@@ -9,6 +9,7 @@ from lit_peft.methods.adapter_dtype import cast_in_forward
 from lit_peft.methods.attachment import Attachment, base_name
 from lit_peft.methods.changes import ReplaceModule, TrainParameter, device_and_dtype
 from lit_peft.methods.fast_path import fast_path_changes
+from lit_peft.methods.lora import tied_layers
 from lit_peft.nn.expert_lora import ExpertLoRA, LoRAExperts
 from lit_peft.nn.lora import LoRALayer
 from lit_peft.nn.lora_attention import LoRAMultihead
@@ -113,6 +114,10 @@ def check_together(members: Mapping[str, Attachment]) -> None:
             raise LitPeftError(
                 f"{start}: only LoRAs can, whose updates are added. Bottleneck adapters follow each other in a "
                 "lit_peft.Stack; other adapters are used one at a time."
+            )
+        if tied_layers(layers.values()):
+            raise LitPeftError(
+                f"{start}, because it was made with ensure_weight_tying=True: use it alone, or merge it first."
             )
         for layer in layers.values():
             assert isinstance(layer, LoRALayer)
