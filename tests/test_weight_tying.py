@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lit_peft
 from lit_peft import LitPeftError, LoRASettings
@@ -108,13 +108,32 @@ def test_both_uses_share_one_gradient_and_stay_tied_when_merged(case: dict[str, 
     assert torch.equal(model(IDS).logits, before) and model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_gpt2_and_rows_of_tokens() -> None:
+@pytest.mark.parametrize("case", [{"target_modules": ["wte"]}, {"modules_to_save": ["wte"]}], ids=str)
+def test_gpt2_and_rows_of_tokens(case: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)).eval()
-    randomize(lit_peft.attach(model, LoRASettings(target_modules=["wte"], ensure_weight_tying=True)))
+    base = copy.deepcopy(model)
+    randomize(lit_peft.attach(model, LoRASettings(**settings({"target_modules": ["c_attn"], **case}))))
     expected = model(IDS).logits
+    folder = lit_peft.save_adapter(model, tmp_path / "adapter")
+    again = lit_peft.load_adapter(copy.deepcopy(base), folder)
+    assert torch.equal(again(IDS).logits, expected)
+    theirs = peft.PeftModel.from_pretrained(base, folder)
+    torch.testing.assert_close(theirs(IDS).logits, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lit_peft.merge(model)(IDS).logits, expected, atol=1e-5, rtol=1e-5)
     lit_peft.attach(llama(), LoRASettings(trainable_token_indices=[1], ensure_weight_tying=True))
+
+
+def test_names_that_peft_does_not_tie_are_written_in_our_own_format(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForMaskedLM(BertConfig(**shape, intermediate_size=16)).eval()
+    base = copy.deepcopy(model)
+    randomize(lit_peft.attach(model, LoRASettings(**settings({"target_modules": ["query", "word_embeddings"]}))))
+    with pytest.raises(LitPeftError, match="ensure_weight_tying cannot be written in peft's format"):
+        lit_peft.save_adapter(model, tmp_path / "peft", format="peft")
+    again = lit_peft.load_adapter(base, lit_peft.save_adapter(model, tmp_path / "own"))
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

@@ -18,6 +18,7 @@ from lit_peft.formats import peft_lora, peft_prefix, peft_prompt
 from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import read_extra, write_extra, write_json
 from lit_peft.formats.key_mapping import rename
+from lit_peft.formats.peft_layers import holds_tying
 from lit_peft.formats.untrusted import SPARE_ELEMENTS, ElementLimit, read_tensors
 from lit_peft.methods.attach import attach, detach
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
@@ -136,7 +137,7 @@ def holds(attachment: Attachment) -> bool:
     """Whether peft has the method of what is attached."""
     settings = attachment.settings
     tokens = settings.trainable_token_indices and not peft_lora.writes(settings)
-    return not tokens and any(kind.writes(settings) for kind in PEFT_FORMATS.values())
+    return not tokens and holds_tying(attachment) and any(kind.writes(settings) for kind in PEFT_FORMATS.values())
 
 
 def write(model: nn.Module, folder: Path) -> None:
@@ -148,9 +149,10 @@ def write(model: nn.Module, folder: Path) -> None:
     attachment = attachment_of(model)
     peft_format = next((known for known in PEFT_FORMATS.values() if known.writes(attachment.settings)), None)
     if peft_format is None or not holds(attachment):
-        tokens = " with trainable_token_indices" if peft_format is not None else ""
+        part = "ensure_weight_tying" if attachment.ties else "trainable_token_indices"
+        given = f" with {part}" if peft_format is not None else ""
         raise LitPeftError(
-            f"{attachment.settings.method!r}{tokens} cannot be written in peft's format: leave format out."
+            f"{attachment.settings.method!r}{given} cannot be written in peft's format: leave format out."
         )
     config = {
         "base_model_name_or_path": base_name_or_path(model) or None,

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_peft.methods.attachment import Attachment
+from lit_peft.methods.attachment import Attachment, base_name
 from lit_peft.nn.lora_attention import ProjectionLoRA
 from lit_peft.nn.lora_conv import LoRAConv
 from lit_peft.nn.lora_tied import TiedLoRALinear
 from lit_peft.util.errors import LitPeftError
+from lit_peft.util.expressions import Expressions
 
 # How often peft (0.21) adds the update of an attention's output projection to the weight.
 _TIMES_ADDED = 2
+# The names of embeddings and heads that peft ties.
+_TIED_IN_PEFT = ("embed_tokens", "lm_head")
 
 
 def attentions(attachment: Attachment) -> list[str]:
@@ -118,3 +123,31 @@ def tied_heads_of(attachment: Attachment) -> dict[str, str]:
         for path, layer in layers
         if isinstance(layer, TiedLoRALinear)
     }
+
+
+def tied_modules(attachment: Attachment) -> list[str]:
+    """Return the paths of the modules that share a trained copy of a weight."""
+    uses = Counter(id(parameter) for parameter in attachment.saved.values())
+    shared = (path for path, parameter in attachment.saved.items() if uses[id(parameter)] > 1)
+    return [base_name(path).rpartition(".")[0] for path in shared]
+
+
+def ties_in_peft(config: Mapping[str, Any]) -> bool:
+    """Return whether peft ties an embedding and its head with `ensure_weight_tying`: it knows them by two names."""
+    targets = config.get("target_modules") or []
+    if isinstance(targets, str):
+        expressions = Expressions("target_modules")
+        if any(expressions.fullmatch(targets, name) for name in _TIED_IN_PEFT):
+            return True
+        targets = []
+    names = [*targets, *(config.get("modules_to_save") or ())]
+    return any(str(name).rpartition(".")[2] in _TIED_IN_PEFT for name in names)
+
+
+def holds_tying(attachment: Attachment) -> bool:
+    """Return whether peft would tie what an attachment ties, given the folder that we write."""
+    if not attachment.ties:
+        return True
+    heads = tied_heads_of(attachment)
+    names = [*heads, *heads.values(), *tied_modules(attachment)]
+    return not names or ties_in_peft({"target_modules": names})

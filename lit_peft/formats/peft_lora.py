@@ -27,8 +27,11 @@ from lit_peft.formats.peft_layers import (
     layers_from_peft,
     projection_tensors,
     tied_heads_of,
+    tied_modules,
     tied_tensors,
+    ties_in_peft,
 )
+from lit_peft.formats.peft_task import task_type
 from lit_peft.formats.untrusted import check_names
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.layer_kinds import can_adapt, lora_class
@@ -65,6 +68,7 @@ READ = {
     "init_lora_weights",
     "use_rslora",
     "use_dora",
+    "alora_invocation_tokens",
     "ensure_weight_tying",
     "lora_bias",
     "modules_to_save",
@@ -142,12 +146,13 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             "the adapter is on, computes without it.",
             stacklevel=2,
         )
-    # peft says so where it has no effect, and goes on.
-    tokens = bool(values.get("trainable_token_indices"))
-    if not tying_matters(model, targets, modules_to_save, tokens):
-        values.pop("ensure_weight_tying", None)
-    if values.get("ensure_weight_tying"):
+    # Where it has no effect in peft, peft goes on.
+    if values.get("ensure_weight_tying") and (
+        ties_in_peft(config) and tying_matters(model, targets, modules_to_save, False)
+    ):
         _check_tied_patterns(model, targets, values)
+    else:
+        values.pop("ensure_weight_tying", None)
     # peft ignores names and patterns that match nothing; our settings must not have any.
     values["target_modules"], values["modules_to_save"] = targets, modules_to_save or None
     values["target_parameters"] = parameters or None
@@ -238,6 +243,9 @@ def load_tensors(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> N
     # A bias that is not stored is the base's own.
     unchanged = {base_name(name) for name in attachment.saved if name.endswith(".bias")} - set(found)
     targets = {name: tensor for name, tensor in targets.items() if name not in unchanged}
+    # A folder may have a trained copy under one of the names that share it.
+    there = {id(tensor) for name, tensor in targets.items() if name in found}
+    targets = {name: tensor for name, tensor in targets.items() if name in found or id(tensor) not in there}
     shared = [f"{path}.lora_{factor}.weight" for path in tied_heads_of(attachment) for factor in "AB"]
     copy_tensors(targets, layers_from_peft(attachment, found), folder, ignored={*parameters, *shared})
     check_tied(attachment, found, folder)
@@ -284,7 +292,7 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         _independent_of_order(_with_heads(attachment, patterns), [*modules, *parameters])
         for patterns in (settings.rank_pattern, settings.alpha_pattern)
     )
-    modules_to_save = [f".{name}" for name in settings.modules_to_save or ()]
+    modules_to_save = [f".{name}" for name in (*(settings.modules_to_save or ()), *tied_modules(attachment))]
     return {
         **{name: getattr(settings, name) for name in READ},
         "r": settings.r * rank_factor,
@@ -292,6 +300,8 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         "rank_pattern": {name: value * rank_factor for name, value in ranks.items()},
         "alpha_pattern": {name: value * alpha_factor for name, value in alphas.items()},
         "init_lora_weights": True,
+        # peft looks for the tokens in models of this task only.
+        "task_type": task_type(model) if settings.alora_invocation_tokens else None,
         "peft_type": "LORA",
         # Full names, so that peft adapts these modules and no others.
         "target_modules": modules,

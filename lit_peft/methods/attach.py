@@ -15,6 +15,7 @@ from lit_peft.methods.fast_path import fast_path_changes
 from lit_peft.methods.saving import SaveAdapter
 from lit_peft.methods.threads import exclusive
 from lit_peft.methods.tokens import check_indices, train_tokens
+from lit_peft.methods.trained_modules import train_modules
 from lit_peft.util.errors import LitPeftError
 
 
@@ -47,7 +48,7 @@ def attach(model: Model, settings: MethodSettings, autocast_adapter_dtype: bool 
         for change in fast_path_changes(model, attachment.adapted):
             attachment.make(change)
         if settings.modules_to_save:
-            attachment.train_modules(settings.modules_to_save)
+            train_modules(attachment, settings.modules_to_save)
         if settings.trainable_token_indices:
             check_indices(settings.trainable_token_indices)
             train_tokens(attachment, settings.trainable_token_indices)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -23,12 +22,63 @@ from lit_peft.methods.changes import (
     owner_of,
     tied_names,
 )
-from lit_peft.methods.settings import MethodSettings as MethodSettings
 from lit_peft.nn.quantized import is_quantized
-from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.errors import LitPeftError
+from lit_peft.util.type_checks import check_types
 
 Model = TypeVar("Model", bound=nn.Module)
 _KEY = "_lit_peft_attachment"
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """The settings that all methods share.
+
+    Args:
+        modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+            A full parameter name selects a single parameter.
+        trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
+            A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
+
+    Raises:
+        LitPeftError: a value does not have the type of its field.
+    """
+
+    method: ClassVar[str] = ""
+    # The usual learning rate of the method, for runs that set none.
+    learning_rate: ClassVar[float] = 1e-3
+    # Whether a row may hold several examples: the method treats each token alike.
+    packs: ClassVar[bool] = True
+    # Whether its adapters can be stacked, see `Stack`.
+    stacks: ClassVar[bool] = False
+    modules_to_save: tuple[str, ...] | list[str] | None = field(default=None, kw_only=True)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
+
+    def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
+        """Add the method to a model. Every change must go through `attachment`, which can undo it.
+
+        Args:
+            model: the frozen model.
+            attachment: makes and records the changes.
+
+        Raises:
+            LitPeftError: the settings do not fit the model.
+        """
+        raise NotImplementedError
+
+    def learning_rate_factor(self, name: str) -> float:
+        """Return the factor on the learning rate for one parameter.
+
+        Args:
+            name: the parameter's name in the model.
+
+        Returns:
+            The factor; 1 unless the method has different learning rates.
+        """
+        return 1.0
 
 
 @dataclass
@@ -168,60 +218,10 @@ class Attachment:
             self.make(TrainParameter(other, change.copy))
         self.trained += [path, *tied]
 
-    def train_modules(self, names: tuple[str, ...] | list[str]) -> None:
-        """Train every parameter of the named modules, or the named parameters.
-
-        Args:
-            names: a module matches by its full name or by the last parts of it. Where no module matches, the name may
-                be the full name of a parameter.
-
-        Raises:
-            LitPeftError: a name matches neither a module with parameters nor a parameter.
-        """
-        modules = [path for path, module in self.model.named_modules() if path and list(module.parameters())]
-        own = {
-            id(parameter)
-            for attachment in (self, *self.below)
-            for module in attachment.adapted.values()
-            for path, parameter in module.named_parameters()
-            if not path.startswith("base_layer.")
-        }
-        # Under all names of a tied parameter: which one the model computes with is not known.
-        named = self.model.named_parameters(remove_duplicate=False)
-        paths = [path for path, parameter in named if id(parameter) not in own]
-        parameters = {base_name(path): path for path in paths}
-        for name in names:
-            matches = tuple(f"{path}." for path in modules if path == name or path.endswith("." + name))
-            found = [path for path in paths if path.startswith(matches)] if matches else []
-            if not found and name in parameters:
-                found = [parameters[name]]
-            if not found:
-                raise LitPeftError(
-                    f"modules_to_save names {name!r}, but {type(self.model).__name__} has no module with parameters of "
-                    f"that name: the closest are {closest(name, [path.rpartition('.')[2] for path in modules])}."
-                )
-            for path in found:
-                if path not in self.trained:
-                    self._warn_if_tied(path, name)
-                    self.train(path)
-
     @property
     def ties(self) -> bool:
         """Whether parameters that the base ties are trained as one."""
         return bool(getattr(self.settings, "ensure_weight_tying", False))
-
-    def _warn_if_tied(self, path: str, name: str) -> None:
-        if self.ties:
-            return
-        # Not the second name that a head has for the bias of a layer in it.
-        tied = [other for other in tied_names(self.model, path) if not path.startswith(f"{other.rpartition('.')[0]}.")]
-        if tied:
-            warnings.warn(
-                f"modules_to_save={name!r}: {path} shares its weight with {', '.join(tied[:3])} in the base. Only the "
-                f"copy at {path} is trained, and it is no longer shared. LoRA's ensure_weight_tying=True trains one "
-                "copy for all.",
-                stacklevel=5,
-            )
 
     def freeze(self) -> None:
         """Freeze the whole model and record which parameters required gradients."""

@@ -17,6 +17,7 @@ from lit_peft.methods.attachment import Attachment, Model, attachment_of
 from lit_peft.methods.expert_targets import is_expert_lora, target_name
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.threads import exclusive
+from lit_peft.nn.invocation import InvokedLoRALinear
 from lit_peft.nn.lora import LoRALayer
 from lit_peft.nn.lora_attention import ProjectionLoRA
 from lit_peft.util.errors import LitPeftError, closest
@@ -133,12 +134,13 @@ def _check_source(label: str, source: Attachment, first: Attachment) -> None:
         and layer.original_weight is None
         and layer.lora_bias is None
         and layer.groups == 1
+        and not isinstance(layer, InvokedLoRALinear)
         for layer in source.adapted.values()
     )
     if not is_plain or source.trained:
         raise LitPeftError(
-            f"The adapter {label!r} cannot be combined: only LoRAs without DoRA, PiSSA, OLoRA, lora_bias, convolutions "
-            "with groups, trained modules and trained biases can."
+            f"The adapter {label!r} cannot be combined: only LoRAs without DoRA, PiSSA, OLoRA, lora_bias, invocation "
+            "tokens, convolutions with groups, trained modules and trained biases can."
         )
     if set(source.adapted) != set(first.adapted):
         differing = sorted(set(source.adapted) ^ set(first.adapted))[:2]

@@ -13,6 +13,7 @@ from lit_peft.methods.attach import detach
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of, base_name
 from lit_peft.methods.changes import ReplaceModule, owner_of, tied_names
 from lit_peft.methods.expert_targets import adapt_parameters, find_parameters
+from lit_peft.methods.invocation import add_invocation, invoked_layer
 from lit_peft.methods.layer_kinds import can_adapt, lora_class, new_layer
 from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_values
@@ -21,7 +22,7 @@ from lit_peft.methods.tokens import merged_rows, write_rows
 from lit_peft.methods.tying import check_tied_patterns, split_tied
 from lit_peft.models.quantization import dequantize
 from lit_peft.nn.expert_lora import ExpertLoRA
-from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, check, check_mergeable
+from lit_peft.nn.lora import InitLoRA, LoRAEmbedding, LoRALayer, check, check_mergeable
 from lit_peft.nn.lora_attention import LoRAMultihead
 from lit_peft.nn.lora_sum import ParameterLoRASum
 from lit_peft.nn.lora_tied import TiedLoRALinear
@@ -56,6 +57,8 @@ class LoRASettings(MethodSettings):
         init_lora_weights: `kaiming`, `gaussian`, `pissa` (arXiv:2404.02948) or `olora` (arXiv:2406.01775).
         ensure_weight_tying: whether an embedding and the head that shares its weight get one update together (or one
             trained copy, with modules_to_save), so that they stay tied, also when they are merged.
+        alora_invocation_tokens: ids of tokens; the update acts only from their last occurrence in a row on, so that
+            keys and values that the base has cached for the text before stay valid (aLoRA, arXiv:2504.12397).
         lora_bias: whether each update has a bias of its own, `s · (B A x + bias)`. Merging needs layers with a bias.
         loraplus_lr_ratio: ratio of B's learning rate to A's (LoRA+, arXiv:2402.12354).
 
@@ -81,6 +84,7 @@ class LoRASettings(MethodSettings):
     use_dora: bool = False
     init_lora_weights: InitLoRA = "kaiming"
     ensure_weight_tying: bool = False
+    alora_invocation_tokens: list[int] | tuple[int, ...] | None = None
     lora_bias: bool = False
     loraplus_lr_ratio: float = 1.0
 
@@ -96,6 +100,8 @@ class LoRASettings(MethodSettings):
         if self.lora_bias and (self.use_dora or self.init_lora_weights in ("pissa", "olora")):
             wrong = "use_dora=True" if self.use_dora else f"init_lora_weights={self.init_lora_weights!r}"
             raise LitPeftError(f"lora_bias=True does not work with {wrong}, neither here nor in peft: leave one out.")
+        if self.alora_invocation_tokens is not None:
+            self._check_invocation()
         if self.target_parameters or self.target_experts:
             self._check_parameters()
         for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
@@ -104,6 +110,25 @@ class LoRASettings(MethodSettings):
             patterns = [value] if isinstance(value, str) else value if name.endswith("_pattern") else ()
             for pattern in patterns:
                 check_expression(name, pattern)
+
+    def _check_invocation(self) -> None:
+        """Check the invocation tokens, and the settings that a LoRA with them does not have."""
+        tokens = self.alora_invocation_tokens
+        if not tokens or any(isinstance(token, bool) or token < 0 for token in tokens):
+            raise LitPeftError(
+                f"alora_invocation_tokens={tokens}: give the ids of one or more tokens, e.g. those of a tokenizer's "
+                "encode(text, add_special_tokens=False), or leave it out."
+            )
+        wrong = {
+            "use_dora=True": self.use_dora,
+            f"init_lora_weights={self.init_lora_weights!r}": self.init_lora_weights in ("pissa", "olora"),
+            "ensure_weight_tying=True": self.ensure_weight_tying,
+            "target_parameters": self.target_parameters,
+            "target_experts=True": self.target_experts,
+        }
+        first = next((name for name, is_set in wrong.items() if is_set), None)
+        if first is not None:
+            raise LitPeftError(f"alora_invocation_tokens do not work with {first}, nor in peft: leave one of them out.")
 
     def _check_parameters(self) -> None:
         """Check the settings that a LoRA on parameters does not have."""
@@ -174,6 +199,7 @@ class LoRASettings(MethodSettings):
         alphas = pattern_values(self.alpha_pattern, names, self.lora_alpha)
         if tied:
             check_tied_patterns(model, self.rank_pattern, self.alpha_pattern)
+        invocation = add_invocation(attachment, self.alora_invocation_tokens)
         tied_embedding = model.get_input_embeddings() if tied else None  # type: ignore[operator]
         for path in paths:
             base = model.get_submodule(path)
@@ -183,11 +209,14 @@ class LoRASettings(MethodSettings):
                 "use_rslora": self.use_rslora,
                 "init_lora_weights": self.init_lora_weights,
             }
-            if lora_class(base) is None:
+            if lora_class(base) is None and invocation is None:
                 self._adapt_attention(attachment, path, settings)
                 continue
             others = {"lora_dropout": self.lora_dropout, "use_dora": self.use_dora, "lora_bias": self.lora_bias}
-            layer = new_layer(base, {**settings, **others})
+            if invocation is not None:
+                layer: LoRALayer = invoked_layer(path, base, invocation, {**settings, **others})
+            else:
+                layer = new_layer(base, {**settings, **others})
             attachment.replace(path, layer)
             if isinstance(layer, LoRAEmbedding) and tied and base is tied_embedding:
                 for head in tied:

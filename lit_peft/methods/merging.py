@@ -12,7 +12,9 @@ from lit_peft.methods.adapters import adapters_of
 from lit_peft.methods.attachment import Model, attachment_or_none
 from lit_peft.methods.lora import merge, tied_layers
 from lit_peft.methods.threads import exclusive
+from lit_peft.nn.invocation import InvokedLoRALinear
 from lit_peft.nn.lora import LoRALayer
+from lit_peft.nn.lora_tied import TiedLoRALinear
 from lit_peft.nn.weight_update import WeightUpdate
 from lit_peft.util.errors import LitPeftError
 
@@ -138,8 +140,15 @@ def merge_and_unload(model: Model) -> Model:
 
 
 def _is_plain_lora(layer: nn.Module) -> TypeGuard[LoRALayer]:
-    """Whether a layer is a LoRA without DoRA's magnitude that left the base weight as it was."""
-    return isinstance(layer, LoRALayer) and layer.lora_magnitude is None and not layer.moved
+    """Whether a layer is a LoRA of one product A and one B that left the base weight as it was."""
+    return (
+        isinstance(layer, LoRALayer)
+        and not isinstance(layer, InvokedLoRALinear | TiedLoRALinear)
+        and layer.lora_magnitude is None
+        and layer.lora_bias is None
+        and layer.groups == 1
+        and not layer.moved
+    )
 
 
 def _lora_layers(model: nn.Module) -> list[WeightUpdate]:

@@ -19,6 +19,7 @@ from lit_peft.methods.stack import Stack
 from lit_peft.methods.threads import changing
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.expert_lora import ExpertLoRA
+from lit_peft.nn.invocation import InvokedLoRALinear
 from lit_peft.nn.lora import LoRALayer, LoRALinear
 from lit_peft.nn.rows import LoRARows, ModuleRows
 from lit_peft.nn.torch_internals import has_forward_hooks
@@ -121,6 +122,11 @@ def _check_can_share(name: str, attachment: Attachment) -> None:
             f"The adapter {name!r} ({attachment.settings.method}) cannot share a batch with others. Only LoRAs and "
             "bottleneck adapters without original_ln_after=False can: run its rows in a separate batch with "
             "set_adapter."
+        )
+    if any(isinstance(layer, InvokedLoRALinear) for layer in layers):
+        raise LitPeftError(
+            f"The adapter {name!r} acts from its invocation tokens on (alora_invocation_tokens), so it cannot share a "
+            "batch with others: run its rows in a separate batch with set_adapter."
         )
     if any(isinstance(layer, ExpertLoRA) for layer in layers):
         raise LitPeftError(

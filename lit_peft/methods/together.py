@@ -115,6 +115,8 @@ def check_together(members: Mapping[str, Attachment]) -> None:
                 f"{start}: only LoRAs can, whose updates are added. Bottleneck adapters follow each other in a "
                 "lit_peft.Stack; other adapters are used one at a time."
             )
+        if getattr(member.settings, "alora_invocation_tokens", None):
+            raise LitPeftError(f"{start}, because it has alora_invocation_tokens: use it alone.")
         if tied_layers(layers.values()):
             raise LitPeftError(
                 f"{start}, because it was made with ensure_weight_tying=True: use it alone, or merge it first."

@@ -15,7 +15,10 @@ from lit_peft.util.errors import LitPeftError
 def tied_heads(model: nn.Module) -> tuple[str, list[str]] | None:
     """Return the path of the input embeddings and those of the modules that share their weight; None if none does."""
     top: Any = model
-    embedding = top.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    try:
+        embedding = top.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:  # a model of two towers, none of which is the first
+        return None
     path = next((path for path, module in model.named_modules() if module is embedding), "")
     if embedding is None or not isinstance(getattr(embedding, "weight", None), nn.Parameter):
         return None

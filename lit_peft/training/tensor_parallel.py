@@ -85,8 +85,9 @@ def _split(path: str, module: nn.Module, mesh: DeviceMesh, style: str) -> None:
 
     layer = module.base_layer if isinstance(module, LoRALinear) else module
     plain = type(layer) is nn.Linear and type(layer.weight.data) is Tensor
-    if not plain or (isinstance(module, LoRALinear) and module.lora_magnitude is not None):
-        kind = "DoRA" if plain else f"{type(layer).__name__}, {type(layer.weight.data).__name__}"
+    special = isinstance(module, LoRALinear) and (module.lora_magnitude is not None or type(module) is not LoRALinear)
+    if not plain or special or getattr(module, "lora_bias", None) is not None:
+        kind = f"{type(module).__name__}, {type(layer).__name__}, {type(layer.weight.data).__name__}"
         raise LitPeftError(f"tensor_parallel_size: {path} ({kind}) cannot be split. Use tensor_parallel_size=1.")
     whole, rows, columns = Replicate(), Shard(0), Shard(1)
     weight, a, b, bias = (rows, whole, rows, rows) if style == "colwise" else (columns, columns, whole, whole)
