@@ -224,6 +224,10 @@ def test_a_registered_layer_is_adapted_saved_and_merged(tmp_path: Path) -> None:
         lit_peft.save_adapter(net, tmp_path / "adapter")
         torch.testing.assert_close(lit_peft.load_adapter(base, tmp_path / "adapter")(x), expected)
         torch.testing.assert_close(lit_peft.merge(net)(x), expected)
+        for name in "ab":
+            lit_peft.add_adapter(net, name, LoRASettings(target_modules=["0", "1"]))
+        with pytest.raises(LitPeftError, match="LoRAScaled have no method `update`"):
+            lit_peft.set_adapter(net, ["a", "b"])
         with pytest.raises(LitPeftError, match="LoRAScaled is registered for Scaled already"):
             lit_peft.register_layer(Scaled, type("Other", (LoRAScaled,), {}))
     finally:

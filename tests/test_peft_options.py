@@ -233,6 +233,13 @@ def test_the_dtype_of_the_base(settings: Any, tmp_path: Path) -> None:
     assert {p.dtype for p in other.parameters() if p.requires_grad} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("settings", [{"lora_bias": True}, {"alora_invocation_tokens": [3]}], ids=str)
+def test_adapterhubs_format_has_no_place_for_them(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = lit_peft.attach(llama(), LoRASettings(**settings))
+    with pytest.raises(LitPeftError, match=f"no place for {next(iter(settings))}"):
+        lit_peft.save_adapter(model, tmp_path / "adapter", format="adapterhub")
+
+
 # ---------------------------------------------------------------------------------------------- merging
 
 

@@ -158,6 +158,7 @@ def test_a_folder_with_two_updates_is_refused(low_cpu_mem_usage: bool, tmp_path:
         ({"target_modules": ["q_proj"]}, True, "neither target_modules nor modules_to_save"),
         ({"use_dora": True}, True, "use_dora=True"),
         ({"lora_bias": True}, True, "lora_bias=True"),
+        ({"trainable_token_indices": {"embed_tokens": [1]}}, True, "one list of token ids"),
     ],
 )
 def test_tying_that_has_no_effect_or_is_not_possible(change: dict[str, Any], tie: bool, why: str) -> None:

@@ -55,12 +55,12 @@ class LoRASettings(MethodSettings):
         use_rslora: scale by `lora_alpha / sqrt(r)` instead (arXiv:2312.03732).
         use_dora: weight-decomposed updates (arXiv:2402.09353).
         init_lora_weights: `kaiming`, `gaussian`, `pissa` (arXiv:2404.02948) or `olora` (arXiv:2406.01775).
+        loraplus_lr_ratio: ratio of B's learning rate to A's (LoRA+, arXiv:2402.12354).
         ensure_weight_tying: whether an embedding and the head that shares its weight get one update together (or one
             trained copy, with modules_to_save), so that they stay tied, also when they are merged.
         alora_invocation_tokens: ids of tokens; the update acts only from their last occurrence in a row on, so that
             keys and values that the base has cached for the text before stay valid (aLoRA, arXiv:2504.12397).
         lora_bias: whether each update has a bias of its own, `s · (B A x + bias)`. Merging needs layers with a bias.
-        loraplus_lr_ratio: ratio of B's learning rate to A's (LoRA+, arXiv:2402.12354).
 
     Raises:
         LitPeftError: a setting is invalid.
@@ -83,10 +83,10 @@ class LoRASettings(MethodSettings):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: InitLoRA = "kaiming"
+    loraplus_lr_ratio: float = 1.0
     ensure_weight_tying: bool = False
     alora_invocation_tokens: list[int] | tuple[int, ...] | None = None
     lora_bias: bool = False
-    loraplus_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +100,11 @@ class LoRASettings(MethodSettings):
         if self.lora_bias and (self.use_dora or self.init_lora_weights in ("pissa", "olora")):
             wrong = "use_dora=True" if self.use_dora else f"init_lora_weights={self.init_lora_weights!r}"
             raise LitPeftError(f"lora_bias=True does not work with {wrong}, neither here nor in peft: leave one out.")
+        if self.ensure_weight_tying and isinstance(self.trainable_token_indices, dict):
+            raise LitPeftError(
+                "ensure_weight_tying=True does not work with trainable_token_indices by the names of modules: give one "
+                "list of token ids, which counts for the embeddings and the head that shares their weight."
+            )
         if self.alora_invocation_tokens is not None:
             self._check_invocation()
         if self.target_parameters or self.target_experts:
@@ -289,7 +294,7 @@ def merge(model: Model) -> Model:
         if is_quantized(layer.base_layer):
             layer.replace_base(dense_linear(layer.base_layer, dtype))
         # `keep_merged` frees the copy of W that `merge` makes, so only one copy exists at a time.
-        layer.merge()
+        layer.merge(check=quantized)
         layer.keep_merged()
     saved, tokens = attachment.saved, merged_rows(attachment)
     detach(model)

@@ -89,10 +89,12 @@ def merge_adapter(model: Model) -> Model:
             "An adapted weight is tied to the weight of another layer, which would change with it: use "
             "lit_peft.merge(model), which unties them."
         )
+    for layer in layers:
+        layer.check_mergeable()
     merged: list[WeightUpdate] = []
     try:
         for layer in layers:
-            layer.merge()
+            layer.merge(check=False)
             merged.append(layer)
     except BaseException:
         for layer in merged:

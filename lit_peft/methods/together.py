@@ -123,6 +123,11 @@ def check_together(members: Mapping[str, Attachment]) -> None:
             )
         for layer in layers.values():
             assert isinstance(layer, LoRALayer)
+            if type(layer).update is LoRALayer.update and not isinstance(layer, ExpertLoRA):
+                raise LitPeftError(
+                    f"{start}, because its layers of the class {type(layer).__name__} have no method `update`, which "
+                    "returns what they add to the base layer's output: define it, or use the adapter alone."
+                )
             if layer.lora_magnitude is not None or layer.moved:
                 wrong = "use_dora=True" if layer.lora_magnitude is not None else "init_lora_weights='pissa' or 'olora'"
                 raise LitPeftError(

@@ -46,8 +46,8 @@ class TiedLoRALinear(LoRALinear):
     def check_mergeable(self) -> None:
         """Nothing to check: the embedding's layer is merged."""
 
-    def merge(self) -> None:
-        self.source.merge()
+    def merge(self, check: bool = True) -> None:
+        self.source.merge(check)
 
     def unmerge(self) -> None:
         self.source.unmerge()

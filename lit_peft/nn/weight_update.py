@@ -123,8 +123,11 @@ class WeightUpdate(nn.Module):
         )
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, check: bool = True) -> None:
         """Add the update to the base weight in place. Does nothing if it is merged already.
+
+        Args:
+            check: whether to call `check_mergeable` first.
 
         Raises:
             LitPeftError: the base layer is quantized or has no bias to update, or the sum has NaN or infinite numbers.
@@ -137,7 +140,8 @@ class WeightUpdate(nn.Module):
                 f"This {type(self.base_layer).__name__} is quantized, so an update cannot be added to its weight and "
                 "removed again: use lit_peft.merge(model), which dequantizes the model for good."
             )
-        self.check_mergeable()
+        if check:
+            self.check_mergeable()
         change, bias_change, bias = self.weight_change(), self.delta_bias(), self.bias
         # (W + d) - d is not W after rounding, so W itself is kept.
         self.unmerged_weight = self.weight.detach().clone()
