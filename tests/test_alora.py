@@ -14,6 +14,8 @@ import torch
 from models import checkpointing
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -24,6 +26,7 @@ from transformers import (
 
 import lit_peft
 from lit_peft import LitPeftError, LoRASettings
+from lit_peft.cli import main
 from lit_peft.models.call_arguments import arguments
 from lit_peft.models.quantization import quantize
 from lit_peft.nn.invocation import Invocation
@@ -244,3 +247,25 @@ def test_a_run_and_its_checkpoint(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     again = lit_peft.LoRA.load_from_checkpoint(tmp_path / "run.ckpt")
     assert torch.equal(again.model.eval()(IDS).logits, module.model.eval()(IDS).logits)
+
+
+def test_the_command_trains_on_packed_rows_and_goes_on(
+    decoder: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["lit-peft"])
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    token = tokenizer("is", add_special_tokens=False).input_ids[0]
+    options = ["--model", "LoRA", "--model.base", str(decoder), "--model.alora_invocation_tokens", f"[{token}]"]
+    options += ["--model.gradient_checkpointing", "true", "--model.lora_bias", "true"]
+    options += ["--data", "CausalLMData", "--data.train", str(reviews), "--data.packing", "true"]
+    options += ["--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu", "--trainer.precision"]
+    options += ["bf16-true", "--trainer.enable_progress_bar", "false", "--trainer.accumulate_grad_batches", "2"]
+    assert main(["fit", *options, "--trainer.max_steps", "1"]) == 0, capsys.readouterr().err
+    run = tmp_path / "version_0"
+    assert (
+        main(["fit", *options, "--trainer.max_steps", "2", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
+    )
+    model = lit_peft.load_adapter(AutoModelForCausalLM.from_pretrained(decoder), tmp_path / "version_1" / "adapter")
+    trained = [p for name, p in model.named_parameters() if name.endswith(("lora_B", "lora_bias"))]
+    assert trained and all(p.abs().max() > 0 for p in trained)
+    assert "alora_invocation_tokens" not in capsys.readouterr().err
