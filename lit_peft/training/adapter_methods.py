@@ -33,10 +33,12 @@ class AdapterMethods:
         """Write the active adapter to a folder; see `lit_peft.save_adapter`."""
         return save_adapter(self.model, folder, format)
 
-    def load_adapter(self, folder: str | Path, name: str, check_base: bool = True, with_head: bool = True) -> None:
-        """Load another adapter and make it the active one; see `lit_peft.load_adapter`."""
+    def load_adapter(
+        self, folder: str | Path, name: str, check_base: bool = True, with_head: bool = True, **options: Any
+    ) -> None:
+        """Load another adapter and make it the active one; arguments as those of `lit_peft.load_adapter`."""
         self.configure_model()
-        load_adapter(self.model, folder, check_base, name, with_head)
+        load_adapter(self.model, folder, check_base, name, with_head, **options)
 
     def add_adapter(self, name: str, settings: MethodSettings) -> None:
         """Attach another new adapter and make it the active one; see `lit_peft.add_adapter`."""
