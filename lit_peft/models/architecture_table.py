@@ -215,6 +215,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...] | Callable[[Any], tuple[Archit
     "bart": (_BART,),
     "bert": (_BERT,),
     "bloom": _bloom,
+    "deberta": (_BERT,),
     "deberta-v2": (_BERT,),
     "distilbert": (_DISTILBERT,),
     "electra": (_BERT,),
