@@ -159,12 +159,12 @@ def in_layer(name: str, path: str) -> bool:
     return name.startswith(f"{path}.") or (layer is not None and "adapter" in name and name.startswith(layer[0]))
 
 
-def sweep(results: Path, only: list[str]) -> None:
-    """Try what is not in the file of results yet."""
+def sweep(results: Path, only: list[str], methods: list[str]) -> None:
+    """Try what is not in the file of results yet: these model types (all if there are none) with these methods."""
     known = {(row["kind"], row["model"], row["method"]) for row in read(results)}
     for kind in LISTS:
         for name in model_types(kind):
-            todo = [method for method in METHODS if (kind, name, method) not in known]
+            todo = [method for method in methods if (kind, name, method) not in known]
             if (only and name not in only) or not todo:
                 continue
             try:
@@ -226,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="file of results, one JSON object a line")
     parser.add_argument("--only", nargs="*", default=[], metavar="MODEL_TYPE", help="these model types alone")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="these methods alone")
     parser.add_argument("--write", action="store_true", help="write docs/support.md from the file, and try nothing")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -235,7 +236,7 @@ def main() -> None:
     if given.write:
         write(read(given.results))
     else:
-        sweep(given.results, given.only)
+        sweep(given.results, given.only, given.methods)
 
 
 if __name__ == "__main__":
