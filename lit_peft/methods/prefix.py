@@ -97,7 +97,13 @@ class PrefixSettings(MethodSettings):
         Raises:
             LitPeftError: the settings do not fit the model, leave it without a prefix, or a layer cannot have one.
         """
-        stacks = _by_model(model, layer_stacks(model))
+        try:
+            stacks = _by_model(model, layer_stacks(model))
+        except LitPeftError:
+            raise LitPeftError(
+                f"{type(model).__name__} has no transformer layers of a known structure, so there is no known place "
+                "for a prefix: use another method, e.g. LoRA or PromptTuning."
+            ) from None
         check_leave_out(self.leave_out, sum(map(len, stacks)))
         is_encoder_decoder = any(_cross_attention(layer) is not None for stack in stacks for layer in stack)
         first = 0

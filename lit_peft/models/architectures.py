@@ -171,7 +171,11 @@ def _fits(architecture: Architecture, layer: nn.Module) -> bool:
             sublayer.more_output,
         )
     ]
-    return all(place is None or has_module(layer, place) for place in (*places, *architecture.marks))
+    # A list of modules is never called itself: in such a layer there are several of a sublayer.
+    return all(
+        place is None or (has_module(layer, place) and not isinstance(layer.get_submodule(place), nn.ModuleList))
+        for place in (*places, *architecture.marks)
+    )
 
 
 def position_table(host: nn.Module) -> nn.Embedding | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lit_peft.models.layer_forms import LLAMA, Architecture, Sublayer, names
+from lit_peft.models.layer_forms import LLAMA, OLMO2, Architecture, Sublayer, names
 
 
 def hybrid(*architectures: Architecture) -> tuple[Architecture, ...]:
@@ -97,3 +97,5 @@ XLSTM = Architecture(
     ffn=Sublayer("ffn", "norm_ffn"),
     ffn_linears=names("ffn", "proj_up_gate", "proj_up", "proj_down"),
 )
+# Hyper-connections mix several residuals into the input of each sublayer, which is taken for x.
+QWEN4 = (OLMO2, replace(OLMO2, attention=Sublayer("linear_attn", "linear_attn"), qkv_linears=()))

@@ -248,6 +248,7 @@ GPT_NEOX_JAPANESE = Architecture(
     ffn=Sublayer("mlp", "post_attention_layernorm"),
     qkv_linears=names("attention", "query_key_value"),
     ffn_linears=names("mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    own_attention="cache",
 )
 CTRL = Architecture(
     attention=Sublayer("dropout1", "layernorm1"),
@@ -283,7 +284,9 @@ def pre_norm_bert(ffn: Sublayer) -> Architecture:
     return replace(BERT, attention=Sublayer("attention.output.dropout", "attention"), ffn=ffn, cross=cross)
 
 
-MEGATRON_BERT = pre_norm_bert(Sublayer("output.dropout", "ln"))
+MEGATRON_BERT = replace(pre_norm_bert(Sublayer("output.dropout", "ln")), own_attention="cache")
+REMBERT = replace(BERT, own_attention="cache")
+XGLM = replace(MBART, own_attention="cache")
 ESM = pre_norm_bert(Sublayer("output.dropout", "LayerNorm"))
 XLM_ROBERTA_XL = pre_norm_bert(Sublayer("output.dense", "LayerNorm"))
 ROBERTA_PRE_NORM = pre_norm_bert(Sublayer("output.dropout", "intermediate"))
