@@ -35,6 +35,7 @@ from lit_peft.nn.call_state import CallState
 from lit_peft.util.errors import LitPeftError
 
 _FUNCTION = "lit_peft_prefix"
+_OTHERWISE = "use another method, e.g. LoRA or PromptTuning"
 
 
 def attach_layer_prefix(
@@ -60,11 +61,9 @@ def attach_layer_prefix(
         LitPeftError: the module computes attention in a way that is not supported.
     """
     module: Any = attachment.model.get_submodule(path)
-    problem = _no_way_in(module)
+    problem = _no_way_in(module, shifts_positions)
     if problem is not None:
-        raise LitPeftError(
-            f"{path} ({type(module).__name__}) {problem}: use another method, e.g. LoRA or PromptTuning."
-        )
+        raise LitPeftError(f"{path} ({type(module).__name__}) {problem}.")
     if hasattr(module, "disentangled_attention_bias"):
         DisentangledAttention(prefix, module).attach(attachment, path)
     elif "alibi" in arguments(module):
@@ -81,16 +80,21 @@ def attach_layer_prefix(
     else:
         raise LitPeftError(
             f"{path} ({type(module).__name__}) computes attention in its own code, to which no prefix can be added: "
-            "use another method, e.g. LoRA or PromptTuning."
+            f"{_OTHERWISE}."
         )
 
 
-def _no_way_in(module: Any) -> str | None:
-    """Why an attention that uses transformers' interface can take no prefix all the same; None if it can."""
+def _no_way_in(module: Any, shifts_positions: bool) -> str | None:
+    """Why an attention that uses transformers' interface can take no prefix, and what to do; None if it can."""
+    if shifts_positions and hasattr(getattr(module, "indexer", None), "build_block_mask"):
+        return (
+            "selects blocks of keys by their positions, which a prefix shifts: set positions='adapterhub', which "
+            f"leaves them unchanged, or {_OTHERWISE}"
+        )
     if hasattr(module, "experts"):
-        return "routes its queries through experts, and repeats its keys for them"
+        return f"routes its queries through experts, and repeats its keys for them: {_OTHERWISE}"
     if hasattr(module, "keep_window_size"):
-        return "computes its mask from the values (dynamic mask), which would leave the prefix out"
+        return f"computes its mask from the values (dynamic mask), which would leave the prefix out: {_OTHERWISE}"
     return None
 
 
