@@ -474,7 +474,7 @@ def test_a_prefix_of_such_a_model_is_saved_and_loaded_but_not_in_pefts_format(ki
 def test_a_model_without_attention_takes_no_prefix(kind: str) -> None:
     model = build(kind, "decoder")
     before = set(dict(model.named_modules()))
-    with pytest.raises(LitPeftError, match=r"has no attention in .*: use another method"):
+    with pytest.raises(LitPeftError, match="has no attention in its layers"):
         lit_peft.attach(model, PTuningV2Settings(num_virtual_tokens=3))
     assert set(dict(model.named_modules())) == before
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import transformers
-from sweep_models import LISTS, VOCABULARY, build, model_types
+from sweep_models import LISTS, VOCABULARY, build, left_out, model_types
 from torch import Tensor
 
 import lit_peft
@@ -201,15 +201,24 @@ def general(reason: str) -> str:
 
 
 def write(rows: list[dict[str, str]]) -> None:
-    """Write the table of docs/support.md."""
+    """Write the counts, the table and its notes to docs/support.md."""
     notes: dict[str, int] = {}
+    tried = {kind: {row["model"] for row in rows if row["kind"] == kind} for kind in LISTS}
+    counts = [f"{len(names)} {kind}s" for kind, names in tried.items()]
+    passed = sum(row["result"] == "yes" for row in rows)
+    refused = sum(row["result"].startswith("no: ") for row in rows)
+    failed = len(rows) - passed - refused
     lines = [
+        f"With transformers {'.'.join(transformers.__version__.split('.')[:2])} these are {', '.join(counts[:-1])} and "
+        f"{counts[-1]}: {passed:,} of {len(rows):,} pairs run, {refused} are refused, {failed or 'none'} "
+        f"{'fail' if failed > 1 else 'fails'}.",
+        "",
         "| model type | " + " | ".join(f"`{method}`" for method in METHODS) + " |",
         "|---|" + "---|" * len(METHODS),
     ]
     results = {(row["kind"], row["model"], row["method"]): row["result"] for row in rows}
     for kind in LISTS:
-        for name in sorted({row["model"] for row in rows if row["kind"] == kind}):
+        for name in sorted(tried[kind]):
             cells = []
             for method in METHODS:
                 found = results.get((kind, name, method), "not tried")
@@ -217,6 +226,11 @@ def write(rows: list[dict[str, str]]) -> None:
                 cells.append("yes" if found == "yes" else f"no [{notes.setdefault(reason, len(notes) + 1)}]")
             lines.append(f"| {name} ({kind}) | " + " | ".join(cells) + " |")
     lines += ["", *(f"{number}. {note}" for note, number in notes.items())]
+    reasons: dict[str, list[str]] = {}
+    for name in sorted({name for _, names in LISTS.values() for name in names}):
+        if (reason := left_out(name)) is not None:
+            reasons.setdefault(reason, []).append(f"`{name}`")
+    lines += ["", "Without a row:", "", *(f"- {', '.join(names)}: {reason}." for reason, names in reasons.items())]
     before, _, after = DOCS.read_text(encoding="utf-8").partition(START)
     DOCS.write_text(before + START + "\n".join(lines) + "\n" + END + after.partition(END)[2], encoding="utf-8")
 

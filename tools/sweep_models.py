@@ -90,7 +90,9 @@ OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "esmc": {"num_key_value_heads": 4},
+    # The gradient of a row of zeros, which padding has, is not finite there.
     "gemma3n_text": {
+        "pad_token_id": None,
         "intermediate_size": [48, 48],
         "num_kv_shared_layers": 0,
         "activation_sparsity_pattern": [0.0, 0.0],

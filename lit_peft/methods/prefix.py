@@ -207,8 +207,8 @@ def _self_attentions(model: nn.Module, stack: list[Layer]) -> dict[str, Layer]:
         seen.add(module)
     if not found:
         raise LitPeftError(
-            f"{type(model).__name__} has no attention in {stack[0].path.rpartition('.')[0]}, so there are no keys and "
-            "values to put a prefix in front of: use another method, e.g. LoRA or PromptTuning."
+            f"{type(model).__name__} has no attention in its layers, so there are no keys and values to put a prefix "
+            "in front of: use another method, e.g. LoRA or PromptTuning."
         )
     return found
 
