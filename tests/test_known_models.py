@@ -71,7 +71,7 @@ def test_the_table_names_model_types_that_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "copied", ["jamba", "lfm2", "qwen3_next", "granitemoehybrid", "nemotron_h", "llama4_text", "gte"]
+    "copied", ["jamba", "lfm2", "qwen3_next", "granitemoehybrid", "nemotron_h", "mamba2", "llama4_text", "gte"]
 )
 def test_layers_of_a_new_model_type_are_recognized_by_structure(copied: str) -> None:
     model = build(copied, "encoder" if copied == "gte" else "decoder")

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from models import checkpointing, close
 from sweep import METHODS, answers, sound
-from sweep_models import OWN, build
+from sweep_models import OWN, build, settings_of
 from test_expert_lora import scramble
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -386,7 +387,17 @@ def test_the_prefix_of_mpt_is_as_far_from_each_query_as_the_query_itself() -> No
 
 
 # In which a padded row, a cache and no cache give the base's own answers, and with a method of each kind.
-GENERATE = ("deepseek_v3", "deepseek_v32", "falcon_h1", "lfm2", "mpt", "qwen3_next", "zamba2")
+GENERATE = (
+    "deepseek_v3",
+    "deepseek_v32",
+    "falcon_h1",
+    "gpt_neox_japanese",
+    "lfm2",
+    "mpt",
+    "qwen3_next",
+    "xglm",
+    "zamba2",
+)
 
 
 @pytest.mark.parametrize("method", ["AdapterH", "PTuningV2"])
@@ -477,6 +488,24 @@ def test_a_model_without_attention_takes_no_prefix(kind: str) -> None:
     with pytest.raises(LitPeftError, match="has no attention in its layers"):
         lit_peft.attach(model, PTuningV2Settings(num_virtual_tokens=3))
     assert set(dict(model.named_modules())) == before
+
+
+def test_the_decoder_takes_a_prefix_where_the_encoder_cannot() -> None:
+    model = build("longt5", "encoder-decoder")
+    with pytest.raises(LitPeftError, match=r"has no layer\.0\.SelfAttention"):
+        lit_peft.attach(model, PTuningV2Settings(num_virtual_tokens=3))
+    lit_peft.attach(model, PTuningV2Settings(num_virtual_tokens=3, encoder_prefix=False))
+    assert {path.rpartition(".")[2] for path in attachment_of(model).adapted} == {"self_prefix", "cross_prefix"}
+
+
+def test_attention_of_ones_own_with_cross_attention_takes_no_prefix() -> None:
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(
+            "rembert", **settings_of("rembert"), is_decoder=True, add_cross_attention=True
+        )
+    )
+    with pytest.raises(LitPeftError, match="computes attention in its own code"):
+        lit_peft.attach(model, PTuningV2Settings(num_virtual_tokens=3))
 
 
 def test_layers_of_several_attentions_are_refused_before_training() -> None:

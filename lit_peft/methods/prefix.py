@@ -113,16 +113,17 @@ class PrefixSettings(MethodSettings):
             has_cross_attention = _cross_attention(stack[0]) is not None
             is_encoder = is_encoder_decoder and not has_cross_attention
             owner = token_model(model, stack[0]) or ""
-            attentions = _self_attentions(model, stack)
-            own = {path: attentions[path] for path in attentions if attentions[path] in layers}
-            if own and (self.encoder_prefix or not is_encoder):
-                paths = list(own)
-                modules = (model.get_submodule(path) for path in attentions)
-                relative = next((module for module in modules if _has_relative_bias(module)), None)
-                name = "encoder_prefix" if is_encoder else "self_prefix"
-                self._attach_prefix(attachment, owner, name, paths, list(own.values()), relative)
-                if not is_encoder and self.positions != "adapterhub":
-                    ShiftPositions(self.num_virtual_tokens, self.positions).attach(attachment, owner, paths[0])
+            if layers and (self.encoder_prefix or not is_encoder):
+                attentions = _self_attentions(model, stack)
+                own = {path: layer for path, layer in attentions.items() if layer in layers}
+                if own:
+                    paths = list(own)
+                    modules = (model.get_submodule(path) for path in attentions)
+                    relative = next((module for module in modules if _has_relative_bias(module)), None)
+                    name = "encoder_prefix" if is_encoder else "self_prefix"
+                    self._attach_prefix(attachment, owner, name, paths, list(own.values()), relative)
+                    if not is_encoder and self.positions != "adapterhub":
+                        ShiftPositions(self.num_virtual_tokens, self.positions).attach(attachment, owner, paths[0])
             if layers and has_cross_attention and self.cross_prefix:
                 paths = [f"{layer.path}.{_cross_attention(layer)}" for layer in layers]
                 self._attach_prefix(attachment, owner, "cross_prefix", paths, layers, None)
@@ -162,7 +163,8 @@ class PrefixSettings(MethodSettings):
         for index, (path, module, layer) in enumerate(zip(paths, modules, layers, strict=True)):
             # T5 has one table of relative positions in its first layer, UMT5 one in each.
             table = module if relative is not None and _has_relative_bias(module) else relative
-            own = layer.architecture.own_attention
+            # With cross-attention, such a module looks for two caches in one, which is not taken apart here.
+            own = layer.architecture.own_attention if _cross_attention(layer) is None else None
             attach_layer_prefix(attachment, path, LayerPrefix(prefix, index), table, shifts_positions, own)
 
     def _shape(self, module: Any, config: Any) -> tuple[int, ...]:

@@ -132,5 +132,6 @@ def candidates(config: Any, ends_in_norm: bool) -> tuple[tuple[Architecture, ...
         hybrids.hybrid(hybrids.LFM2),
         hybrids.hybrid(hybrids.LLAMA4),
         hybrids.hybrid(*hybrids.GRANITE),
+        (hybrids.MAMBA,),
         hybrids.NEMOTRON_H,
     )

@@ -65,7 +65,9 @@ _GRIFFIN = Architecture(
 )
 RECURRENT_GEMMA = (_GRIFFIN, replace(_GRIFFIN, qkv_linears=(), marks=()))
 # A layer is one block. In a model of Mamba blocks alone each widens the hidden states as a feed-forward network does.
-MAMBA = Architecture(attention=None, ffn=Sublayer("mixer", "norm"), ffn_linears=("mixer.in_proj",))
+MAMBA = Architecture(
+    attention=None, ffn=Sublayer("mixer", "norm"), ffn_linears=("mixer.in_proj",), marks=("mixer.in_proj",)
+)
 NEMOTRON_H = (
     Architecture(
         attention=Sublayer("mixer", "norm"),

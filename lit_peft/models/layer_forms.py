@@ -67,8 +67,9 @@ class Architecture:
         return self.qkv_linears[0].rpartition(".")[0] if self.qkv_linears else None
 
 
-def names(parent: str, *names: str) -> tuple[str, ...]:
-    return tuple(f"{parent}.{name}" for name in names)
+def names(parent: str, *children: str) -> tuple[str, ...]:
+    """Return the paths of a module's children."""
+    return tuple(f"{parent}.{child}" for child in children)
 
 
 LLAMA = Architecture(
