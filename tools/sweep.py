@@ -196,7 +196,7 @@ def read(results: Path) -> list[dict[str, str]]:
 def general(reason: str) -> str:
     """A refusal without the names of one model, so that those of many models are one note."""
     reason = re.sub(r"^[\w.]+ \(\w+\) ", "An attention layer ", reason)
-    reason = re.sub(r"^[A-Z]\w+ ", "The model ", reason) if not reason.startswith("An ") else reason
+    reason = re.sub(r"^\w+ (?=has )", "The model ", reason) if not reason.startswith("An ") else reason
     return re.sub(r"target_modules=\['[^]]*\]", "target_modules=[...]", reason)
 
 
@@ -228,8 +228,8 @@ def write(rows: list[dict[str, str]]) -> None:
     lines += ["", *(f"{number}. {note}" for note, number in notes.items())]
     reasons: dict[str, list[str]] = {}
     for name in sorted({name for _, names in LISTS.values() for name in names}):
-        if (reason := left_out(name)) is not None:
-            reasons.setdefault(reason, []).append(f"`{name}`")
+        if (why := left_out(name)) is not None:
+            reasons.setdefault(why, []).append(f"`{name}`")
     lines += ["", "Without a row:", "", *(f"- {', '.join(names)}: {reason}." for reason, names in reasons.items())]
     before, _, after = DOCS.read_text(encoding="utf-8").partition(START)
     DOCS.write_text(before + START + "\n".join(lines) + "\n" + END + after.partition(END)[2], encoding="utf-8")

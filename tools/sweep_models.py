@@ -161,6 +161,7 @@ LEFT_OUT = {
     "musicgen_melody": "writes sound",
     "perceiver": "cannot be built small: it reads bytes, images or sound through fixed tables",
     "reformer": "is no decoder unless its attention layers are chosen by hand",
+    "t5gemma2": "reads images beside the text",
     "trocr": "reads images",
     "whisper": "reads sound",
 }
@@ -223,7 +224,8 @@ def model_types(kind: str) -> list[str]:
         decoders, both = LISTS["decoder"][1], LISTS["encoder-decoder"][1]
         names = [name for name in names if name not in both and (name not in decoders or "bert" in name)]
     if kind == "decoder":
-        names = [name for name in names if "bert" not in name and name not in LISTS["encoder-decoder"][1]]
+        others = {*LISTS["encoder-decoder"][1], *(name for name in LISTS["encoder"][1] if "bert" in name)}
+        names = [name for name in names if name not in others]
     return [name for name in names if left_out(name) is None]
 
 

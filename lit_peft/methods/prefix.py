@@ -14,7 +14,16 @@ from lit_peft.methods.layer_prefix import LayerPrefix, StartPrefix
 from lit_peft.methods.positions import ShiftPositions
 from lit_peft.methods.prefix_attention import attach_layer_prefix
 from lit_peft.methods.targets import check_leave_out
-from lit_peft.models.architectures import Layer, attention_of, has_module, kv_shape, layer_stacks, token_model
+from lit_peft.models.architectures import (
+    Layer,
+    attention_of,
+    has_module,
+    kv_shape,
+    layer_stacks,
+    position_table,
+    token_model,
+)
+from lit_peft.models.call_arguments import arguments
 from lit_peft.nn.linear import adapter_dtype
 from lit_peft.nn.prefix import Prefix
 from lit_peft.util.errors import LitPeftError
@@ -124,6 +133,9 @@ class PrefixSettings(MethodSettings):
                     self._attach_prefix(attachment, owner, name, paths, list(own.values()), relative)
                     if not is_encoder and self.positions != "adapterhub":
                         ShiftPositions(self.num_virtual_tokens, self.positions).attach(attachment, owner, paths[0])
+                    elif is_encoder and self.positions == "mask" and _has_rotary_positions(model.get_submodule(owner)):
+                        # The prefix stands as far from the first token in a padded row as in any other.
+                        attachment.forward_pre_hook(owner, ShiftPositions(0, "mask").shift_decoder, with_kwargs=True)
             if layers and has_cross_attention and self.cross_prefix:
                 paths = [f"{layer.path}.{_cross_attention(layer)}" for layer in layers]
                 self._attach_prefix(attachment, owner, "cross_prefix", paths, layers, None)
@@ -213,6 +225,10 @@ def _self_attentions(model: nn.Module, stack: list[Layer]) -> dict[str, Layer]:
             "in front of: use another method, e.g. LoRA or PromptTuning."
         )
     return found
+
+
+def _has_rotary_positions(module: nn.Module) -> bool:
+    return "position_ids" in arguments(module) and position_table(module) is None
 
 
 def _has_relative_bias(module: nn.Module) -> bool:

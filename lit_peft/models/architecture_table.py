@@ -89,6 +89,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...] | Callable[[Any], tuple[Archit
     "xglm": (forms.XGLM,),
     "xlm-roberta-xl": (forms.XLM_ROBERTA_XL,),
     "xlstm": (hybrids.XLSTM,),
+    "xmod": forms.xmod,
     "zamba": hybrids.ZAMBA,
     "zamba2": hybrids.ZAMBA2,
 }
@@ -114,6 +115,7 @@ def candidates(config: Any, ends_in_norm: bool) -> tuple[tuple[Architecture, ...
         *((each,) for each in forms.T5),
         (forms.PHI3,),
         (forms.GEMMA2,),
+        (forms.T5GEMMA,),
         (forms.AFMOE,),
         (forms.APERTUS,),
         (forms.LLAMA,),

@@ -86,6 +86,12 @@ PHI3 = replace(
 )
 # A norm before and one after each sublayer; y is the input of the second.
 GEMMA2 = replace(LLAMA, ffn=Sublayer("mlp", "pre_feedforward_layernorm"))
+T5GEMMA = replace(
+    GEMMA2,
+    attention=Sublayer("self_attn", "pre_self_attn_layernorm"),
+    cross=Sublayer("cross_attn", "pre_cross_attn_layernorm"),
+    cross_attention="cross_attn",
+)
 AFMOE = replace(LLAMA, ffn=Sublayer("mlp", "pre_mlp_layernorm"))
 APERTUS = replace(
     LLAMA, attention=Sublayer("self_attn", "attention_layernorm"), ffn=Sublayer("mlp", "feedforward_layernorm")
@@ -283,6 +289,20 @@ def pre_norm_bert(ffn: Sublayer) -> Architecture:
     """A BERT whose norms stand before the sublayers; x is added inside of `attention.output` and `output`."""
     cross = Sublayer("crossattention.output.dropout", "crossattention")
     return replace(BERT, attention=Sublayer("attention.output.dropout", "attention"), ffn=ffn, cross=cross)
+
+
+def xmod(config: Any) -> tuple[Architecture, ...]:
+    """A BERT with adapters for languages of its own between its FFN and the norm."""
+    pre_norm = bool(getattr(config, "pre_norm", False))
+    attention_norm, norm = (None, None) if pre_norm else ("attention.output.LayerNorm", "output.LayerNorm")
+    return (
+        replace(
+            BERT,
+            attention=Sublayer("attention.output.dropout", "attention", attention_norm, adapterhub="attention.output"),
+            # The dropout after it runs again in the adapters for languages.
+            ffn=Sublayer("output.dense", "output.LayerNorm" if pre_norm else "intermediate", norm, adapterhub="output"),
+        ),
+    )
 
 
 MEGATRON_BERT = replace(pre_norm_bert(Sublayer("output.dropout", "ln")), own_attention="cache")
