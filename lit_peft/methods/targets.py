@@ -42,10 +42,13 @@ _DEFAULT_ATTENTION = (
     ("Wq", "Wv"),
     ("project_q", "project_v"),
     ("q_proj", "v_proj_current", "v_proj_delayed"),
+    ("q_proj.linear", "v_proj.linear"),
+    ("q_head", "v_head"),
     # Latent attention: what expands the latent vectors to queries, and to keys and values.
     ("q_b_proj", "kv_b_proj"),
     ("q_proj", "kv_b_proj"),
     ("q_b_proj", "kv_proj"),
+    ("q_gate_proj", "kv_b_proj"),
     ("kv_proj",),
     # Models of state-space layers alone. Their other projection is not called where a fused kernel runs.
     ("in_proj",),
@@ -80,17 +83,32 @@ def default_targets(model: nn.Module) -> list[str]:
     """
     linear = [name for name, module in model.named_modules() if is_linear(module)]
     language = f"{path}." if (path := language_path(model)) else ""
-    inside = [name for name in linear if f"{name}.".startswith(language) and "indexer" not in name.split(".")]
-    suffixes = {name.rpartition(".")[2] for name in inside}
+    others = _other_models(model)
+    inside = [
+        name
+        for name in linear
+        if f"{name}.".startswith(language) and not name.startswith(others) and "indexer" not in name.split(".")
+    ]
+    ends = {end for name in inside for end in _ends(name)}
     for names in _DEFAULT_ATTENTION:
-        if suffixes.issuperset(names):
-            found = [name for name in linear if name.rpartition(".")[2] in names]
-            targets = [name for name in inside if name.rpartition(".")[2] in names]
+        if ends.issuperset(names):
+            found = _matching(names, linear, "")
+            targets = [name for name in found if name in inside]
             return list(names) if found == targets else targets
+    some = sorted({name.rpartition(".")[2] for name in inside})[:3]
     raise LitPeftError(
         "target_modules is not set and no attention projection of a known name was found: name the modules, e.g. "
-        f"target_modules={sorted(suffixes)[:3]}, or use target_modules='all-linear'."
+        f"target_modules={some}, or use target_modules='all-linear'."
     )
+
+
+def _other_models(model: nn.Module) -> tuple[str, ...]:
+    """The paths, each ending in a dot, of the models in a language model that read images and sound (Phi-4)."""
+    config: Any = getattr(model, "config", None)
+    names = getattr(config, "sub_configs", None) or {}
+    text = config.get_text_config() if names else None
+    others = {id(found) for name in names if (found := getattr(config, name, None)) not in (None, text)}
+    return tuple(f"{path}." for path, module in model.named_modules() if id(getattr(module, "config", None)) in others)
 
 
 def find_targets(

@@ -131,12 +131,12 @@ def _split_prefix(prefix: Prefix, mesh: DeviceMesh) -> None:
     # The table has K and V of each layer in turn.
     own: list[int] = []
     column = 0
-    for heads, size in prefix.shapes:
-        for _ in range(2):
+    for heads, *sizes in prefix.shapes:
+        for size in (sizes[0], sizes[-1]):
             width = heads * size // parts
             own += range(column + rank * width, column + (rank + 1) * width)
             column += heads * size
-    prefix.shapes = tuple((heads // parts, size) for heads, size in prefix.shapes)
+    prefix.shapes = tuple((heads // parts, *sizes) for heads, *sizes in prefix.shapes)
 
     def leave(module: nn.Module, args: Any, table: Tensor) -> Tensor:
         # Each process has the gradient of its own columns: the backward pass adds them up.
