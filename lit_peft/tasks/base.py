@@ -148,6 +148,7 @@ class Task:
         monitor: the metric that selects the best checkpoint, and "min" or "max".
         positions: size of the model's table of position embeddings; None without one. Set by `prepare`.
         pads_right: whether all batches for the loss are known to be padded on the right.
+        may_choose_attention: whether packed rows may get another attention function: the setting names none.
         group: the processes that have the parts of a batch, if others have parts of the model; None: all.
     """
 
@@ -165,6 +166,7 @@ class Task:
     positions: int | None = None
     counts_positions: bool = False
     pads_right: bool = False
+    may_choose_attention: bool = True
     group: Any = None
 
     def model_class(self, config: Any) -> Any:
