@@ -64,8 +64,8 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         dtype: `float32`, `bfloat16` or `float16` for the frozen base; the trainer's precision decides if unset.
         adapter_dtype: the same for the trained parameters; `float32` if unset, also under precision `bf16-true`. Full
             fine-tuning, which trains the base itself, then has the base's type.
-        quantization: `int8` or `int4` (torchao), `nf4`, `nf4-dq`, `fp4`, `fp4-dq` or `llm-int8` (bitsandbytes) for
-            the frozen base, or a quantization config of transformers as a dictionary.
+        quantization: `int8` or `int4` (torchao), `nf4`, `nf4-dq`, `fp4`, `fp4-dq` or `llm-int8` (bitsandbytes), or
+            `fp8` (fast on new GPUs) for the frozen base, or a quantization config of transformers as a dictionary.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`, ...; transformers' choice if unset.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
         supervised_loss: compute the loss of a causal LM only on the supervised tokens: the same loss in less time and
