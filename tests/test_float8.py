@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from test_quantized import QUIET, apart, base, batch  # noqa: F401
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import lit_peft
 from lit_peft import LitPeftError
@@ -91,14 +93,22 @@ def test_lora_on_it_is_the_plain_formula() -> None:
 def test_it_is_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     # pytest asks for every log record, and the compiler writes thousands.
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    # Dynamo warns about what it does itself with every autograd function.
+    warn = warnings.warn
+    monkeypatch.setattr(
+        warnings, "warn", lambda message, *rest, **more: "instantiated" in str(message) or warn(message, *rest, **more)
+    )
     _, layer, x = made()
     lora = LoRALinear(layer, r=4)
     nn.init.normal_(lora.lora_B)
-    compiled = torch.compile(lora, backend="aot_eager", fullgraph=True)
-    mine = torch.autograd.grad(compiled(x).square().sum(), [x, lora.lora_A, lora.lora_B])
-    theirs = torch.autograd.grad(lora(x).square().sum(), [x, lora.lora_A, lora.lora_B])
-    for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lora, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (x, torch.randn(3, 7, 32, requires_grad=True)):
+        mine = torch.autograd.grad(compiled(rows).square().sum(), [rows, lora.lora_A, lora.lora_B])
+        theirs = torch.autograd.grad(lora(rows).square().sum(), [rows, lora.lora_A, lora.lora_B])
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
+    assert counter.frame_count == 1
     torch._dynamo.reset()
 
 

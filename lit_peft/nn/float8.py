@@ -54,7 +54,9 @@ class Float8Linear(QuantizedLinear):
         return dense.to(dtype or self.dense_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Float8Product.apply(x, self.weight, self.columns, self.scale)
+        rows = x.reshape(-1, x.shape[-1])
+        out: Tensor = _Float8Product.apply(rows, self.weight, self.columns, self.scale)
+        out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
@@ -77,19 +79,17 @@ class _Float8Product(torch.autograd.Function):
         ctx.dtype, ctx.x_dtype = autocast_dtype(x.device) or x.dtype, x.dtype
         ctx.save_for_backward(columns, scale)
         with without_autocast(x.device):
-            rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-            out = _multiplied(*to_float8(rows), weight.view(E4M3), scale.t(), ctx.dtype)
-        return out.view(*x.shape[:-1], len(weight))
+            return _multiplied(*to_float8(x.to(ctx.dtype)), weight.view(E4M3), scale.t(), ctx.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         columns, scale = ctx.saved_tensors
         with without_autocast(grad.device):
             # The scales of W's rows belong to the sum, so they go into the gradient before it is quantized.
-            rows = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype) * scale.t().to(ctx.dtype)
+            scaled = grad.to(ctx.dtype) * scale.t().to(ctx.dtype)
             ones = scale.new_ones(1, len(columns))
-            out = _multiplied(*to_float8(rows), columns.view(E4M3), ones, ctx.dtype)
-        return out.view(*grad.shape[:-1], len(columns)).to(ctx.x_dtype), None, None, None
+            out = _multiplied(*to_float8(scaled), columns.view(E4M3), ones, ctx.dtype)
+        return out.to(ctx.x_dtype), None, None, None
 
 
 def _multiplied(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
