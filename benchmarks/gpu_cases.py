@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,9 @@ class Workbench:
         rows = []
         for row in ids:
             cuts = [0, len(row) // 7, len(row) // 3, len(row) // 2, len(row) * 5 // 6, len(row)]
-            parts = [row[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
-            rows.append(
-                [{"input_ids": part, "labels": [-100] * (len(part) // 2) + part[len(part) // 2 :]} for part in parts]
-            )
+            parts = [row[start:end] for start, end in pairwise(cuts)]
+            labels = [[-100] * (len(part) // 2) + part[len(part) // 2 :] for part in parts]
+            rows.append([{"input_ids": part, "labels": own} for part, own in zip(parts, labels, strict=True)])
         batch = PackCollator(0)(rows)
         return {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
 

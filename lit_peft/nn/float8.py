@@ -17,7 +17,6 @@ from lit_peft.nn.quantized import QuantizedLinear
 from lit_peft.nn.torch_internals import scaled_product
 
 E4M3 = torch.float8_e4m3fn
-_LARGEST = torch.finfo(E4M3).max
 # The kernel wants sizes that are multiples of this.
 _MULTIPLE = 16
 
@@ -69,7 +68,8 @@ def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         x: shape (rows, n).
     """
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
+    # The largest number of e4m3, as a literal: `torch.compile` takes a global number as one that may change.
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448.0
     return (x / scale).to(E4M3), scale
 
 
@@ -87,7 +87,7 @@ class _Float8Product(torch.autograd.Function):
         with without_autocast(grad.device):
             # The scales of W's rows belong to the sum, so they go into the gradient before it is quantized.
             scaled = grad.to(ctx.dtype) * scale.t().to(ctx.dtype)
-            ones = scale.new_ones(1, len(columns))
+            ones = torch.ones_like(columns[:, :1], dtype=scale.dtype).t()
             out = _multiplied(*to_float8(scaled), columns.view(E4M3), ones, ctx.dtype)
         return out.to(ctx.x_dtype), None, None, None
 
