@@ -94,12 +94,13 @@ class _Float8Product(torch.autograd.Function):
 
 def _multiplied(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `(x · x_scale) (weight.t() · weight_scale)`: x (rows, n), weight (m, n), scales (rows, 1) and (1, m)."""
-    if x.is_cuda and _has_kernel(x.device) and not (len(weight) % _MULTIPLE or x.shape[1] % _MULTIPLE):
+    if multiplies_float8(x.device) and not (len(weight) % _MULTIPLE or x.shape[1] % _MULTIPLE):
         return scaled_product(x, weight.t(), x_scale, weight_scale).to(dtype)
     return (F.linear(x.float(), weight.float()) * x_scale * weight_scale).to(dtype)
 
 
 @torch.compiler.assume_constant_result
-def _has_kernel(device: torch.device) -> bool:
-    """Whether a GPU multiplies e4m3 with one scale for each row: Hopper and newer."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+def multiplies_float8(device: torch.device) -> bool:
+    """Return whether a device multiplies e4m3 with one scale for each row: Hopper and newer GPUs do."""
+    on_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return on_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
