@@ -171,9 +171,8 @@ def decode(bench: Workbench, rounds: int, tokens: int = 48) -> Iterator[tuple[st
     yield "decoding, base", speed(model)
     lit_peft.attach(model, bench.lora())
     yield "decoding, LoRA", speed(model)
-    lit_peft.merge_adapter(model)
-    yield "decoding, LoRA merged meanwhile", speed(model)
-    lit_peft.unmerge_adapter(model)
+    with lit_peft.merged_adapter(model):
+        yield "decoding, LoRA merged meanwhile", speed(model)
     lit_peft.detach(model)
     try:
         from peft import LoraConfig, get_peft_model

@@ -41,6 +41,7 @@ _NAMES = {
     "merge": "lit_peft.methods.lora",
     "merge_adapter": "lit_peft.methods.adapters",
     "merge_and_unload": "lit_peft.methods.adapters",
+    "merged_adapter": "lit_peft.methods.merged",
     "restore_layers": "lit_peft.models.compiled_layers",
     "row_adapters": "lit_peft.methods.rows",
     "save_adapter": "lit_peft.formats.folder",

@@ -49,6 +49,7 @@ from lit_peft.formats.folder import load_adapter as load_adapter
 from lit_peft.methods.lora import merge as merge
 from lit_peft.methods.adapters import merge_adapter as merge_adapter
 from lit_peft.methods.adapters import merge_and_unload as merge_and_unload
+from lit_peft.methods.merged import merged_adapter as merged_adapter
 from lit_peft.models.compiled_layers import restore_layers as restore_layers
 from lit_peft.methods.rows import row_adapters as row_adapters
 from lit_peft.formats.folder import save_adapter as save_adapter
@@ -108,6 +109,7 @@ __all__ = [
     "merge",
     "merge_adapter",
     "merge_and_unload",
+    "merged_adapter",
     "restore_layers",
     "row_adapters",
     "save_adapter",
