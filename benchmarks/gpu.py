@@ -335,8 +335,11 @@ def main(arguments: list[str] | None = None) -> None:
                 file.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     text = gpu_report.page({**facts, "rows": rows}, SAME_LOSS)
     file.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    gpu_report.plot({**facts, "rows": rows}, file.with_suffix(".svg"))
     print(text)
+    try:
+        gpu_report.plot({**facts, "rows": rows}, file.with_suffix(".svg"))
+    except ImportError as problem:
+        print(f"There is no plot: {problem.name} is not installed.")
 
 
 if __name__ == "__main__":

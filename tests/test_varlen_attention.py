@@ -143,11 +143,13 @@ def kernel(query: Any, key: Any, value: Any, ends: Any, key_ends: Any, *longest:
 
 
 @pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("grouped", [True, False], ids=["torch 2.12", "torch 2.11"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["all heads", "grouped"])
-def test_the_arguments_of_torchs_kernel(heads: tuple[int, int], window: int | None, monkeypatch: Any) -> None:
+def test_the_arguments_of_torchs_kernel(
+    heads: tuple[int, int], grouped: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel needs a GPU; what it is asked for is compared with SDPA, example by example."""
-    if not varlen_attention._GROUPED and heads[0] != heads[1]:
-        heads = (4, 4)
+    monkeypatch.setattr(varlen_attention, "_GROUPED", grouped)
     monkeypatch.setattr(varlen_attention, "varlen_attn", kernel)
     found = []
     for function in (varlen_attention._by_kernel, varlen_attention._one_by_one):
