@@ -78,8 +78,10 @@ def _on_gpu(trainer: pl.Trainer) -> str:
     if trainer.strategy.root_device.type != "cuda":
         return ""
     fused = [type(o).__name__ for o in trainer.optimizers if any(group.get("fused") for group in o.param_groups)]
-    workers = getattr(trainer.datamodule, "num_workers", 0) if hasattr(trainer, "datamodule") else 0
-    workers = default_workers() if workers is None else workers
+    data = getattr(trainer, "datamodule", None)
+    workers = getattr(data, "num_workers", 0)
+    if workers is None:  # a stream gets none
+        workers = 0 if getattr(data, "streaming", False) else default_workers()
     parts = [*(f"fused {name}" for name in fused), f"batches by {workers} processes" if workers else ""]
     return ", ".join(filter(None, parts))
 

@@ -129,7 +129,10 @@ def test_half_precision(method: str, dtype: torch.dtype) -> None:
     model.to(DEVICE).train()
     with torch.autocast(DEVICE.type, dtype):
         found = gradients(model, inputs)
+        with torch.no_grad():  # other code, without a backward pass
+            evaluated = model(**inputs).loss.float().cpu()
     assert found.isfinite().all() and abs(found[0] - exact_loss) < 0.05
+    assert abs(evaluated - exact_loss) < 0.05
     if method == "AdapterH":
         return  # its norms are trained, and have the type of the base
     for parameter in model.parameters():

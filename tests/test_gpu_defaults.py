@@ -70,6 +70,7 @@ def test_workers_are_chosen_for_training_on_a_gpu_only(monkeypatch: pytest.Monke
     cpu = loaders.training_loader(**settings, num_workers=None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(loaders.os, "cpu_count", lambda: 16)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # undone after the test; what is set is kept
     gpu = loaders.training_loader(**settings, num_workers=None)
     own = loaders.training_loader(**settings, num_workers=0)
     evaluating = loaders.evaluation_loader([1, 2], list, 1, None)

@@ -221,6 +221,22 @@ def test_a_model_that_mixes_examples_is_seen() -> None:
         prepare_packing(model)
 
 
+def test_a_kernel_without_a_backward_pass_is_found_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+    computed = varlen_attention._one_by_one
+    monkeypatch.setattr(varlen_attention, "_one_by_one", lambda *given: Forward.apply(computed(*given)))
+    model = varlen()
+    with torch.no_grad():
+        run_packed(model, packed([9, 4])[0])
+    with pytest.raises(NotImplementedError, match="backward"):
+        prepare_packing(model)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_the_state_ends_with_the_block() -> None:
     model, (batch, padded) = varlen(), packed([9, 4])
     with pytest.raises(RuntimeError, match="stop"), packed_rows("examples"):

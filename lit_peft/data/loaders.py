@@ -46,6 +46,9 @@ def training_loader(
     """
     if num_workers is None:
         num_workers = default_workers()
+        if num_workers:
+            # Otherwise tokenizers warns in each of them; the texts are tokens by now.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loader = StatefulLoader(
         ByBatch(examples),
         batch_size=None,

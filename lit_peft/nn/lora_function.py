@@ -60,11 +60,11 @@ def lora_linear(
         if lora_a.dtype != x.dtype:
             lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         base = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
-        if x.is_cuda:  # one launch less
-            low = F.linear(x, lora_a).view(-1, len(lora_a))
-            base.view(-1, base.shape[-1]).addmm_(low, lora_b.t(), alpha=scaling)
+        low = F.linear(x, lora_a)
+        if x.is_cuda and low.dtype == lora_b.dtype == base.dtype:  # not under autocast; one launch less
+            base.view(-1, base.shape[-1]).addmm_(low.view(-1, low.shape[-1]), lora_b.t(), alpha=scaling)
             return base
-        return base.add_(F.linear(F.linear(x, lora_a), lora_b), alpha=scaling)
+        return base.add_(F.linear(low, lora_b), alpha=scaling)
     out: Tensor = _LoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling, dropout, scale, zero_point)
     return out
 

@@ -119,6 +119,7 @@ def check_packing(model: Any) -> None:
         rows = [run_packed(model, {"input_ids": row, "position_ids": positions}).logits for row in ids.split(1)]
         if uses_varlen(model):  # by itself, and by another attention function
             rows.append(torch.cat([rows[0][:, :3], model(input_ids=ids[:1, 3:], use_cache=False).logits], 1))
+            _try_backward(model, {"input_ids": ids[:1], "position_ids": positions})
     one, *others = (row[:, 3:].float() for row in rows)
     # Masked tokens have no weight at all; what differs comes from the way experts are batched.
     exact = rows[0].dtype == torch.float32
@@ -129,3 +130,11 @@ def check_packing(model: Any) -> None:
                 "examples in the row: leave packing out (group_by_length also saves padding), or use another base "
                 "model."
             )
+
+
+def _try_backward(model: Any, batch: dict[str, Any]) -> None:
+    """Compute gradients that are not used: a kernel may have no backward pass for a model's sizes."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if trained:
+        with torch.enable_grad():
+            torch.autograd.grad(run_packed(model, batch).logits.float().sum(), trained, allow_unused=True)
