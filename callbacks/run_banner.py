@@ -45,7 +45,7 @@ class RunBanner(Callback):
             "trainable": f"{trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.3f} %)",
             "length": _length(trainer) + (f" ({self.length_note})" if self.length_note else ""),
             "precision": f"{trainer.precision} on {trainer.world_size} × {device}",
-            "on the GPU": _on_gpu(trainer),
+            "GPU": _on_gpu(trainer),
             "results": results,
             "last.ckpt": next(
                 (c.describe() for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), ""
@@ -81,7 +81,7 @@ def _on_gpu(trainer: pl.Trainer) -> str:
     data = getattr(trainer, "datamodule", None)
     workers = getattr(data, "num_workers", 0)
     if workers is None:  # a stream gets none
-        workers = 0 if getattr(data, "streaming", False) else default_workers()
+        workers = 0 if getattr(data, "streaming", False) else default_workers(trainer)
     parts = [*(f"fused {name}" for name in fused), f"batches by {workers} processes" if workers else ""]
     return ", ".join(filter(None, parts))
 

@@ -75,6 +75,28 @@ def test_a_change_is_seen(change) -> None:  # type: ignore[no-untyped-def]
     assert not torch.equal(before, after)
 
 
+def test_nothing_is_kept_while_a_layer_trains() -> None:
+    """Optimizers of bitsandbytes change weights where torch does not count it."""
+    layer, x = made()
+    with torch.no_grad():
+        for mode in (False, True):
+            before = layer.train(mode)(x)
+            version = layer.lora_B._version
+            torch.from_numpy(layer.lora_B.detach().numpy()).mul_(2)  # the same memory, another counter
+            assert layer.lora_B._version == version
+            assert not torch.equal(layer.train(True)(x), before)
+            assert torch.equal(layer.eval()(x), layer.train(True)(x))
+
+
+def test_nothing_is_kept_in_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = made()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with torch.no_grad():
+        before = layer(x)
+        torch.from_numpy(layer.lora_B.detach().numpy()).mul_(2)
+        assert not torch.equal(layer(x), before)
+
+
 def test_other_dtypes_and_copies() -> None:
     layer, x = made()
     with torch.no_grad():

@@ -383,7 +383,7 @@ def test_batches_are_pinned_and_prepared_by_other_processes(decoder: Path, texts
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
             loader = trainer.train_dataloader
-            assert loader.num_workers == default_workers() > 0 and loader.pin_memory
+            assert loader.num_workers == default_workers(trainer) > 0 and loader.pin_memory
             self.seen = True
 
     callback = Pinned()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lit_peft.callbacks import run_banner
 from torch import nn
 
 import lit_peft
@@ -77,7 +78,19 @@ def test_workers_are_chosen_for_training_on_a_gpu_only(monkeypatch: pytest.Monke
     assert [cpu.num_workers, gpu.num_workers, own.num_workers, evaluating.num_workers] == [0, 2, 0, 0]
     assert not cpu.pin_memory and gpu.pin_memory and evaluating.pin_memory and gpu.persistent_workers
     monkeypatch.setattr(loaders.os, "cpu_count", lambda: 1)
-    assert loaders.default_workers() == 0
+    assert loaders.default_workers(None) == 0
+
+
+def test_the_banner_says_what_is_done_on_a_gpu() -> None:
+    strategy = SimpleNamespace(root_device=torch.device("cuda"))
+    optimizer = make_optimizer(groups(), "AdamW", 0.1, chosen())
+    data = SimpleNamespace(num_workers=3)
+    trainer: Any = SimpleNamespace(strategy=strategy, optimizers=[optimizer], datamodule=data)
+    assert run_banner._on_gpu(trainer) == "fused AdamW, batches by 3 processes"
+    data.num_workers, data.streaming = None, True
+    assert run_banner._on_gpu(trainer) == "fused AdamW"
+    strategy.root_device = torch.device("cpu")
+    assert run_banner._on_gpu(trainer) == "" and loaders.default_workers(trainer) == 0
 
 
 def test_lightning_copies_pinned_batches_without_waiting() -> None:

@@ -39,13 +39,13 @@ def training_loader(
         batch_size: examples, or packed rows, per batch and process.
         seed: seed of the order.
         trainer: the trainer that takes the batches, if there is one.
-        num_workers: number of worker processes; None: `TRAINING_WORKERS` if there is a GPU, else none.
+        num_workers: number of worker processes; None: `TRAINING_WORKERS` to train on a GPU, else none.
         lengths: see `SeededBatches`.
         capacity: see `SeededBatches`.
         mixture: see `SeededBatches`.
     """
     if num_workers is None:
-        num_workers = default_workers()
+        num_workers = default_workers(trainer)
         if num_workers:
             # Otherwise tokenizers warns in each of them; the texts are tokens by now.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -112,10 +112,11 @@ def evaluation_loader(
     )
 
 
-def default_workers() -> int:
+def default_workers(trainer: pl.Trainer | None) -> int:
     """Return how many processes prepare training batches if the setting leaves it open."""
     # A GPU would wait for this process, which starts the GPU's work as well.
-    return min(TRAINING_WORKERS, (os.cpu_count() or 1) - 1) if torch.cuda.is_available() else 0
+    on_gpu = torch.cuda.is_available() if trainer is None else trainer.strategy.root_device.type == "cuda"
+    return min(TRAINING_WORKERS, (os.cpu_count() or 1) - 1) if on_gpu else 0
 
 
 def _worker_settings(num_workers: int | None) -> dict[str, Any]:

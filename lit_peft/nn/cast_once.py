@@ -9,7 +9,11 @@ from lit_peft.nn.torch_internals import version_of
 
 
 class CastOnce:
-    """Keeps two matrices in another dtype, for calls without gradients: when tokens are decoded, each cast counts."""
+    """Keeps two matrices in another dtype, for calls without gradients: when tokens are decoded, each cast counts.
+
+    Changes are seen by torch's counter of changes in place. Optimizers of bitsandbytes do not move it, so a layer must
+    keep nothing while it trains. Nor does sharding, which reuses memory: in a process group, nothing is kept.
+    """
 
     def __init__(self) -> None:
         self._kept: tuple[tuple[Tensor, ...], tuple[int | None, ...], tuple[Tensor, Tensor]] | None = None
@@ -23,6 +27,8 @@ class CastOnce:
     @torch.no_grad()
     def __call__(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return both matrices in a dtype; they are cast again after any change to them."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return a.to(dtype), b.to(dtype)
         kept, versions = self._kept, (version_of(a), version_of(b))  # read once: another thread may replace it
         if kept is not None and kept[1] == versions and kept[2][0].dtype == dtype:
             first, second = kept[0]

@@ -1,7 +1,7 @@
 """Frozen linear layers in 8-bit floating point (e4m3), multiplied as such by the tensor cores of Hopper and newer GPUs.
 
-Each row of W has one scale, and so has each row of the input, which is quantized for each product. It is not exact: a
-number keeps 4 significant bits, and a sum of many products about the share of them that errors leave each other.
+Each row of W has one scale, and so has each row of the input, which is quantized for each product. This is not exact:
+a number keeps its 4 leading bits.
 """
 
 from __future__ import annotations

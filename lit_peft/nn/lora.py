@@ -57,6 +57,10 @@ class LoRALinear(LoRALayer):
         super().__init__(base_layer, d_in, d_out, **settings)  # type: ignore[arg-type]
         self._cast = CastOnce()
 
+    def train(self, mode: bool = True) -> LoRALinear:
+        self._cast = CastOnce()
+        return super().train(mode)
+
     def dense_weight(self) -> Tensor:
         if is_quantized(self.base_layer):
             return dense_weight(self.base_layer)
@@ -92,7 +96,8 @@ class LoRALinear(LoRALayer):
                 return self._decomposed(x, weight, dropout, codes)
             a: Tensor = self.lora_A
             b: Tensor = self.lora_B
-            if a.dtype != x.dtype and not torch.is_grad_enabled() and autocast_dtype(x.device) is None:
+            is_decoding = not (self.training or torch.is_grad_enabled())
+            if is_decoding and a.dtype != x.dtype and autocast_dtype(x.device) is None:
                 a, b = self._cast(a, b, x.dtype)
             return lora_linear(x, weight, base.bias, a, b, self.scaling, dropout, *codes)
         out: Tensor = base(x, *args, **kwargs)
