@@ -169,6 +169,31 @@ def test_checkpointed_layers_get_the_same_gradients() -> None:
         torch.testing.assert_close(grads(model), expected[-1])
 
 
+def test_rows_of_one_batch_have_their_own_invocation(tmp_path: Path) -> None:
+    model = llama()
+    adapters = {"a": SETTINGS, "b": {**SETTINGS, "alora_invocation_tokens": [3, 4]}, "c": {"target_modules": TARGETS}}
+    for name, settings in adapters.items():
+        randomize(lit_peft.add_adapter(model, name, LoRASettings(**settings)))
+        lit_peft.save_adapter(model, tmp_path / name)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "a", "a")
+    for name in "bc":
+        theirs.load_adapter(tmp_path / name, name)
+    rows = ["b", "a", "c", "a"]
+    call = {name: value[[2, 0, 1, 3]] if isinstance(value, Tensor) else value for name, value in padded().items()}
+    ids, mask = call["input_ids"], call["attention_mask"]
+    with torch.no_grad(), lit_peft.row_adapters(model, rows):
+        mixed = model(input_ids=ids, attention_mask=mask).logits
+        generated, beams = model.generate(**call), model.generate(**call, num_beams=2)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask, adapter_names=rows).logits
+        torch.testing.assert_close(mixed[mask == 1], expected[mask == 1], atol=1e-5, rtol=1e-5)
+        for number, name in enumerate(rows):
+            one = {key: value[[number]] if isinstance(value, Tensor) else value for key, value in call.items()}
+            with lit_peft.use_adapter(model, name):
+                assert torch.equal(model.generate(**one)[0], generated[number])
+                assert torch.equal(model.generate(**one, num_beams=2)[0], beams[number])
+
+
 def test_training_without_the_tokens_is_said_and_copies_work() -> None:
     model = randomize(lit_peft.attach(llama(), LoRASettings(**SETTINGS))).train()
     with pytest.warns(UserWarning, match=r"No row of the first training batch.*\[7, 8\]"):
@@ -217,12 +242,13 @@ def test_what_cannot_be_is_refused(change: dict[str, Any], why: str) -> None:
 
 def test_where_it_cannot_act_it_is_refused() -> None:
     model = llama()
+    lit_peft.add_adapter(model, "biased", LoRASettings(**SETTINGS, lora_bias=True))
     for name in "ab":
         lit_peft.add_adapter(model, name, LoRASettings(**SETTINGS))
     refused = {
         "merged": lambda: lit_peft.merge(model),
         "together": lambda: lit_peft.set_adapter(model, ["a", "b"]),
-        "share a batch": lambda: lit_peft.row_adapters(model, ["a", "b"]).__enter__(),
+        "share a batch": lambda: lit_peft.row_adapters(model, ["a", "biased"]).__enter__(),
         "combined": lambda: lit_peft.combine_adapters(model, "c", {"a": 1, "b": 1}),
         "input_ids": lambda: model(inputs_embeds=torch.zeros(1, 2, 16)),
         "outside of a forward": lambda: model.model.layers[0].self_attn.q_proj(torch.zeros(1, 2, 16)),

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_peft.methods.attachment import Attachment
+from lit_peft.methods.changes import AddHook
 from lit_peft.models.call_arguments import by_name, cache_of, is_filled
 from lit_peft.nn.invocation import Invocation, InvokedLoRALinear
 from lit_peft.nn.linear import stores_transposed
@@ -57,6 +58,11 @@ def add_invocation(attachment: Attachment, tokens: Sequence[int] | None) -> Invo
     attachment.forward_pre_hook("", hooks.before, with_kwargs=True)
     attachment.forward_hook("", hooks.after)
     return invocation
+
+
+def invocation_hooks(attachment: Attachment) -> list[AddHook]:
+    """Return the hooks of an attachment that look for its invocation tokens."""
+    return [hook for hook in attachment.hooks if isinstance(getattr(hook.hook, "__self__", None), _Hooks)]
 
 
 def invoked_layer(path: str, base: nn.Module, invocation: Invocation, settings: dict[str, Any]) -> InvokedLoRALinear:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_peft.methods.adapters import adapters_of, use_adapter
 from lit_peft.methods.attachment import Attachment, MethodSettings, base_name
 from lit_peft.methods.fast_path import fast_path_changes
+from lit_peft.methods.invocation import invocation_hooks
 from lit_peft.methods.stack import Stack
 from lit_peft.methods.threads import changing
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
@@ -74,6 +75,8 @@ def _mixed(model: nn.Module, attachments: Sequence[Attachment], adapter_of_row: 
         for index, attachment in enumerate(attachments):
             rows = (adapter_of_row == index).nonzero().flatten()
             _attach_bottlenecks(mixed, attachment, rows, len(adapter_of_row))
+            for hook in invocation_hooks(attachment):
+                mixed.make(replace(hook, handle=None))
         trained = [_trained_tensors(attachment) for attachment in attachments]
         loras = [
             {path: module for path, module in attachment.adapted.items() if isinstance(module, LoRALayer)}
@@ -123,10 +126,10 @@ def _check_can_share(name: str, attachment: Attachment) -> None:
             "bottleneck adapters without original_ln_after=False can: run its rows in a separate batch with "
             "set_adapter."
         )
-    if any(isinstance(layer, InvokedLoRALinear) for layer in layers):
+    if any(isinstance(layer, InvokedLoRALinear) and layer.lora_bias is not None for layer in layers):
         raise LitPeftError(
-            f"The adapter {name!r} acts from its invocation tokens on (alora_invocation_tokens), so it cannot share a "
-            "batch with others: run its rows in a separate batch with set_adapter."
+            f"The adapter {name!r} has both alora_invocation_tokens and lora_bias=True, so it cannot share a batch "
+            "with others: run its rows in a separate batch with set_adapter."
         )
     if any(isinstance(layer, ExpertLoRA) for layer in layers):
         raise LitPeftError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lit_peft.nn.invocation import InvokedLoRALinear
 from lit_peft.nn.lora import LoRALinear
 from lit_peft.util.errors import LitPeftError
 
@@ -59,8 +60,12 @@ class LoRARows(nn.Module):
             if layer is not None:
                 a[number, : layer.r] = layer.lora_A.detach()
                 b[number, :, : layer.r] = layer.lora_B.detach() * layer.scaling
+        # Adapters with invocation tokens act on some tokens of their rows alone.
+        self.invocations = {
+            number: layer.invocation for number, layer in enumerate(layers) if isinstance(layer, InvokedLoRALinear)
+        }
         # One A and B for each row, so that the forward pass need not gather them.
-        index = index.to(a.device)
+        self.index = index = index.to(a.device)
         self.a, self.b = a[index].transpose(1, 2), b[index].transpose(1, 2)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -70,8 +75,11 @@ class LoRARows(nn.Module):
         if count > 1:
             a, b = a.repeat_interleave(count, 0), b.repeat_interleave(count, 0)
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        update = torch.bmm(torch.bmm(rows, a), b)
-        return out + update.view(out.shape).to(out.dtype)
+        update = torch.bmm(torch.bmm(rows, a), b).view(out.shape)
+        for number, invocation in self.invocations.items():
+            others = (self.index != number).repeat_interleave(count)[:, None, None]
+            update = torch.where(others | invocation.current(x), update, 0)
+        return out + update.to(out.dtype)
 
 
 class ModuleRows(nn.Module):
