@@ -38,7 +38,9 @@ def _warn_or_raise(
     Python's filters see the line that warns, which lies in that package more often than not.
     """
     kind = type(message) if isinstance(message, Warning) else category or UserWarning
-    if issubclass(kind, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
+    # Dynamo makes an instance of every autograd function that it traces, and torch warns about that.
+    is_ours = "should not be instantiated" not in str(message)
+    if is_ours and issubclass(kind, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
         frame: FrameType | None = sys._getframe(1)
         package = _package(frame)
         while frame is not None and _package(frame) == package:

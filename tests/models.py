@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from functools import cache
 from pathlib import Path
@@ -191,3 +192,8 @@ def checkpointing_changes_nothing(model: Any, inputs: dict[str, torch.Tensor], t
     assert found[0].keys() == trained.keys()
     for name, gradient in found[0].items():
         close(found[1][name], gradient, tolerance)
+
+
+def quiet_compiler(monkeypatch: Any) -> None:
+    """Keep `torch.compile` from writing thousands of log records: pytest asks for every one."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from models import make, quiet_compiler
 from test_quantized import QUIET, apart, base, batch  # noqa: F401
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -92,13 +91,7 @@ def test_lora_on_it_is_the_plain_formula() -> None:
 
 
 def test_it_is_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    # pytest asks for every log record, and the compiler writes thousands.
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
-    # Dynamo warns about what it does itself with every autograd function.
-    warn = warnings.warn
-    monkeypatch.setattr(
-        warnings, "warn", lambda message, *rest, **more: "instantiated" in str(message) or warn(message, *rest, **more)
-    )
+    quiet_compiler(monkeypatch)
     _, layer, x = made()
     lora = LoRALinear(layer, r=4)
     nn.init.normal_(lora.lora_B)
@@ -164,8 +157,6 @@ def test_losses_are_near_those_of_the_unquantized_base(base: Path, method: str) 
 
 
 def test_models_without_linear_layers_are_refused() -> None:
-    from models import make
-
     from lit_peft.models.quantization import quantize
 
     with pytest.raises(LitPeftError, match="quantization='fp8': GPT2LMHeadModel has no linear layers"):

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 import random
-import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import WORDS
-from models import QUIET, batch, checkpointing, make, scramble, trained_of
+from models import QUIET, batch, checkpointing, make, quiet_compiler, scramble, trained_of
 from test_changes import SETTINGS
 from test_packing import examples
 from torch import nn
@@ -56,12 +54,7 @@ TRAINER: dict[str, Any] = {**QUIET, "accelerator": "gpu" if HAS_GPU else "cpu", 
 def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """fp32 products in fp32, and repeatable ones; nothing compiled is left over."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
-    # Dynamo warns about what it does itself with every autograd function.
-    warn = warnings.warn
-    monkeypatch.setattr(
-        warnings, "warn", lambda message, *rest, **more: "instantiated" in str(message) or warn(message, *rest, **more)
-    )
+    quiet_compiler(monkeypatch)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     torch._dynamo.reset()

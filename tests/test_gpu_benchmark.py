@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from models import quiet_compiler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 gpu = pytest.importorskip("gpu", reason="the benchmarks folder and peft are needed")
@@ -16,7 +16,7 @@ gpu_report = pytest.importorskip("gpu_report")
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *groups: str) -> dict[str, dict[str, float]]:
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    quiet_compiler(monkeypatch)
     gpu.main(["--shape", "tiny", "--rounds", "1", "--backend", "eager", "--out", str(folder), "--groups", *groups])
     assert (folder / "gpu-tiny.svg").stat().st_size > 0 and (folder / "gpu-tiny.md").read_text()
     rows: dict[str, dict[str, float]] = json.loads((folder / "gpu-tiny.json").read_text())["rows"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from models import QUIET, SHAPE, checkpointing, close, make, scramble
+from models import QUIET, SHAPE, checkpointing, close, make, quiet_compiler, scramble
 from test_packing import examples, instructions, results
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -247,7 +246,7 @@ def test_the_state_ends_with_the_block() -> None:
 
 def test_compiled_layers_take_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """One compilation for each kind of layer, whatever the number of examples and their lengths."""
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    quiet_compiler(monkeypatch)
 
     # Without a GPU, a kernel that can be traced takes the place of the one that can.
     def traceable(q: Any, k: Any, v: Any, ends: Any, scale: Any, window: Any) -> torch.Tensor:
