@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lit_peft.models.architectures import Layer, layer_stacks, token_model
 from lit_peft.models.call_arguments import arguments, by_name, cache_of
+from lit_peft.models.towers import describe_towers
 from lit_peft.util.errors import LitPeftError
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -57,6 +58,10 @@ class ActivationCache(Callback):
         """Find the cut and replace the forward of the layers below it."""
         if getattr(getattr(pl_module, "hparams", None), "neftune_noise_alpha", None):
             raise LitPeftError("ActivationCache would keep the noise of neftune_noise_alpha: leave one of them out.")
+        if describe_towers(pl_module):
+            raise LitPeftError(
+                "ActivationCache finds rows by their tokens, which are the same for different images: leave it out."
+            )
         stacks = layer_stacks(pl_module)
         layers = stacks[0]
         if len(stacks) != 1 or "position_bias" in arguments(layers[0].module):

@@ -12,6 +12,7 @@ from lit_peft.callbacks.last_checkpoint import LastCheckpoint
 from lit_peft.methods.attachment import trainable_parameters
 from lit_peft.models.experts import experts_adapted, experts_left_out
 from lit_peft.models.precision_note import precision_note
+from lit_peft.models.towers import describe_towers
 
 
 class RunBanner(Callback):
@@ -41,6 +42,7 @@ class RunBanner(Callback):
             "base": facts.get("base", ""),
             "task": facts.get("task", ""),
             "method": facts.get("method", type(pl_module).__name__),
+            "towers": describe_towers(pl_module),
             "experts": "; ".join(filter(None, (experts_adapted(pl_module), experts_left_out(pl_module)))),
             "quantized": precision_note(pl_module) or "",
             "trainable": f"{trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.3f} %)",

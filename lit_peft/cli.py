@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lit_peft.util.errors import LitPeftError, causes, closest, printable
+from lit_peft.util.quiet import quiet_libraries
 from lit_peft.util.write_errors import write_error
 
 DEBUG_VARIABLE = "LIT_PEFT_DEBUG"
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--debug" in arguments:
         arguments.remove("--debug")
         os.environ[DEBUG_VARIABLE] = "1"
+    quiet_libraries()
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_usage())

@@ -181,7 +181,9 @@ class LoRA(LoRAMixin, BaseLM):
             lora_alpha: scales the updates by `lora_alpha / r`.
             lora_dropout: dropout probability on the input of the update.
             target_modules: the modules to adapt: a list of names, a regular expression, or `"all-linear"`. None selects
-                the query and value projections, and an empty list none (for `target_parameters` alone).
+                the query and value projections, and an empty list none (for `target_parameters` alone). In a model that
+                reads images, `"language"`, `"vision"`, `"projector"` and `"all"` select all linear layers of these parts,
+                also in a list; None selects from its language model.
             target_parameters: parameters to adapt that are no linear layers, by their names or the last parts of them, as
                 in peft: the stacked weights of a mixture's experts, e.g. `["experts.gate_up_proj", "experts.down_proj"]`.
                 Each expert has an A and a B of its own.
@@ -292,7 +294,8 @@ class AdapterH(AdapterHMixin, BaseLM):
                 0, and a decoder's layers follow those of the encoder.
             placement: `paper` adapts the sublayers as in the method's paper; `llm_adapters` adapts linear layers.
             target_modules: names of the linear layers for `placement="llm_adapters"`. None selects those that LLM-Adapters
-                uses for the method.
+                uses for the method. In a model that reads images, `"language"`, `"vision"`, `"projector"` and `"all"`
+                select those of these parts; without them, its language model is adapted.
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
             trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
@@ -386,7 +389,8 @@ class AdapterP(AdapterPMixin, BaseLM):
                 0, and a decoder's layers follow those of the encoder.
             placement: `paper` adapts the sublayers as in the method's paper; `llm_adapters` adapts linear layers.
             target_modules: names of the linear layers for `placement="llm_adapters"`. None selects those that LLM-Adapters
-                uses for the method.
+                uses for the method. In a model that reads images, `"language"`, `"vision"`, `"projector"` and `"all"`
+                select those of these parts; without them, its language model is adapted.
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
             trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
@@ -479,7 +483,8 @@ class Parallel(ParallelMixin, BaseLM):
                 0, and a decoder's layers follow those of the encoder.
             placement: `paper` adapts the sublayers as in the method's paper; `llm_adapters` adapts linear layers.
             target_modules: names of the linear layers for `placement="llm_adapters"`. None selects those that LLM-Adapters
-                uses for the method.
+                uses for the method. In a model that reads images, `"language"`, `"vision"`, `"projector"` and `"all"`
+                select those of these parts; without them, its language model is adapted.
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
             trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.

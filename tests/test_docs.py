@@ -18,6 +18,7 @@ import pytest
 import speech_example
 import torch
 import transformers
+from vision_models import model_of, picture, processor_of
 
 import lit_peft
 from lit_peft.cli import main
@@ -65,6 +66,12 @@ def test_example(code: str, decoder: Path, encoder: Path, script_folder: Path, m
     if "speech_example" in code:
         speech_example.save_recordings(tmp_path / "speech_example", 6)
         speech_example.save_whisper(tmp_path / "speech_example" / "whisper", width=16)
+    if "path/to/vision" in code:
+        picture(0).save("a.png")
+        processor_of("llava").save_pretrained("path/to/vision")
+        model = model_of("llava")
+        model.save_pretrained("path/to/vision")
+        lit_peft.save_adapter(lit_peft.attach(model, lit_peft.LoRASettings()), "path/to/adapter")
     code = code.replace("max_steps=100", "max_steps=2")
     module = types.ModuleType("__main__")  # classes of a script can be pickled
     monkeypatch.setitem(sys.modules, "__main__", module)

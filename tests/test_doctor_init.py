@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from speech_example import save_whisper
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from vision_models import model_of
 
 from lit_peft.cli import main
 from lit_peft.commands import doctor, init
@@ -198,7 +199,10 @@ def test_init_asks_for_what_no_flag_gives(
 def test_doctor_knows_every_task(task: str, encoder: Path, decoder: Path, t5: Path, tmp_path: Path) -> None:
     if task == "speech_seq2seq":
         save_whisper(tmp_path, width=16)
-    base = {"causal_lm": decoder, "seq2seq": t5, "speech_seq2seq": tmp_path}.get(task, encoder)
+    elif task == "image_text_to_text":
+        model_of("llava").save_pretrained(tmp_path)
+    own = dict.fromkeys(("image_text_to_text", "speech_seq2seq"), tmp_path)
+    base = {"causal_lm": decoder, "seq2seq": t5, **own}.get(task, encoder)
     need = doctor.training_memory(str(base), "AdapterP", task, 2, 16)
     assert need["parameters"] > need["gradients"] > 0 and need["Adam's moments"] == 2 * need["gradients"]
     assert need["activations, about"] > 0

@@ -340,6 +340,8 @@ def test_values_are_shown_as_python_shows_them_but_only_their_start() -> None:
         (b"tokenizer.ggml.token_type", struct.pack("<IIQ", 9, 5, 2**40), "a list of 1,099,511,627,776 values"),
         (b"token_embd.weight", struct.pack("<IQQ", 2, 2**40, 2**20), "is more than the file"),
         (b"token_embd.weight", struct.pack("<I", 2**31), "2,147,483,648 dimensions"),
+        (8, struct.pack("<QQ", 0, 17), "no tensors"),
+        (16, struct.pack("<Q", 1), "no block_count"),
     ],
 )
 def test_the_header_of_a_gguf_file_is_believed_only_if_it_can_be_true(

@@ -23,6 +23,7 @@ from lit_peft import LitPeftError, LoRASettings
 from lit_peft.cli import main
 from lit_peft.data import PreferenceData
 from lit_peft.nn.cross_entropy import head_cross_entropy, head_log_probs
+from lit_peft.strategies import ShardedStrategy
 from lit_peft.tasks import find_task
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -337,6 +338,54 @@ def test_precomputing_the_reference_changes_nothing(
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["pairs", "kto", "orpo", "precomputed"])
+def test_joined_answers_give_the_same_run(kind: str, decoder: Path, tmp_path: Path, new_cache: Path) -> None:
+    task_args: dict[str, Any] = {
+        "pairs": {"loss_type": "sigmoid"},
+        "kto": {"loss_type": "kto"},
+        "orpo": {"loss_type": "orpo", "sft_on_prompt": True},
+        "precomputed": {"precompute_reference": True},
+    }[kind]
+    file, runs = written(tmp_path), []
+    for padding_free in (False, True):
+        data = {"unpair": kind == "kto", "padding_free": padding_free, "pad_to_multiple_of": 8}
+        runs.append(fit(decoder, file, tmp_path, task_args=dict(task_args), data=data))
+    (padded, expected), (joined, found) = runs
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    for name, value in padded.state_dict().items():
+        torch.testing.assert_close(joined.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_joined_answers_are_fewer_rows_without_padding(decoder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": WORDS[i], "chosen": "great " * (1 + 10 * (i == 0)), "rejected": "bad"} for i in range(8)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings: dict[str, Any] = {"max_length": 24, "batch_size": 8, "validation_fraction": 0.0, "padding_free": True}
+    data = PreferenceData(base=str(decoder), train=str(file), **settings)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    tokens = int(batch["attention_mask"].sum())
+    assert batch["packed_index"].numel() < 0.6 * batch["input_ids"].numel()
+    assert int((batch["packed_index"] >= 0).sum()) == tokens
+    assert (batch["packed_positions"] == 0).sum() >= 16
+    model, task, seen = adapted(), find_task("preference"), Counted()
+    task.prepare(model)
+    model.model.embed_tokens.register_forward_hook(lambda _, args, out: seen.add(out[..., 0].numel()))
+    task.forward(model, batch)
+    assert seen.found[-2:] == [batch["packed_index"].numel()] * 2
+
+
+def test_answers_are_not_joined_where_they_cannot_be(decoder: Path, tmp_path: Path) -> None:
+    file = written(tmp_path)
+    with pytest.raises(LitPeftError, match=r"data.padding_free is set, but the virtual tokens of prompt_tuning"):
+        fit(decoder, file, tmp_path, method="PromptTuning", data={"padding_free": True})
+    make("t5").save_pretrained(tmp_path / "t5")
+    data = PreferenceData(base=str(tmp_path / "t5"), train=file, max_length=16, padding_free=True)
+    with pytest.raises(LitPeftError, match=r"data.padding_free is set, but .*t5' is an encoder-decoder"):
+        data.collator("train")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_full_fine_tuning_with_the_base_loaded_for_the_reference(
     decoder: Path, tmp_path: Path, new_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -436,7 +485,50 @@ def test_two_processes_train_what_one_trains(loss_type: str, decoder: Path, tmp_
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_sharded_parameters_of_the_base_are_refused_before_the_first_step(decoder: Path, tmp_path: Path) -> None:
+    module = lit_peft.LoRA(base=str(decoder), task="preference", modules_to_save=["lm_head"])
+    data = PreferenceData(base=str(decoder), train=written(tmp_path), max_length=16, batch_size=4)
+    trainer = pl.Trainer(max_steps=1, strategy=ShardedStrategy(), num_sanity_val_steps=0, **QUIET)
+    try:
+        with pytest.raises(LitPeftError, match=r"The reference needs .*lm_head.* shards it"):
+            trainer.fit(module, data)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert trainer.global_step == 0 and module.run is None
+
+
 def test_adapters_below_are_no_part_of_the_reference_so_they_are_refused() -> None:
     with pytest.raises(LitPeftError, match="stack='folder' and task='preference' do not go together"):
         lit_peft.AdapterP(base="nowhere", task="preference", stack="folder")
     lit_peft.AdapterP(base="nowhere", task="preference", task_args={"loss_type": "orpo"}, stack="folder")
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore")
+def test_methods_are_compared(
+    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"train": written(tmp_path), "max_length": 16, "batch_size": 4}
+    plan = {
+        "base": str(decoder),
+        "task": "preference",
+        "data": {
+            "class_path": "PreferenceData",
+            "init_args": {**data, "validation_fraction": 0.25, "test_fraction": 0.25, "padding_free": True},
+        },
+        "methods": {"LoRA": {"learning_rate": 1e-2}, "AdapterP": {"learning_rate": 1e-2}},
+        "trainer": {"accelerator": "cpu"},
+        "steps": 12,
+        "evaluations": 2,
+        "trials": 1,
+        "seeds": 1,
+        "output": str(tmp_path / "compare"),
+    }
+    file = tmp_path / "compare.yaml"
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    file.write_text(yaml.safe_dump(plan))
+    assert main(["compare", "--config", str(file)]) == 0
+    printed = capsys.readouterr().out
+    for method in plan["methods"]:
+        assert re.search(rf"\| {method} \| (1\.0|0\.[89])\d* \|", printed)

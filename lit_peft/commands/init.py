@@ -114,6 +114,17 @@ FORMS = {
         8,
         448,
     ),
+    "image_text_to_text": _Form(
+        "VisionLanguageData",
+        "columns `messages` and `images`, or `image` with `prompt` and `completion`",
+        "HuggingFaceTB/SmolVLM-256M-Instruct",
+        settings={
+            "image_folder": (None, "where relative paths of images start; null: in the folder of the file"),
+            "score_answers": (False, "true: compare generated answers in testing, instead of the loss"),
+        },
+        batch_size=2,
+        max_length=2048,
+    ),
     "embedding": _Form(
         "EmbeddingData",
         "columns such as `query` and `document`, and optionally `negatives` or `score`; data.help lists the names",

@@ -52,10 +52,12 @@ from lit_peft.training.run_folder import (
 )
 from lit_peft.training.run_record import check_checkpoint_file
 from lit_peft.training.sharding import sharded_like, whole_parameters
+from lit_peft.training.trackers import TRACKERS, check_trackers, log_artifacts, make_trackers, remember_trackers
 from lit_peft.util.disk import replace_folder, temporary_folder, write_failure, write_file
 from lit_peft.util.errors import LitPeftError
 
 RUNS = "lit_peft_runs"
+LOG_HELP = f"where to log besides the run's folder, with commas between them: {', '.join(TRACKERS)}"
 # Epochs of a run whose length is not set; Lightning would train 1,000.
 DEFAULT_EPOCHS = 3
 
@@ -78,6 +80,7 @@ class SaveConfig(SaveConfigCallback):
         """Write what the run is trained on beside its configuration, once a checkpoint to resume has been accepted."""
         if trainer.is_global_zero:
             write_file(self._folder / DATA, json.dumps(pl_module.run["data"], indent=2).encode())
+            remember_trackers(trainer.loggers, self._folder)
 
 
 class CLI(LightningCLI):
@@ -90,6 +93,8 @@ class CLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("test", "predict"):
             parser.add_argument("--output", type=str | None, default=None, help="file of the predictions (JSON lines)")
+        else:
+            parser.add_argument("--log", type=str | None, default=None, help=LOG_HELP)
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
         return parser
@@ -133,6 +138,7 @@ class CLI(LightningCLI):
         config = self.config_init[self.subcommand]
         root = Path(config.trainer.default_root_dir or RUNS)
         given = config.trainer.callbacks or []
+        trackers = check_trackers(config.get("log") or "")
         self._check_checkpoint()
         version = self._resumed_version(root, given)
         if self.datamodule is not None:
@@ -159,7 +165,10 @@ class CLI(LightningCLI):
         if logger is None or logger is True:
             if version is None and self.subcommand == "fit" and not config.trainer.fast_dev_run:
                 version = new_run(root)
-            kwargs["logger"] = RunLogger(root, name=None, version=version)
+            own = RunLogger(root, name=None, version=version)
+            kwargs["logger"] = [own, *make_trackers(trackers, Path(own.log_dir))]
+        elif trackers:
+            raise LitPeftError(f"--log {config.log} and trainer.logger are both set: leave one of them out.")
         plugins = config.trainer.plugins or []
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -249,6 +258,7 @@ class CLI(LightningCLI):
         else:
             size = sum(file.stat().st_size for file in adapter.iterdir()) if adapter.is_dir() else 0
             say(f"{'adapter':<18}{adapter}  ({size / 2**20:.2f} MB)")
+        log_artifacts(trainer.loggers, folder / CONFIG, adapter)
         config = shlex.quote(str(folder / "config.yaml"))
         say(f"\nnext:  lit-peft test --config {config} --ckpt_path {shlex.quote(best)}")
 
@@ -345,7 +355,7 @@ def _check_writable(root: Path) -> None:
 
 
 def _quiet() -> None:
-    """Silence the libraries' messages about themselves, but not their warnings."""
+    """Silence what libraries say of a run that this program says or decides itself, but not their other warnings."""
     import datasets
     import transformers
 
@@ -357,6 +367,5 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     warnings.filterwarnings("ignore", message=".*The dirpath has changed.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")

@@ -123,7 +123,9 @@ def measure(cell: Cell, device: int | None = None) -> dict[str, Any]:
 
     from lit_peft.commands.recorder import Recorder
     from lit_peft.methods.attachment import trainable_parameters
+    from lit_peft.util.quiet import quiet_libraries
 
+    quiet_libraries()
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import datasets
-import lightning.pytorch
-import transformers
-import transformers.modeling_utils
+from lit_peft.util.quiet import quiet_libraries
 
-import lit_peft.commands.recorder
-import lit_peft.formats.folder
-import lit_peft.modules
+quiet_libraries()
+
+import datasets  # noqa: E402
+import lightning.pytorch  # noqa: E402
+import transformers  # noqa: E402
+import transformers.modeling_utils  # noqa: E402
+
+import lit_peft.commands.recorder  # noqa: E402
+import lit_peft.formats.folder  # noqa: E402
+import lit_peft.modules  # noqa: E402
 
 lit_peft.modules.LoRA  # noqa: B018
 

@@ -19,6 +19,7 @@ _NAMES = {
     "SpeechData": "lit_peft.data.speech",
     "TextClassificationData": "lit_peft.data.text_classification",
     "TokenClassificationData": "lit_peft.data.token_classification",
+    "VisionLanguageData": "lit_peft.data.vision_language",
 }
 __all__ = list(_NAMES)
 __getattr__ = lazy_names(__name__, _NAMES)

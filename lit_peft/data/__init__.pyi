@@ -16,6 +16,7 @@ from lit_peft.data.seq2seq import Seq2SeqData as Seq2SeqData
 from lit_peft.data.speech import SpeechData as SpeechData
 from lit_peft.data.text_classification import TextClassificationData as TextClassificationData
 from lit_peft.data.token_classification import TokenClassificationData as TokenClassificationData
+from lit_peft.data.vision_language import VisionLanguageData as VisionLanguageData
 
 __all__ = [
     "CausalLMData",
@@ -32,4 +33,5 @@ __all__ = [
     "SpeechData",
     "TextClassificationData",
     "TokenClassificationData",
+    "VisionLanguageData",
 ]

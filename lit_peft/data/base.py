@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -15,7 +14,7 @@ from lit_peft.data.collate import PadCollator
 from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.encoding import longest_and_largest, token_counts
 from lit_peft.data.files import read_file
-from lit_peft.data.joined import limit_rows, slice_examples
+from lit_peft.data.joined import examples_of_sets, limit_rows
 from lit_peft.data.lengths import MaxLength, encode_split
 from lit_peft.data.loaders import (
     Collate,
@@ -115,6 +114,9 @@ class LitDataModule(pl.LightningDataModule):
     text_unit: str = "line"
     # An integer in any case: what is unset is chosen from the data.
     max_length: Any = MaxLength(training_sample)
+    # The most that is chosen for it, and the number of rows that are measured.
+    most_tokens: int = 2_048
+    measured_rows: int = 2_000
     # Whether the task cuts its examples itself, token by token, or lets the tokenizer do it.
     cuts_tokens: bool = False
     # The values of `truncation_side` that the task allows.
@@ -394,6 +396,5 @@ def _evaluation_batches(data: LitDataModule, split: Split) -> DataLoader[Any] | 
     examples = data.examples(split)
     if len(data.sets[split]) < 2:
         return evaluation_loader(examples, *settings)
-    ends = list(accumulate(data.sets[split].values()))
-    parts = [slice_examples(examples, start, end) for start, end in pairwise([0, *ends])]
+    parts = examples_of_sets(examples, list(data.sets[split].values()))
     return [evaluation_loader(part, *settings) for part in parts]

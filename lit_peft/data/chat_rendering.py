@@ -109,14 +109,16 @@ class ChatRenderer:
         out = []
         for message in messages:
             kept = {key: value for key, value in message.items() if value is not None and key not in LEARN_FIELDS}
-            content = kept.get("content", "")
-            if isinstance(content, list):
-                content = "".join(part["text"] for part in content)
-            kept["content"] = [{"type": "text", "text": content}] if self.needs_parts else content
+            kept["content"] = self.clean_content(kept.get("content", ""))
             if not as_given and isinstance(kept.get("tool_calls"), list) and self.needs_json_arguments:
                 kept["tool_calls"] = [_with_json_arguments(call) for call in kept["tool_calls"]]
             out.append(kept)
         return out
+
+    def clean_content(self, content: Any) -> Any:
+        """Return a message's content as the template reads it."""
+        text = content_text(content)
+        return [{"type": "text", "text": text}] if self.needs_parts else text
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, **extra: Any) -> str:
         """Render cleaned messages; see `apply_chat_template` of transformers."""
@@ -298,7 +300,7 @@ class ChatRenderer:
         if is_answer:
             return text.find(self._head) + len(self._head) if self._head in text else 0
         content = message["content"]
-        content = (content[0]["text"] if isinstance(content, list) else content).strip()
+        content = content_text(content).strip()
         return max(0, text.rfind(content))
 
     @cached_property
@@ -315,7 +317,7 @@ class ChatRenderer:
         if text == turn.whole:
             return True
         content = message["content"]
-        content = (content[0]["text"] if isinstance(content, list) else content).strip()
+        content = content_text(content).strip()
         ends = not self._closing or not content or not turn.text.endswith(content)
         return ends and text.startswith(turn.text)
 
@@ -357,11 +359,15 @@ def _after_suffix(before: str, whole: str, least: int) -> str | None:
     return whole.rpartition(before[-low:])[2] if low >= least else None
 
 
+def content_text(content: Any) -> str:
+    """Return the text of a message's content, which is a text or a list of parts."""
+    return "".join(part.get("text", "") for part in content) if isinstance(content, list) else content
+
+
 def left_out(message: dict[str, Any], text: str) -> list[str]:
     """Return which parts of a message a text lacks: its content, its reasoning, its tool calls."""
     found = "".join(text.split())
-    content = message.get("content") or ""
-    content = "".join(part["text"] for part in content) if isinstance(content, list) else content
+    content = content_text(message.get("content") or "")
     calls = message.get("tool_calls") or ()
     names = [call["function"].get("name", "") for call in calls if isinstance(call, dict) and "function" in call]
     reasoning = [str(message[name]) for name in REASONING_FIELDS if message.get(name)]

@@ -207,7 +207,7 @@ def encode_chats(
                 missing += [] if part.continues_prompt else ["generation prompt"]
                 out["left_out"].append(",".join(dict.fromkeys(missing)))
         except Exception as problem:  # jinja's errors, and those of what the template computes
-            raise RowError(row, _template_problem(problem)) from problem
+            raise RowError(row, template_problem(problem)) from problem
     return out
 
 
@@ -239,7 +239,7 @@ def _overlaps(offset: Span, spans: Sequence[Span]) -> bool:
     return any(offset[0] < end and offset[1] > start for start, end in spans)
 
 
-def _template_problem(problem: Exception) -> str:
+def template_problem(problem: Exception) -> str:
     from jinja2.exceptions import SecurityError
 
     if isinstance(problem, RewrittenTurnError):

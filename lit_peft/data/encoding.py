@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lit_peft.data.datasets_internals import get_fingerprint
 from lit_peft.data.files import fingerprint
 from lit_peft.data.rows import RowError, Rows
+from lit_peft.models.processing import processor_digest
 from lit_peft.models.tokenization import tokenizer_digest
 from lit_peft.util.errors import LitPeftError
 
@@ -32,7 +33,7 @@ def tokenize(
         rows: the rows to tokenize.
         function: maps the columns of a batch to the columns of the result, which may have fewer rows. It is called
             with `tokenizer` and `settings` as keywords.
-        tokenizer: the tokenizer.
+        tokenizer: the tokenizer, or a processor.
         description: text of the progress bar.
         num_proc: number of processes; None: this process.
         **settings: plain values for `function`; they are part of the cache key.
@@ -48,7 +49,7 @@ def tokenize(
         get_fingerprint(table),
         f"{function.__module__}.{function.__qualname__}",
         sorted(settings.items()),
-        tokenizer_digest(tokenizer),
+        processor_digest(tokenizer) if hasattr(tokenizer, "tokenizer") else tokenizer_digest(tokenizer),
     )
     try:
         with _default_sigterm() if num_proc else contextlib.nullcontext():

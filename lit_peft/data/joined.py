@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from lit_peft.data.datasets_internals import get_fingerprint, set_fingerprint
@@ -156,6 +156,11 @@ def limit_rows(rows: Rows, limit: int | None, seed: int) -> Rows:
     else:
         kept = sample_rows(rows.indices, limit, seed)
     return replace(rows, indices=kept)
+
+
+def examples_of_sets(examples: Any, sizes: Sequence[int]) -> list[Any]:
+    """Return the examples of each set, given the sizes of the sets that follow one another."""
+    return [slice_examples(examples, start, end) for start, end in pairwise([0, *accumulate(sizes)])]
 
 
 def slice_examples(examples: Any, start: int, end: int) -> Any:

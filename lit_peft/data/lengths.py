@@ -21,10 +21,8 @@ from lit_peft.data.splits import sample_rows
 from lit_peft.models.sources import resolve_base
 from lit_peft.util.errors import LitPeftError
 
-# The default is at most this.
-MOST_TOKENS = 2_048
-# Rows that are tokenized to choose the default, and the share of their examples that fit.
-_SAMPLED_ROWS, _SHARE = 2_000, 0.99
+# The share of the measured examples that fit the default.
+_SHARE = 0.99
 # More tokens than any text has: nothing is cut.
 _NO_LIMIT = 2**30
 
@@ -63,7 +61,7 @@ def choose_max_length(data: Any, rows: Rows | None) -> None:
     data.max_length = most
     if rows is None or not len(rows):
         return
-    sample = replace(rows, indices=sample_rows(rows.indices, _SAMPLED_ROWS, data.seed))
+    sample = replace(rows, indices=sample_rows(rows.indices, data.measured_rows, data.seed))
     # A copy, because what is noted of a sample is not what happens to the data.
     probe = copy.copy(data)
     probe.notes = Notes(silent=True)
@@ -86,7 +84,7 @@ def choose_max_length(data: Any, rows: Rows | None) -> None:
 
 
 def _most_tokens(data: Any) -> tuple[int, str]:
-    limits = {MOST_TOKENS: "the most that is chosen without a setting"}
+    limits = {data.most_tokens: "the most that is chosen without a setting"}
     own = getattr(data.tokenizer, "model_max_length", None)
     if own is not None:
         limits.setdefault(int(min(own, _NO_LIMIT)), "the most that the tokenizer's model was made for")

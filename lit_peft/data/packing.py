@@ -118,6 +118,32 @@ class PackCollator:
         return {**batch, "token_type_ids": types} if "token_type_ids" in packs[0][0] else batch
 
 
+def packed_layout(mask: Tensor, capacity: int, multiple: int | None = None) -> dict[str, Tensor]:
+    """Return where the tokens of padded rows go if the rows are joined to few longer ones.
+
+    Args:
+        mask: 1 on tokens, 0 on padding, [rows, length].
+        capacity: tokens of a joined row.
+        multiple: round the length of the joined rows up to a multiple of this; None: no rounding.
+
+    Returns:
+        int64 `packed_index`, the place in the flattened mask of each token of the joined rows, -1 on padding; and
+        `packed_positions`, which restart with each row of the mask. Both [joined rows, joined length].
+    """
+    lengths = mask.sum(1).tolist()
+    packs = pack(lengths, max(capacity, *lengths))
+    longest = max(sum(lengths[row] for row in rows) for rows in packs)
+    longest += -longest % (multiple or 1)
+    index, positions = torch.full((len(packs), longest), -1), torch.zeros((len(packs), longest), dtype=torch.long)
+    for joined, rows in enumerate(packs):
+        places = torch.cat([mask[row].nonzero().squeeze(1) + row * mask.shape[1] for row in rows])
+        index[joined, : len(places)] = places
+        # Padding counts as one more row.
+        parts = [*(lengths[row] for row in rows), longest - len(places)]
+        positions[joined] = torch.cat([torch.arange(part) for part in parts])
+    return {"packed_index": index, "packed_positions": positions}
+
+
 def train_collator(data: Any) -> Any:
     """Return the function that joins a data module's training examples, or lists of examples to pack, into a batch."""
     if data.packing:

@@ -59,6 +59,9 @@ class PreferenceData(ComparisonData):
             `fill_template`); or `plain`, the prompt alone. Unset: `chat` if there is a chat template, else `alpaca` for
             instructions, Anthropic's form for its dialogues, and `plain` for prompts.
         chat_template: the chat template, or a file with it (also `pkg:DISTRIBUTION/path`), instead of the tokenizer's.
+        padding_free: run the model on the answers of a batch joined to rows of at most `max_length` tokens, so that
+            there is almost no padding. No answer attends to another. Not for encoder-decoders and not for methods with
+            virtual tokens.
         unpair: take the answers of pairs by themselves, the chosen ones as good, the rejected ones as bad, for KTO.
         **common: see `LitDataModule`.
     """
@@ -78,6 +81,7 @@ class PreferenceData(ComparisonData):
         template: str | None = None,
         chat_template: str | None = None,
         unpair: bool = False,
+        padding_free: bool = False,
         **common: Any,
     ) -> None:
         named = Columns(
@@ -93,6 +97,7 @@ class PreferenceData(ComparisonData):
         super().__init__(named, chat_template, **common)
         self.template = template
         self.unpair = unpair
+        self.padding_free = padding_free
         if template not in (None, "chat", *TEMPLATES):
             raise LitPeftError(
                 f"data.template {template!r} is not known: use {closest(str(template), ('chat', *TEMPLATES))}."
@@ -268,4 +273,9 @@ class PreferenceData(ComparisonData):
 
     def collator(self, split: Split) -> Collate:
         """Return the function that joins the examples of a split into a batch."""
-        return PreferenceCollator(pad_collator(self), self.max_length, self.is_encoder_decoder)
+        if self.padding_free and self.is_encoder_decoder:
+            raise LitPeftError(
+                f"data.padding_free is set, but {self.base!r} is an encoder-decoder, whose prompts and answers are "
+                "apart: leave it out."
+            )
+        return PreferenceCollator(pad_collator(self), self.max_length, self.is_encoder_decoder, self.padding_free)

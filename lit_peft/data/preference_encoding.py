@@ -12,6 +12,7 @@ import numpy as np
 from lit_peft.data.chat_rendering import ChatRenderer
 from lit_peft.data.chats import add_rendered, chat_problem, template_arguments, without_nulls
 from lit_peft.data.collate import IGNORE, PadCollator
+from lit_peft.data.packing import packed_layout
 from lit_peft.data.preference_forms import (
     PreferenceForm,
     SkippedRowError,
@@ -271,11 +272,13 @@ class PreferenceCollator:
         pad: pads tokens.
         limit: maximum number of tokens of a prompt with the answer to another one.
         is_encoder_decoder: labels have a length of their own.
+        packs: add how the model can run on the answers joined to rows of `limit` tokens, see `packed_layout`.
     """
 
     pad: PadCollator
     limit: int
     is_encoder_decoder: bool = False
+    packs: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
@@ -307,6 +310,8 @@ class PreferenceCollator:
             batch["labels"] = torch.full_like(batch["input_ids"], IGNORE)
             for row, values in enumerate(labels):
                 batch["labels"][row][batch["attention_mask"][row].bool()] = values
+        if self.packs:
+            batch.update(packed_layout(batch["attention_mask"], self.limit, self.pad.pad_to_multiple_of))
         batch["key"] = torch.tensor([row_key(row["input_ids"], row["labels"]) for row in rows])
         return batch
 

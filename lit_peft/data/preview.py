@@ -212,7 +212,7 @@ def facts_of(data: Any, split: str, examples: Any) -> SplitFacts:
         # The first token of an example is not predicted.
         learned = sum(sum(label != IGNORE for label in labels[1:]) for labels in _column(examples, "labels"))
     packed = None
-    if data.packing is not None and counts and max(counts) <= data.max_length:
+    if getattr(data, "packs", False) and counts and max(counts) <= data.max_length:
         bins = pack(counts, data.max_length)
         packed = (len(bins), sum(counts) / (len(bins) * data.max_length))
     ordered = sorted(counts)

@@ -14,7 +14,7 @@ class ProcessorData(LitDataModule):
     """A data module with a processor, whose tokenizer is the data module's.
 
     Args:
-        processor_args: settings of the processor to use instead of the saved ones, e.g. `{max_pixels: 200704}`.
+        processor_args: settings of the processor to use instead of the saved ones, e.g. `{do_image_splitting: false}`.
         **common: see `LitDataModule`. `tokenizer` names the model whose processor to use instead of the base model's.
     """
 

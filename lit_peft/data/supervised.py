@@ -39,6 +39,8 @@ class SupervisedData(LitDataModule):
     task = "causal_lm"
     cuts_tokens = True
     learns_tokens = True
+    # Whether examples can be packed.
+    packs = True
 
     def __init__(self, train_on_inputs: bool = False, packing: bool = False, **common: Any) -> None:
         super().__init__(**common)
@@ -65,6 +67,11 @@ class SupervisedData(LitDataModule):
         left = self.generates(split) and self.padding_side is None
         return replace(collator, padding_side="left") if left else collator
 
+    @property
+    def encoder(self) -> Any:
+        """What turns texts into tokens: the tokenizer, unless a subclass has another."""
+        return self.tokenizer
+
     def encode_supervised(self, rows: Rows, split: Split, function: Callable[..., Any], **settings: Any) -> Any:
         """Tokenize rows, and note what `max_length` cut.
 
@@ -81,7 +88,7 @@ class SupervisedData(LitDataModule):
         table = tokenize(
             rows,
             function,
-            self.tokenizer,
+            self.encoder,
             f"Tokenizing {split}",
             self.num_proc,
             max_length=self.max_length,

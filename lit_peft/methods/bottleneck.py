@@ -50,7 +50,8 @@ class BottleneckSettings(MethodSettings):
             0, and a decoder's layers follow those of the encoder.
         placement: `paper` adapts the sublayers as in the method's paper; `llm_adapters` adapts linear layers.
         target_modules: names of the linear layers for `placement="llm_adapters"`. None selects those that LLM-Adapters
-            uses for the method.
+            uses for the method. In a model that reads images, `"language"`, `"vision"`, `"projector"` and `"all"`
+            select those of these parts; without them, its language model is adapted.
 
     Raises:
         LitPeftError: a setting is invalid, has no effect, or contradicts another.

@@ -34,7 +34,9 @@ class LoRASettings(MethodSettings):
         lora_alpha: scales the updates by `lora_alpha / r`.
         lora_dropout: dropout probability on the input of the update.
         target_modules: the modules to adapt: a list of names, a regular expression, or `"all-linear"`. None selects
-            the query and value projections, and an empty list none (for `target_parameters` alone).
+            the query and value projections, and an empty list none (for `target_parameters` alone). In a model that
+            reads images, `"language"`, `"vision"`, `"projector"` and `"all"` select all linear layers of these parts,
+            also in a list; None selects from its language model.
         target_parameters: parameters to adapt that are no linear layers, by their names or the last parts of them, as
             in peft: the stacked weights of a mixture's experts, e.g. `["experts.gate_up_proj", "experts.down_proj"]`.
             Each expert has an A and a B of its own.

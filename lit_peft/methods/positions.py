@@ -138,8 +138,8 @@ class ShiftPositions:
         values = by_name(module, args, kwargs)
         ids = values.get("position_ids")
         if ids is None:
-            tokens, mask = _tokens(values), values.get("attention_mask")
-            if self.mode == "mask" and isinstance(mask, Tensor) and mask.dim() == 2:
+            tokens, mask = _tokens(values), _shown(values.get("attention_mask"))
+            if self.mode == "mask" and mask is not None:
                 ids = count_positions(mask)[:, -tokens.shape[1] :]
             else:
                 cache = cache_of(values)
@@ -148,6 +148,20 @@ class ShiftPositions:
         self.check(ids, ids.shape[-1])
         values["position_ids"] = ids + self.num_virtual_tokens
         return (), values
+
+
+def _shown(mask: Any) -> Tensor | None:
+    """Return which tokens an attention mask shows, (batch, tokens); None if it does not say.
+
+    A model that reads images may give its decoder finished masks, one for each kind of layer.
+    """
+    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:
+        return mask
+    last = mask[:, 0, -1]
+    return last if last.dtype == torch.bool else last >= 0
 
 
 def _tokens(values: dict[str, Any]) -> Tensor:

@@ -13,6 +13,7 @@ from lit_peft.methods.positions import check_length, count_positions, left_paddi
 from lit_peft.models.architectures import counts_over_mask, is_causal, room_for
 from lit_peft.models.call_arguments import by_name, cache_of, has_fixed_size, is_filled
 from lit_peft.models.token_inputs import decoder_of, ordinary_token_id, token_embeddings
+from lit_peft.models.towers import reads_images
 from lit_peft.models.transformers_internals import is_model_of
 from lit_peft.nn.call_state import CallState
 from lit_peft.nn.prompt import PromptEncoder, SoftPrompt
@@ -146,8 +147,9 @@ class _PromptInsertion:
         elif is_classifier and (settings.positions == "sequence" or not causal):
             self.host = top
         else:
-            # Some heads call the decoder inside the model without the head.
-            self.host = decoder_of(top)
+            # Some heads call the decoder inside the model without the head. A model that reads images finds their
+            # places among the tokens of its input, which virtual tokens must join before.
+            self.host = top.base_model if reads_images(top) else decoder_of(top)
         # An encoder's classifier pools the first position, which must be a virtual token even before padding.
         self.skips_padding = settings.positions == "mask" and (causal or self.decoder is not None)
         self.trims_output = self.decoder is None and not (is_classifier and self.host is top)
@@ -224,8 +226,12 @@ class _PromptInsertion:
             positions = kwargs["position_ids"] + self.num_in_front
             if not cached:
                 first = torch.arange(self.num_in_front, device=positions.device).expand(*positions.shape[:-1], -1)
-                positions = torch.cat([first, positions], -1).expand(tokens.shape[0], -1)
-                positions = self._skip_padding(positions, self.call.mask)
+                positions = torch.cat([first, positions], -1)
+                positions = positions.expand(*positions.shape[:-2], tokens.shape[0], -1)
+                if positions.dim() == 3:  # a model that places images on a grid has several positions for each token
+                    positions = torch.stack([self._skip_padding(plane, self.call.mask) for plane in positions])
+                else:
+                    positions = self._skip_padding(positions, self.call.mask)
             kwargs["position_ids"] = positions
         elif self.counts_positions and mask is not None:
             num_positions = length if cached else length + self.num_in_front
@@ -234,8 +240,9 @@ class _PromptInsertion:
             return
         check_length(length, self.num_in_front, self.max_positions)
         self.call.is_extended = True
-        if kwargs.get("token_type_ids") is not None:
-            kwargs["token_type_ids"] = self._put_in_front(kwargs["token_type_ids"], 0)
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = self._skip_padding(self._put_in_front(kwargs[name], 0), self.call.mask)
         if ids is not None and embeds is None and not as_peft:
             # The hook on the embeddings replaces what the model reads for these ids.
             kwargs["input_ids"] = self._skip_padding(self._put_in_front(ids, self.ordinary_token_id), self.call.mask)

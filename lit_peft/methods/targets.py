@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from lit_peft.models.experts import experts_left_out, quantized_experts, stacked_experts
-from lit_peft.models.transformers_internals import has_model_class, is_model_of, returns_its_product
+from lit_peft.models.towers import TOWERS, language_path, tower_of, towers, unread_by
+from lit_peft.models.transformers_internals import is_model_of, returns_its_product
 from lit_peft.nn.linear import stores_transposed
 from lit_peft.nn.torch_internals import weights_read_by
 from lit_peft.util.errors import LitPeftError, closest
@@ -73,7 +74,7 @@ def default_targets(model: nn.Module) -> list[str]:
         LitPeftError: the model has no attention projection of a known name.
     """
     linear = [name for name, module in model.named_modules() if is_linear(module)]
-    language = _language_model(model)
+    language = f"{path}." if (path := language_path(model)) else ""
     inside = [name for name in linear if f"{name}.".startswith(language) and "indexer" not in name.split(".")]
     suffixes = {name.rpartition(".")[2] for name in inside}
     for names in _DEFAULT_ATTENTION:
@@ -85,18 +86,6 @@ def default_targets(model: nn.Module) -> list[str]:
         "target_modules is not set and no attention projection of a known name was found: name the modules, e.g. "
         f"target_modules={sorted(suffixes)[:3]}, or use target_modules='all-linear'."
     )
-
-
-def _language_model(model: nn.Module) -> str:
-    """The path, ending in a dot, of the language model in a model that combines several; else an empty string."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config"):
-        return ""
-    text = config.get_text_config()
-    if text is config or not has_model_class("AutoModelForCausalLM", text):
-        return ""
-    path = next((path for path, module in model.named_modules() if getattr(module, "config", None) is text), "")
-    return f"{path}." if path else ""
 
 
 def find_targets(
@@ -116,7 +105,8 @@ def find_targets(
         model: the model to search.
         target_modules: a list of names (a module matches by its full name or the last parts of it), a regular
             expression for the full name, or `"all-linear"` (each linear layer except the output head and those whose
-            adapter would have no effect).
+            adapter would have no effect). In a model that reads images, `"language"`, `"vision"`, `"projector"` and
+            `"all"` stand for the same of these parts, also in a list.
         exclude_modules: names or a regular expression of modules to leave out.
         layers_to_transform: indices of the layers to adapt, starting at 0.
         layers_pattern: the name of the list of layers, e.g. `"layers"`; any list when None.
@@ -136,6 +126,7 @@ def find_targets(
         for name, module in model.named_modules()
         if name and (is_linear(module) or isinstance(module, nn.Embedding))
     }
+    target_modules = _with_towers(model, target_modules, adaptable)
     indices = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
     lists = _Lists(layers_pattern, source)
     if strict:
@@ -143,15 +134,7 @@ def find_targets(
         _check_names(model, "exclude_modules", exclude_modules or [], adaptable)
         _check_layers(model, indices, lists, adaptable)
     if target_modules == "all-linear":
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-        found = [
-            name
-            for name, module in adaptable.items()
-            if is_linear(module)
-            and module is not output
-            and not set(name.split(".")) & set(_HEADS)
-            and _obstacle(model, name) is None
-        ]
+        found = _all_linear(model, adaptable)
     else:
         found = _matching(target_modules, adaptable, f"{source}target_modules")
     excluded = set(_matching(exclude_modules, adaptable, f"{source}exclude_modules") if exclude_modules else ())
@@ -176,6 +159,39 @@ def find_targets(
     if not with_experts and (target_modules == "all-linear" or _names_experts(model, target_modules)):
         _warn_of_experts(model)
     return found
+
+
+def _all_linear(model: nn.Module, adaptable: Mapping[str, nn.Module]) -> list[str]:
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    return [
+        name
+        for name, module in adaptable.items()
+        if is_linear(module)
+        and module is not output
+        and not set(name.split(".")) & set(_HEADS)
+        and _obstacle(model, name) is None
+    ]
+
+
+def _with_towers(
+    model: nn.Module, target_modules: str | Sequence[str], adaptable: Mapping[str, nn.Module]
+) -> str | list[str] | Sequence[str]:
+    """Replace the names of parts of a model that reads images by the names of their linear layers."""
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    wanted = [name for name in names if name in TOWERS]
+    parts = towers(model) if wanted else {}
+    if not parts:
+        return target_modules
+    unread = unread_by(model, parts)
+    place = {name: tower_of(name, parts) for name in _all_linear(model, adaptable) if not name.startswith(unread)}
+    for part in wanted:
+        if part != "all" and part not in place.values():
+            raise LitPeftError(
+                f"target_modules={target_modules!r} names {part!r}, but {type(model).__name__} has no linear layers "
+                f"there: use {closest(part, sorted(set(filter(None, place.values()))))}."
+            )
+    chosen = [name for name, part in place.items() if part in wanted or (part is not None and "all" in wanted)]
+    return [*chosen, *(name for name in names if name not in wanted)]
 
 
 def _obstacle(model: nn.Module, name: str) -> str | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_peft.models.architecture_table import ARCHITECTURES, Architecture, Sublayer, candidates
 from lit_peft.models.call_arguments import arguments
+from lit_peft.models.towers import language_path
 from lit_peft.models.transformers_internals import has_model_class
 from lit_peft.nn.linear import linear_features
 from lit_peft.util.errors import LitPeftError
@@ -43,6 +44,8 @@ class Layer(NamedTuple):
 def layer_stacks(model: nn.Module) -> list[list[Layer]]:
     """Find a model's layers: one list per stack (encoder, decoder), in the model's order.
 
+    In a model that combines a language model with others (vision, audio), these are the language model's.
+
     Args:
         model: a transformers model, or a module that contains some.
 
@@ -53,8 +56,9 @@ def layer_stacks(model: nn.Module) -> list[list[Layer]]:
         LitPeftError: the model has no list of layers of a known structure.
     """
     stacks: list[list[Layer]] = []
+    language = f"{path}." if (path := language_path(model)) else ""
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
+        if not isinstance(module, nn.ModuleList) or not len(module) or not f"{path}.".startswith(language):
             continue
         config = _config_of(model, path)
         owner = model.get_submodule(path.rpartition(".")[0])
@@ -137,7 +141,8 @@ def _fits(architecture: Architecture, layer: nn.Module) -> bool:
 
 
 def position_table(host: nn.Module) -> nn.Embedding | None:
-    """Return a model's table of position embeddings; None if it has none."""
+    """Return a model's table of position embeddings, in its language model if it combines several; None without one."""
+    host = host.get_submodule(language_path(host))
     for name, module in host.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and last in ("position_embeddings", "embed_positions", "wpe"):
@@ -201,6 +206,8 @@ def room_for(num_virtual_tokens: int, host: nn.Module, model: nn.Module) -> int 
 
 def is_causal(config: Any) -> bool:
     """Return whether each token of a model sees only the tokens before it, whatever the model's head."""
+    if not getattr(config, "is_encoder_decoder", False) and has_model_class("AutoModelForImageTextToText", config):
+        return True
     # BERT and its relatives can be both; their configs say which.
     encodes = has_model_class("AutoModelForMaskedLM", config) and not getattr(config, "is_decoder", False)
     return has_model_class("AutoModelForCausalLM", config) and not encodes
@@ -210,4 +217,5 @@ def counts_over_mask(host: nn.Module, config: Any) -> bool:
     """Return whether a causal model takes positions that are counted over its attention mask, from 0."""
     # RoBERTa's positions start after its padding id, and it skips padding itself.
     skips_padding = getattr(position_table(host), "padding_idx", None) is not None
-    return is_causal(config) and "position_ids" in arguments(host) and not skips_padding
+    is_plain = has_model_class("AutoModelForCausalLM", config)  # others place the tokens of images in ways of their own
+    return is_plain and is_causal(config) and "position_ids" in arguments(host) and not skips_padding

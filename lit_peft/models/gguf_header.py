@@ -23,6 +23,8 @@ _TYPES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _LIST = 8, 9
 # Sizes that models are built with, which no model has without a tensor of that size.
 _SIZES = ("embedding_length", "feed_forward_length", "vocab_size", "expert_count", "head_count", "head_count_kv")
+# Sizes that every model's file has.
+_NEEDED = ("block_count", "embedding_length")
 
 
 def check_gguf_header(file: Path) -> None:
@@ -70,6 +72,11 @@ class _Header:
                 return
             if isinstance(value, int) and name.count(".") == 1:
                 sizes[name.partition(".")[2]] = value
+        missing = [name for name in _NEEDED if name not in sizes]
+        if missing or not tensors:
+            # transformers would build a model of its default sizes, which may have billions of parameters.
+            self.problem = f"it has no {missing[0]}" if missing else "it has no tensors"
+            return
         largest = 0
         for _ in range(tensors):
             largest = max(largest, self.tensor())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lit_peft.models.sources import hub_error, resolve_base
 from lit_peft.models.tokenization import tokenizer_digest, with_padding
-from lit_peft.util.errors import LitPeftError, closest, first_line
+from lit_peft.util.errors import LitPeftError, causes, closest, first_line
 from lit_peft.util.type_checks import brief
 
 # The parts of a processor, besides its tokenizer.
@@ -41,44 +42,53 @@ def load_processor(
     Raises:
         LitPeftError: there is no processor, a package that it needs is missing, or it does not have a setting.
     """
+    settings = dict(settings or {})
+    processor = _load(base, field, revision, settings)
+    for name, value in settings.items():
+        parts = [processor, *(part for part in (getattr(processor, part, None) for part in _PARTS) if part is not None)]
+        if any(getattr(part, name, None) == value for part in parts):
+            continue
+        # Some settings become others: `max_pixels` becomes a part of `size`.
+        others = {other: given for other, given in settings.items() if other != name}
+        if processor_digest(_load(base, field, revision, others)) == processor_digest(processor):
+            known = {name for part in parts for name in vars(part) if not name.startswith("_")}
+            raise LitPeftError(
+                f"{settings_field} has {name!r}: {brief(value)}, which changes nothing in the "
+                f"{type(processor).__name__} of {base!r}; the closest settings are {closest(name, sorted(known))}."
+            )
+    with_padding(processor.tokenizer, base, field)
+    return processor
+
+
+def _load(base: str, field: str, revision: str | None, settings: Mapping[str, Any]) -> Any:
     from transformers import AutoProcessor
 
     version = {} if revision is None else {"revision": revision}
-    settings = dict(settings or {})
+    path = resolve_base(base).path
     try:
-        processor = AutoProcessor.from_pretrained(
-            resolve_base(base).path, trust_remote_code=False, **version, **settings
-        )
-    except LitPeftError:
-        raise
-    except ImportError as problem:
-        raise LitPeftError(
-            f"{field} {base!r}: its processor needs a package that is missing ({first_line(problem)}): "
-            '`pip install "lit-peft[vision]"` for images, `pip install "lit-peft[speech]"` for sounds.'
-        ) from problem
-    except Exception as problem:  # OSError, ValueError or KeyError, depending on what is missing
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **version, **settings)
+    except Exception as problem:  # OSError, ValueError, ImportError or KeyError, depending on what is missing
+        if (missing := _missing_package(problem)) is not None:
+            raise LitPeftError(
+                f"{field} {base!r}: its processor needs {missing}: "
+                '`pip install "lit-peft[vision]"` for images, `pip install "lit-peft[speech]"` for sounds.'
+            ) from problem
         raise hub_error(base, problem, field=field) from problem
     if getattr(processor, "tokenizer", None) is None:
         raise LitPeftError(
             f"{field} {base!r} has no processor, only a {type(processor).__name__}: name a model that takes more than "
             "text, with the preprocessor_config.json or processor_config.json that it was saved with."
         )
-    for name, value in settings.items():
-        owners = [processor, *(part for part in map(processor.__dict__.get, _PARTS) if part is not None)]
-        if not any(_has(owner, name, value) for owner in owners):
-            known = {name for owner in owners for name in vars(owner) if not name.startswith("_")}
-            raise LitPeftError(
-                f"{settings_field} has {name!r}: {brief(value)}, which the {type(processor).__name__} of {base!r} does "
-                f"not take; the closest are {closest(name, sorted(known))}."
-            )
-    with_padding(processor.tokenizer, base, field)
     return processor
 
 
-def _has(owner: Any, name: str, value: Any) -> bool:
-    """Whether an object took a setting. Some sizes are stored in another form than they are given in."""
-    found = getattr(owner, name, None)
-    return found is not None or (value is None and hasattr(owner, name))
+def _missing_package(problem: Exception) -> str | None:
+    """Return the package for want of which a processor could not be loaded, in words; None for another problem."""
+    text = " ".join(f"{type(link).__name__} {link}" for link in causes(problem)).lower()
+    # Without torchvision, there are no processors of videos, which those of many models contain.
+    if find_spec("torchvision") is None and ("torchvision" in text or "video" in text):
+        return "the package torchvision"
+    return f"a package that is missing ({first_line(problem)})" if isinstance(problem, ImportError) else None
 
 
 def processor_digest(processor: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from lit_peft.tasks.base import Task
 from lit_peft.tasks.causal_lm import CausalLM
 from lit_peft.tasks.embedding import Embedding
+from lit_peft.tasks.image_text_to_text import ImageTextToText
 from lit_peft.tasks.masked_lm import MaskedLM
 from lit_peft.tasks.multiple_choice import MultipleChoice
 from lit_peft.tasks.preference import Preference
@@ -35,6 +36,7 @@ TASKS: dict[str, type[Task]] = {
         Embedding,
         MaskedLM,
         SpeechSeq2Seq,
+        ImageTextToText,
     )
 }
 

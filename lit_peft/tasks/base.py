@@ -147,6 +147,7 @@ class Task:
         free_settings: its settings that change no weight and no loss, so that a trained model may be given others.
         monitor: the metric that selects the best checkpoint, and "min" or "max".
         positions: size of the model's table of position embeddings; None without one. Set by `prepare`.
+        mini_batch_size: rows whose activations are computed again in the backward pass; None: none are.
         pads_right: whether all batches for the loss are known to be padded on the right.
         group: the processes that have the parts of a batch, if others have parts of the model; None: all.
     """
@@ -163,9 +164,15 @@ class Task:
     free_settings: ClassVar[tuple[str, ...]] = ()
     monitor: tuple[str, str] = ("val_loss", "min")
     positions: int | None = None
+    mini_batch_size: int | None = None
     counts_positions: bool = False
     pads_right: bool = False
     group: Any = None
+
+    @property
+    def compares_with_base(self) -> bool:
+        """Whether the loss compares the model with the base without its adapter."""
+        return False
 
     def model_class(self, config: Any) -> Any:
         """Return the auto class that builds a model of this config for the task.
@@ -178,8 +185,9 @@ class Task:
         if has_model_class(self.auto_class, config) or self.auto_class in (getattr(config, "auto_map", None) or {}):
             return getattr(transformers, self.auto_class)
         kind = self.auto_class.removeprefix("AutoModelFor")
+        kind = f"an {kind}" if kind[0] in "AEIOU" else f"a {kind}"
         raise LitPeftError(
-            f"task={self.name!r} needs a {kind} model, and transformers has none of model_type={config.model_type!r}: "
+            f"task={self.name!r} needs {kind} model, and transformers has none of model_type={config.model_type!r}: "
             "choose another base or another task."
         )
 

@@ -36,7 +36,7 @@ def packed_inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "use_cache": False}
 
 
-def check_method(settings: MethodSettings) -> None:
+def check_method(settings: MethodSettings, setting: str = "data.packing") -> None:
     """Refuse a method that does not work on a row of several examples.
 
     Raises:
@@ -44,8 +44,8 @@ def check_method(settings: MethodSettings) -> None:
     """
     if not settings.packs:
         raise LitPeftError(
-            f"data.packing is set, but the virtual tokens of {settings.method} come once in a row, not before each of "
-            "its examples: leave packing out, or use a method without virtual tokens, such as LoRA."
+            f"{setting} is set, but the virtual tokens of {settings.method} come once in a row, not before each of "
+            "its examples: leave it out, or use a method without virtual tokens, such as LoRA."
         )
 
 

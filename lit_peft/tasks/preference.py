@@ -15,6 +15,7 @@ from lit_peft.methods.attachment import MethodSettings
 from lit_peft.methods.baselines import FullFineTuningSettings
 from lit_peft.tasks.base import Batch, Float32Metric, Generation, Mean, Metrics
 from lit_peft.tasks.causal_lm import CausalLM
+from lit_peft.tasks.packed import packed_inputs
 from lit_peft.tasks.preference_losses import PAIR_LOSSES, LossSettings, Pairs, kto_losses
 from lit_peft.tasks.reference import ReferenceTable, reference_model
 from lit_peft.tasks.supervised_loss import SupervisedLoss
@@ -22,6 +23,9 @@ from lit_peft.util.errors import LitPeftError
 
 # The name that the inputs of KTO's mismatched answers start with.
 _OTHER = "kl_"
+_OWN = ("key", "input_ids", "attention_mask", "labels")
+# How the rows are joined, if they are; see `lit_peft.data.packing.packed_layout`.
+_LAYOUT = ("packed_index", "packed_positions")
 
 
 class MeanDifference(Float32Metric, Metric):
@@ -53,8 +57,9 @@ class Preference(CausalLM):
     Batches of pairs: `input_ids`, `attention_mask` and `labels` [2 · pairs, length], first the chosen answers with
     their prompts, then the rejected ones; labels are -100 outside of the answers. Batches of single answers, for
     `kto`: the same with one row for each answer, `desirable` [answers], bool, and `kl_input_ids`, `kl_attention_mask`
-    and `kl_labels`: the prompts with answers to other prompts, on which the divergence is estimated. The model is a
-    causal LM or an encoder-decoder, whose `labels` are the answers alone.
+    and `kl_labels`: the prompts with answers to other prompts, on which the divergence is estimated. With
+    `packed_index` and `packed_positions` (`PreferenceData.padding_free`) a causal LM runs on the rows joined as these
+    say. The model is a causal LM or an encoder-decoder, whose `labels` are the answers alone.
 
     The reward of an answer is beta · (log π(y|x) − log π_ref(y|x)); with `simpo` and `orpo`, which run no reference, it
     is beta times the mean log-probability of its tokens. The reference runs in evaluation mode.
@@ -89,7 +94,7 @@ class Preference(CausalLM):
     name = "preference"
     packs = False
     generates = False
-    extras = ("desirable", "key", *(f"{_OTHER}{name}" for name in ("key", "input_ids", "attention_mask", "labels")))
+    extras = ("desirable", "key", *_LAYOUT, *(f"{_OTHER}{name}" for name in (*_OWN, *_LAYOUT)))
     monitor = ("val_accuracy", "max")
 
     def __init__(
@@ -230,9 +235,17 @@ class Preference(CausalLM):
     def _log_probs(self, model: Any, inputs: Batch) -> tuple[Any, Tensor]:
         """Run the model, and return its output and the log-probabilities of the labels, [rows, length]."""
         supervised, run = SupervisedLoss.of(model), super().forward
+        index, shape = inputs.get("packed_index"), inputs["labels"].shape
+        if index is not None:
+            inputs = packed_inputs(model, _joined(inputs))
         # The head may be another one than in the last call: the reference has the base's.
         with supervised.active() if supervised.enabled else nullcontext():
-            return supervised.token_log_probs(lambda: run(model, inputs), inputs["labels"])
+            output, found = supervised.token_log_probs(lambda: run(model, inputs), inputs["labels"])
+        if index is None:
+            return output, found
+        # Padding has a place of its own, behind the others.
+        places = torch.where(index < 0, shape.numel(), index).flatten()
+        return output, found.new_zeros(shape.numel() + 1).scatter(0, places, found.flatten())[:-1].view(shape)
 
     def _reference(self, model: Any, batch: Batch) -> list[Tensor | None]:
         """Return the reference's log-probabilities of the answers, and of the mismatched ones if there are any."""
@@ -360,6 +373,15 @@ def _parts(batch: Batch) -> list[Batch]:
     own = {name: value for name, value in batch.items() if not name.startswith(_OTHER)}
     other = {name.removeprefix(_OTHER): value for name, value in batch.items() if name.startswith(_OTHER)}
     return [own, other] if other else [own]
+
+
+def _joined(rows: Batch) -> Batch:
+    """Return the inputs of rows that are joined as their layout says."""
+    index, positions = rows["packed_index"], rows["packed_positions"]
+    ids, labels = (rows[name].flatten()[index.clamp(min=0)] for name in ("input_ids", "labels"))
+    # The last token of the text before does not predict the first one.
+    labels = torch.where((index < 0) | (positions == 0), -100, labels)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
 def _texts(batch: Batch, tokenizer: Any, is_encoder_decoder: bool) -> tuple[list[str], list[str]]:

@@ -22,6 +22,17 @@ def reference_model(model: Any) -> Iterator[None]:
     Raises:
         LitPeftError: a base parameter is trained, and the strategy shards it: the original cannot take its place then.
     """
+    check_reference(model)
+    with disable_adapter(model), evaluating(model):
+        yield
+
+
+def check_reference(model: Any) -> None:
+    """Refuse a model whose base cannot be had without its adapter.
+
+    Raises:
+        LitPeftError: a base parameter is trained, and the strategy shards it: the original cannot take its place then.
+    """
     attachment = attachment_or_none(model)
     trained = {} if attachment is None else attachment.saved
     sharded = next((name for name, parameter in trained.items() if hasattr(parameter, "full_tensor")), None)
@@ -30,8 +41,6 @@ def reference_model(model: Any) -> Iterator[None]:
             f"The reference needs {sharded} as it was before training, and this strategy shards it: leave it out of "
             "modules_to_save, use another strategy, e.g. ddp, or a loss without a reference (simpo, orpo)."
         )
-    with disable_adapter(model), evaluating(model):
-        yield
 
 
 class ReferenceTable:

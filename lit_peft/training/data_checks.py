@@ -8,6 +8,7 @@ from typing import Any
 
 from lit_peft.data.labels import label_counts
 from lit_peft.tasks.packed import check_method
+from lit_peft.tasks.reference import check_reference
 from lit_peft.training.lightning_internals import datamodule_of, trainer_of
 from lit_peft.training.new_tokens import check_tokens
 from lit_peft.training.reference import precompute_reference
@@ -45,6 +46,8 @@ class DataChecks:
                 f"model.task to {made_for!r}, or use the data module of {self.task.name!r}."
             )
         self.task.check_data(data)
+        if getattr(data, "padding_free", False):
+            check_method(self.settings, "data.padding_free")
         if getattr(data, "packing", False):
             check_method(self.settings)
             if not self.task.packs:
@@ -83,7 +86,7 @@ class DataChecks:
         check_stages(self, "train", "validation")
         if self.hparams.adapter is not None and not self.started:
             say(f"training starts from the weights in {self.hparams.adapter}", "adapter:")
-            if getattr(self.task, "compares_with_base", False):
+            if self.task.compares_with_base:
                 say("it is the base without that adapter; to compare with both, merge them first", "reference:")
         self.run = {**run_record(self), "stack": stack_record(self)}
         if self.resumed is not None:
@@ -111,6 +114,8 @@ def check_stages(module: Any, *stages: str) -> None:
     """
     if not module.started:
         check_start(module, None)
+    if module.task.compares_with_base:
+        check_reference(module.model)
     data = datamodule_of(module)
     callbacks = getattr(trainer_of(module), "callbacks", ())
     module.task.pads_right = (

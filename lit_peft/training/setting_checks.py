@@ -38,12 +38,12 @@ def check_settings(values: Mapping[str, Any], task: Task) -> None:
     check_generation(values["generation"] or {})
     if values["generation"] and not task.generates:
         raise LitPeftError(f"generation is set, but task={task.name!r} generates no text: leave generation out.")
-    if values["stack"] and getattr(task, "compares_with_base", False):
+    if values["stack"] and task.compares_with_base:
         raise LitPeftError(
             f"stack={brief(values['stack'])} and task={task.name!r} do not go together: the reference is the base, "
             "without the adapters below. Leave stack out, or use a loss without a reference (loss_type: simpo or orpo)."
         )
-    if values["neftune_noise_alpha"] and getattr(task, "mini_batch_size", None):
+    if values["neftune_noise_alpha"] and task.mini_batch_size:
         raise LitPeftError(
             f"neftune_noise_alpha={values['neftune_noise_alpha']} and mini_batch_size of task_args are both set, but "
             "activations that are computed again would have no noise: leave one of them out."
