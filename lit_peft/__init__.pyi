@@ -45,18 +45,21 @@ from lit_peft.methods.adapters import delete_adapter as delete_adapter
 from lit_peft.methods.attach import detach as detach
 from lit_peft.methods.adapters import disable_adapter as disable_adapter
 from lit_peft.methods.bottleneck import drop_adapters as drop_adapters
-from lit_peft.methods.adapters import hotswap_adapter as hotswap_adapter
+from lit_peft.methods.merging import hotswap_adapter as hotswap_adapter
 from lit_peft.formats.folder import load_adapter as load_adapter
 from lit_peft.methods.lora import merge as merge
-from lit_peft.methods.adapters import merge_adapter as merge_adapter
-from lit_peft.methods.adapters import merge_and_unload as merge_and_unload
+from lit_peft.methods.merging import merge_adapter as merge_adapter
+from lit_peft.methods.merging import merge_and_unload as merge_and_unload
+from lit_peft.methods.layer_kinds import register_layer as register_layer
+from lit_peft.methods.scale import rescaled as rescaled
 from lit_peft.models.compiled_layers import restore_layers as restore_layers
 from lit_peft.methods.rows import row_adapters as row_adapters
 from lit_peft.formats.folder import save_adapter as save_adapter
 from lit_peft.methods.adapters import set_adapter as set_adapter
+from lit_peft.methods.scale import set_scale as set_scale
 from lit_peft.tasks.supervised_loss import supervised_loss as supervised_loss
 from lit_peft.methods.attachment import trainable_parameters as trainable_parameters
-from lit_peft.methods.adapters import unmerge_adapter as unmerge_adapter
+from lit_peft.methods.merging import unmerge_adapter as unmerge_adapter
 from lit_peft.methods.adapters import use_adapter as use_adapter
 
 __version__: str
@@ -110,10 +113,13 @@ __all__ = [
     "merge",
     "merge_adapter",
     "merge_and_unload",
+    "register_layer",
+    "rescaled",
     "restore_layers",
     "row_adapters",
     "save_adapter",
     "set_adapter",
+    "set_scale",
     "supervised_loss",
     "trainable_parameters",
     "unmerge_adapter",

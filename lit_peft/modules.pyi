@@ -173,6 +173,9 @@ class LoRA(LoRAMixin, BaseLM):
         use_dora: bool = False,
         init_lora_weights: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming",
         loraplus_lr_ratio: float = 1.0,
+        ensure_weight_tying: bool = False,
+        alora_invocation_tokens: list[int] | tuple[int, ...] | None = None,
+        lora_bias: bool = False,
     ) -> None:
         """Build the module.
 
@@ -199,6 +202,11 @@ class LoRA(LoRAMixin, BaseLM):
             use_dora: weight-decomposed updates (arXiv:2402.09353).
             init_lora_weights: `kaiming`, `gaussian`, `pissa` (arXiv:2404.02948) or `olora` (arXiv:2406.01775).
             loraplus_lr_ratio: ratio of B's learning rate to A's (LoRA+, arXiv:2402.12354).
+            ensure_weight_tying: whether an embedding and the head that shares its weight get one update together (or one
+                trained copy, with modules_to_save), so that they stay tied, also when they are merged.
+            alora_invocation_tokens: ids of tokens; the update acts only from their last occurrence in a row on, so that
+                keys and values that the base has cached for the text before stay valid (aLoRA, arXiv:2504.12397).
+            lora_bias: whether each update has a bias of its own, `s · (B A x + bias)`. Merging needs layers with a bias.
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
             trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.

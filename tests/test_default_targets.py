@@ -18,11 +18,7 @@ from lit_peft.util.errors import LitPeftError
 
 # Model types whose attention has no linear layer of a name that others use.
 WITHOUT = {
-    "axk2": "queries from q_a_proj and a gate",
     "gemma4_unified_assistant": "reads the keys and values of another model",
-    "inkling2_loop_text": "one linear layer of a wrapper computes all",
-    "inkling2_text": "one linear layer of a wrapper computes all",
-    "moshi": "each projection is a module with one `linear`",
     "rwkv": "no attention",
     "xlnet": "projections are parameters",
 }

@@ -63,15 +63,15 @@ def test_example(code: str, decoder: Path, encoder: Path, script_folder: Path, m
             model = transformers.AutoModelForMaskedLM.from_pretrained("path/to/encoder")
             lit_peft.attach(model, lit_peft.AdapterPSettings(reduction_factor=2))
             lit_peft.save_adapter(model, f"adapters/{language}")
-    if "speech_example" in code:
-        speech_example.save_recordings(tmp_path / "speech_example", 6)
-        speech_example.save_whisper(tmp_path / "speech_example" / "whisper", width=16)
     if "path/to/vision" in code:
         picture(0).save("a.png")
         processor_of("llava").save_pretrained("path/to/vision")
         model = model_of("llava")
         model.save_pretrained("path/to/vision")
         lit_peft.save_adapter(lit_peft.attach(model, lit_peft.LoRASettings()), "path/to/adapter")
+    if "speech_example" in code:
+        speech_example.save_recordings(tmp_path / "speech_example", 6)
+        speech_example.save_whisper(tmp_path / "speech_example" / "whisper", width=16)
     code = code.replace("max_steps=100", "max_steps=2")
     module = types.ModuleType("__main__")  # classes of a script can be pickled
     monkeypatch.setitem(sys.modules, "__main__", module)

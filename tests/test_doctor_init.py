@@ -197,12 +197,11 @@ def test_init_asks_for_what_no_flag_gives(
 
 @pytest.mark.parametrize("task", TASKS)
 def test_doctor_knows_every_task(task: str, encoder: Path, decoder: Path, t5: Path, tmp_path: Path) -> None:
+    base = {"causal_lm": decoder, "seq2seq": t5}.get(task, encoder)
+    if task == "image_text_to_text":
+        model_of("llava").save_pretrained(base := tmp_path)
     if task == "speech_seq2seq":
-        save_whisper(tmp_path, width=16)
-    elif task == "image_text_to_text":
-        model_of("llava").save_pretrained(tmp_path)
-    own = dict.fromkeys(("image_text_to_text", "speech_seq2seq"), tmp_path)
-    base = {"causal_lm": decoder, "seq2seq": t5, **own}.get(task, encoder)
+        save_whisper(base := tmp_path, width=16)
     need = doctor.training_memory(str(base), "AdapterP", task, 2, 16)
     assert need["parameters"] > need["gradients"] > 0 and need["Adam's moments"] == 2 * need["gradients"]
     assert need["activations, about"] > 0

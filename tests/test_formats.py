@@ -57,9 +57,9 @@ READ: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": QV, "init_lora_weights": "pissa", "rank_pattern": {"v_proj": 2}, "use_dora": True}),
 ]
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"lora_bias": True}, "lora_bias"),
+    ({"lora_bias": True}, r"lora_B\.bias"),
     ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
-    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+    ({"alora_invocation_tokens": "x"}, "alora_invocation_tokens"),
     ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
     ({"some_new_setting": 2}, "some_new_setting"),
     ({"peft_type": "VERA"}, "VERA"),

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from models import make
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lit_peft.nn.torch_internals import (
     DtypeKeepingDict,
+    backward_is_running,
     compile_training_calls,
     computed_buffers,
     copy_all_,
@@ -220,3 +221,21 @@ def test_only_training_calls_are_compiled_and_hooks_that_change_are_noticed() ->
     layer(torch.ones(7, 3, requires_grad=True))
     assert len(calls) == compiled
     torch._dynamo.reset()
+
+
+def test_the_backward_pass_is_seen() -> None:
+    seen = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            seen.append(backward_is_running())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            seen.append(backward_is_running())
+            return grad
+
+    Look.apply(torch.ones(2, requires_grad=True)).sum().backward()
+    assert seen == [False, True] and not backward_is_running()

@@ -718,27 +718,6 @@ def test_a_prefix_for_each_query_head_that_is_the_same_in_a_group_is_the_shared_
         close(apart(**inputs_of("llama")).logits, shared(**inputs_of("llama")).logits)
 
 
-def test_keys_and_values_of_different_widths_take_no_prefix() -> None:
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
-    config = transformers.DeepseekV3Config(
-        **shape,
-        vocab_size=61,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-    )
-    with pytest.raises(LitPeftError, match=r"self_attn .* keys and values of different widths"):
-        lit_peft.attach(transformers.DeepseekV3ForCausalLM(config), PTuningV2Settings(num_virtual_tokens=3))
-
-
 @pytest.mark.parametrize("architecture", ["t5", "mt5", "umt5"])
 def test_padding_on_the_left_changes_nothing_where_positions_are_distances(architecture: str) -> None:
     shape = {"vocab_size": 61, "d_model": 32, "d_ff": 48, "num_heads": 4, "d_kv": 8, "num_layers": 2}

@@ -21,8 +21,8 @@ from torch import nn
 
 import lit_peft
 from lit_peft import LitPeftError
-from lit_peft.methods.adapters import merge_adapter, unmerge_adapter
 from lit_peft.methods.bottleneck import SUBLAYER_SETTINGS
+from lit_peft.methods.merging import merge_adapter, unmerge_adapter
 
 settings.register_profile(
     "quick",

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import transformers
-from sweep_models import LISTS, VOCABULARY, build, model_types
+from sweep_models import LISTS, VOCABULARY, build, left_out, model_types
 from torch import Tensor
 
 import lit_peft
@@ -159,12 +159,12 @@ def in_layer(name: str, path: str) -> bool:
     return name.startswith(f"{path}.") or (layer is not None and "adapter" in name and name.startswith(layer[0]))
 
 
-def sweep(results: Path, only: list[str]) -> None:
-    """Try what is not in the file of results yet."""
+def sweep(results: Path, only: list[str], methods: list[str]) -> None:
+    """Try what is not in the file of results yet: these model types (all if there are none) with these methods."""
     known = {(row["kind"], row["model"], row["method"]) for row in read(results)}
     for kind in LISTS:
         for name in model_types(kind):
-            todo = [method for method in METHODS if (kind, name, method) not in known]
+            todo = [method for method in methods if (kind, name, method) not in known]
             if (only and name not in only) or not todo:
                 continue
             try:
@@ -196,20 +196,29 @@ def read(results: Path) -> list[dict[str, str]]:
 def general(reason: str) -> str:
     """A refusal without the names of one model, so that those of many models are one note."""
     reason = re.sub(r"^[\w.]+ \(\w+\) ", "An attention layer ", reason)
-    reason = re.sub(r"^[A-Z]\w+ ", "The model ", reason) if not reason.startswith("An ") else reason
+    reason = re.sub(r"^\w+ (?=has )", "The model ", reason) if not reason.startswith("An ") else reason
     return re.sub(r"target_modules=\['[^]]*\]", "target_modules=[...]", reason)
 
 
 def write(rows: list[dict[str, str]]) -> None:
-    """Write the table of docs/support.md."""
+    """Write the counts, the table and its notes to docs/support.md."""
     notes: dict[str, int] = {}
+    tried = {kind: {row["model"] for row in rows if row["kind"] == kind} for kind in LISTS}
+    counts = [f"{len(names)} {kind}s" for kind, names in tried.items()]
+    passed = sum(row["result"] == "yes" for row in rows)
+    refused = sum(row["result"].startswith("no: ") for row in rows)
+    failed = len(rows) - passed - refused
     lines = [
+        f"With transformers {'.'.join(transformers.__version__.split('.')[:2])} these are {', '.join(counts[:-1])} and "
+        f"{counts[-1]}: {passed:,} of {len(rows):,} pairs run, {refused} are refused, {failed or 'none'} "
+        f"{'fail' if failed > 1 else 'fails'}.",
+        "",
         "| model type | " + " | ".join(f"`{method}`" for method in METHODS) + " |",
         "|---|" + "---|" * len(METHODS),
     ]
     results = {(row["kind"], row["model"], row["method"]): row["result"] for row in rows}
     for kind in LISTS:
-        for name in sorted({row["model"] for row in rows if row["kind"] == kind}):
+        for name in sorted(tried[kind]):
             cells = []
             for method in METHODS:
                 found = results.get((kind, name, method), "not tried")
@@ -217,6 +226,11 @@ def write(rows: list[dict[str, str]]) -> None:
                 cells.append("yes" if found == "yes" else f"no [{notes.setdefault(reason, len(notes) + 1)}]")
             lines.append(f"| {name} ({kind}) | " + " | ".join(cells) + " |")
     lines += ["", *(f"{number}. {note}" for note, number in notes.items())]
+    reasons: dict[str, list[str]] = {}
+    for name in sorted({name for _, names in LISTS.values() for name in names}):
+        if (why := left_out(name)) is not None:
+            reasons.setdefault(why, []).append(f"`{name}`")
+    lines += ["", "Without a row:", "", *(f"- {', '.join(names)}: {reason}." for reason, names in reasons.items())]
     before, _, after = DOCS.read_text(encoding="utf-8").partition(START)
     DOCS.write_text(before + START + "\n".join(lines) + "\n" + END + after.partition(END)[2], encoding="utf-8")
 
@@ -226,6 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="file of results, one JSON object a line")
     parser.add_argument("--only", nargs="*", default=[], metavar="MODEL_TYPE", help="these model types alone")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="these methods alone")
     parser.add_argument("--write", action="store_true", help="write docs/support.md from the file, and try nothing")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -235,7 +250,7 @@ def main() -> None:
     if given.write:
         write(read(given.results))
     else:
-        sweep(given.results, given.only)
+        sweep(given.results, given.only, given.methods)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,17 @@ FORMS = {
         batch_size=4,
         max_length=512,
     ),
+    "image_text_to_text": _Form(
+        "VisionLanguageData",
+        "columns `messages` and `images`, or `image` with `prompt` and `completion`",
+        "HuggingFaceTB/SmolVLM-256M-Instruct",
+        settings={
+            "image_folder": (None, "where relative paths of images start; null: in the folder of the file"),
+            "score_answers": (False, "true: compare generated answers in testing, instead of the loss"),
+        },
+        batch_size=2,
+        max_length=2048,
+    ),
     "speech_seq2seq": _Form(
         "SpeechData",
         "columns `audio` (paths, bytes or samples) and `text` (audio_column, text_column)",
@@ -113,17 +124,6 @@ FORMS = {
         {"language": (None, "of the transcripts, e.g. german; null for an English-only Whisper")},
         8,
         448,
-    ),
-    "image_text_to_text": _Form(
-        "VisionLanguageData",
-        "columns `messages` and `images`, or `image` with `prompt` and `completion`",
-        "HuggingFaceTB/SmolVLM-256M-Instruct",
-        settings={
-            "image_folder": (None, "where relative paths of images start; null: in the folder of the file"),
-            "score_answers": (False, "true: compare generated answers in testing, instead of the loss"),
-        },
-        batch_size=2,
-        max_length=2048,
     ),
     "embedding": _Form(
         "EmbeddingData",

@@ -181,6 +181,8 @@ def config_and_tensors(attachment: Attachment, name: str) -> tuple[dict[str, Any
         *(path for path in attachment.adapted if path not in matrices or path not in layers),
         *(path for path in attachment.trained if path.startswith(prefix)),
         *("use_dora=True" for _ in range(settings.use_dora)),
+        *("lora_bias=True" for _ in range(settings.lora_bias)),
+        *("alora_invocation_tokens" for _ in settings.alora_invocation_tokens or ()),
     ]
     used_layers = {matrices[path][1] for path in layers if path in matrices}
     used = {matrices[path][0] for path in layers if path in matrices}

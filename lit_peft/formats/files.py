@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_peft.formats.untrusted import check_weights, read_json
+from lit_peft.nn.deferred import fill
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief
 
@@ -44,7 +45,7 @@ def copy_tensors(
                 f"{folder}: {name} has shape {tuple(stored[name].shape)}, and this model needs {tuple(target.shape)}."
             )
         check_weights(name, stored[name], folder)
-        target.copy_(stored[name])
+        fill(target, stored[name])
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,10 @@ from lit_peft.formats import adapterhub, base_record, own, peft
 from lit_peft.formats.card import stacked_on, write_card
 from lit_peft.formats.files import read_extra, write_extra
 from lit_peft.formats.untrusted import read_json
+from lit_peft.methods.adapter_dtype import use_base_dtype
 from lit_peft.methods.adapters import adapter_names, new_adapter
 from lit_peft.methods.attachment import Attachment, Model, attachment_of
+from lit_peft.methods.together import Together
 from lit_peft.nn.finite import non_finite_names
 from lit_peft.util.disk import whole_folder, write_failure
 from lit_peft.util.errors import LitPeftError, first_line
@@ -27,7 +29,14 @@ BELOW = "stacked_on"
 
 
 def load_adapter(
-    model: Model, folder: str | Path, check_base: bool = True, name: str | None = None, with_head: bool = True
+    model: Model,
+    folder: str | Path,
+    check_base: bool = True,
+    name: str | None = None,
+    with_head: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
+    low_cpu_mem_usage: bool = False,
+    autocast_adapter_dtype: bool = True,
 ) -> Model:
     """Attach the adapter in a folder to a model, ready for `model.eval()`.
 
@@ -39,6 +48,10 @@ def load_adapter(
             one. When None, the model must be bare.
         with_head: also load what the folder has of `modules_to_save`, e.g. a head. Without, a bottleneck adapter can be
             loaded into a model with another head, to stack a task's adapter on it.
+        key_mapping: for a peft folder of a model whose modules have other names: regular expressions for the names of
+            its tensors, without `base_model.model.`, and what replaces their matches. The first that matches counts.
+        low_cpu_mem_usage: use the folder's tensors of a LoRA themselves, rather than to initialize others and to copy.
+        autocast_adapter_dtype: see `attach`.
 
     Returns:
         The same model, with the adapter attached.
@@ -50,7 +63,15 @@ def load_adapter(
     folder = Path(folder)
     if name is not None:
         with new_adapter(model, name):
-            return load_adapter(model, folder, check_base, with_head=with_head)
+            return load_adapter(
+                model,
+                folder,
+                check_base,
+                with_head=with_head,
+                key_mapping=key_mapping,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
     config = _read_config(folder)
     below = read_extra(folder).get(BELOW)
     if isinstance(below, list) and not adapter_names(model):
@@ -66,16 +87,25 @@ def load_adapter(
             f"with_head=False needs a folder in AdapterHub's format, which all bottleneck adapters have, and {folder} "
             "has another one: leave with_head out."
         )
+    for given, value in (("key_mapping", key_mapping), ("low_cpu_mem_usage", low_cpu_mem_usage)):
+        supported = "peft_type" in config and (given == "key_mapping" or config["peft_type"] == "LORA")
+        if value and not supported:
+            which = "a LoRA's folder in peft's format" if given == "low_cpu_mem_usage" else "a folder in peft's format"
+            raise LitPeftError(f"{given}={value!r} needs {which}, and {folder} is another one: leave it out.")
     if "peft_type" in config:
-        return peft.read(model, folder, config)
-    if own.KEY in config:
-        return own.read(model, folder, config)
-    if "config" in config:
-        return adapterhub.read(model, folder, config, with_head)
-    raise LitPeftError(
-        f"{folder}/adapter_config.json has neither 'peft_type' (peft) nor 'config' (AdapterHub), so its format is not "
-        "known: give a folder that one of these libraries saved."
-    )
+        peft.read(model, folder, config, key_mapping, low_cpu_mem_usage)
+    elif own.KEY in config:
+        own.read(model, folder, config)
+    elif "config" in config:
+        adapterhub.read(model, folder, config, with_head)
+    else:
+        raise LitPeftError(
+            f"{folder}/adapter_config.json has neither 'peft_type' (peft) nor 'config' (AdapterHub), so its format is "
+            "not known: give a folder that one of these libraries saved."
+        )
+    if not autocast_adapter_dtype:
+        use_base_dtype(attachment_of(model))
+    return model
 
 
 def save_adapter(
@@ -119,6 +149,12 @@ def write_adapter(
         raise LitPeftError(
             f"{attachment.settings.method!r} has no adapter to save because it trains the model itself: save the model "
             "with model.save_pretrained(folder)."
+        )
+    if isinstance(attachment, Together):
+        names = list(attachment.members)
+        raise LitPeftError(
+            f"A folder holds one adapter, and several adapters are active, {names}: save each one in a block `with "
+            f"lit_peft.use_adapter(model, {names[0]!r}):`, or make one of them with lit_peft.combine_adapters."
         )
     _check_trained_parameters(attachment)
     _check_finite(attachment)

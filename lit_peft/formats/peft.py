@@ -6,6 +6,8 @@ Each `peft_type` has a module that maps its settings and tensors to ours. A new 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +17,13 @@ from torch import Tensor, nn
 from lit_peft.formats import peft_lora, peft_prefix, peft_prompt
 from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import read_extra, write_extra, write_json
+from lit_peft.formats.key_mapping import rename
+from lit_peft.formats.peft_layers import holds_tying
 from lit_peft.formats.untrusted import SPARE_ELEMENTS, ElementLimit, read_tensors
 from lit_peft.methods.attach import attach, detach
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
+from lit_peft.nn.deferred import deferred_parameters
+from lit_peft.nn.lora import LoRALayer
 from lit_peft.util.errors import LitPeftError
 
 # Settings that have no effect on the model's output, whatever the method.
@@ -70,13 +76,21 @@ PEFT_FORMATS: dict[str, PeftFormat] = {
 }
 
 
-def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
+def read(
+    model: Model,
+    folder: Path,
+    config: dict[str, Any],
+    key_mapping: Mapping[str, str] | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> Model:
     """Attach the adapter in a peft folder to a bare model.
 
     Args:
         model: the base model.
         folder: the adapter's folder.
         config: the content of its `adapter_config.json`.
+        key_mapping: see `load_adapter`.
+        low_cpu_mem_usage: see `load_adapter`.
 
     Returns:
         The same model, with the adapter attached.
@@ -100,13 +114,19 @@ def read(model: Model, folder: Path, config: dict[str, Any]) -> Model:
     stored = read_tensors(folder, "adapter_model.safetensors", "adapter_model.bin")
     if stored is None:
         raise LitPeftError(f"{folder} has no adapter_model.safetensors: give a folder that peft saved.")
+    if key_mapping:
+        stored, config = rename(stored, config, key_mapping)
     settings = peft_format.settings(model, {**config, "lit_peft": read_extra(folder)}, stored)
     # The network of P-Tuning, which peft does not store, has a few times the hidden size squared.
     spare = SPARE_ELEMENTS if settings.method != "p_tuning" else sum(p.numel() for p in model.parameters())
-    with ElementLimit(stored, f"{folder}/adapter_config.json", max(spare, SPARE_ELEMENTS)):
+    limit = ElementLimit(stored, f"{folder}/adapter_config.json", max(spare, SPARE_ELEMENTS))
+    with limit, deferred_parameters() if low_cpu_mem_usage else nullcontext():
         attach(model, settings)
     try:
         peft_format.load_tensors(model, stored, folder)
+        for layer in attachment_of(model).adapted.values():
+            if isinstance(layer, LoRALayer) and not layer.weight.is_meta:
+                layer.follow_weight()
     except BaseException:
         detach(model)
         raise
@@ -117,7 +137,7 @@ def holds(attachment: Attachment) -> bool:
     """Whether peft has the method of what is attached."""
     settings = attachment.settings
     tokens = settings.trainable_token_indices and not peft_lora.writes(settings)
-    return not tokens and any(kind.writes(settings) for kind in PEFT_FORMATS.values())
+    return not tokens and holds_tying(attachment) and any(kind.writes(settings) for kind in PEFT_FORMATS.values())
 
 
 def write(model: nn.Module, folder: Path) -> None:
@@ -129,9 +149,10 @@ def write(model: nn.Module, folder: Path) -> None:
     attachment = attachment_of(model)
     peft_format = next((known for known in PEFT_FORMATS.values() if known.writes(attachment.settings)), None)
     if peft_format is None or not holds(attachment):
-        tokens = " with trainable_token_indices" if peft_format is not None else ""
+        part = "ensure_weight_tying" if attachment.ties else "trainable_token_indices"
+        given = f" with {part}" if peft_format is not None else ""
         raise LitPeftError(
-            f"{attachment.settings.method!r}{tokens} cannot be written in peft's format: leave format out."
+            f"{attachment.settings.method!r}{given} cannot be written in peft's format: leave format out."
         )
     config = {
         "base_model_name_or_path": base_name_or_path(model) or None,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_peft.formats.untrusted import check_names
 from lit_peft.methods.attachment import Attachment
-from lit_peft.methods.expert_targets import find_parameters, target_name
+from lit_peft.methods.expert_targets import find_parameters, is_expert_lora, target_name
 from lit_peft.models.experts import adaptable_weights, weight_named
 from lit_peft.nn.expert_lora import ExpertLoRA
 from lit_peft.util.errors import LitPeftError
@@ -26,7 +26,7 @@ _FILE = "adapter_config.json"
 
 def expert_layers(attachment: Attachment) -> dict[str, ExpertLoRA]:
     """Return the LoRA layers of parameters by peft's name of their wrapper, without the prefix."""
-    layers = {path: layer for path, layer in attachment.adapted.items() if isinstance(layer, ExpertLoRA)}
+    layers = {path: layer for path, layer in attachment.adapted.items() if is_expert_lora(layer)}
     return {wrapper: layers[path] for wrapper, path in _wrappers(layers).items()}
 
 
@@ -39,8 +39,7 @@ def as_peft(layer: ExpertLoRA) -> tuple[Tensor, Tensor]:
 
 def parameter_names(attachment: Attachment) -> list[str]:
     """Return the full names of the adapted parameters in the bare model."""
-    layers = attachment.adapted.items()
-    return [target_name(path, layer) for path, layer in layers if isinstance(layer, ExpertLoRA)]
+    return [target_name(path, layer) for path, layer in attachment.adapted.items() if is_expert_lora(layer)]
 
 
 def parameters_in_file(model: nn.Module, names: Collection[str]) -> tuple[list[str], list[str]]:

@@ -20,6 +20,7 @@ from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_o
 from lit_peft.methods.p_tuning_v2 import PTuningV2Settings
 from lit_peft.methods.prefix import PrefixSettings
 from lit_peft.methods.prefix_tuning import PrefixTuningSettings
+from lit_peft.models.architectures import attention_of, layer_stacks
 from lit_peft.nn.prefix import Prefix
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief, check_types
@@ -134,6 +135,10 @@ def unsupported(attachment: Attachment) -> str | None:
         return "per_query_head=True"
     if settings.leave_out:
         return f"leave_out={list(settings.leave_out)}"
+    if any(attention_of(layer) is None for stack in layer_stacks(attachment.model) for layer in stack):
+        return "a prefix of a model in which only some layers have attention"
+    if any(len(shape) > 2 for shape in prefix.shapes):
+        return "keys and values of different widths"
     if len(set(prefix.shapes)) > 1:
         return "layers with keys of different widths"
     if is_encoder_decoder and len(prefix.shapes) % 2 == 0:

@@ -41,6 +41,13 @@ def set_trained_dtype(attachment: Attachment, dtype: torch.dtype | None = None) 
         cast_in_forward(attachment)
 
 
+def use_base_dtype(attachment: Attachment) -> None:
+    """Convert every trained parameter of a method to the dtype of the frozen ones."""
+    frozen = _frozen_parameter(attachment.model)
+    if frozen is not None:
+        set_trained_dtype(attachment, frozen.dtype)
+
+
 def cast_in_forward(attachment: Attachment) -> None:
     """Let modules of the base cast their trained parameters to the frozen model's dtype during each forward."""
     frozen = _frozen_parameter(attachment.model)

@@ -6,25 +6,23 @@ so the active adapter costs no more than a single one, and switching builds noth
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TypeGuard
 
-import torch
 from torch import nn
 
 from lit_peft.methods.attach import attach
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_or_none, set_attachment
-from lit_peft.methods.lora import merge
 from lit_peft.methods.stack import Stack, check_stack, clear_below, names_of, put_below
 from lit_peft.methods.threads import changing, exclusive, locked, remember_adapter
-from lit_peft.nn.lora import LoRALayer
+from lit_peft.methods.together import Together
 from lit_peft.util.errors import LitPeftError, closest
 
 DEFAULT = "default"
 _KEY = "_lit_peft_adapters"
+# What can be active: an adapter, several one after the other, several LoRAs at the same time, or none.
+Active = str | Stack | tuple[str, ...] | None
 
 
 @dataclass
@@ -33,24 +31,27 @@ class Adapters:
 
     Attributes:
         attachments: every adapter by name, including the active one.
-        active: the name of the adapter that is on the model, or several in a stack; None if there is none.
+        active: the name of the adapter that is on the model, or several in a stack, or several at the same time; None
+            if there is none.
     """
 
     attachments: dict[str, Attachment] = field(default_factory=dict)
-    active: str | Stack | None = None
+    active: Active = None
 
-    def find(self, name: str | Stack) -> Attachment:
+    def find(self, name: str | Stack | tuple[str, ...]) -> Attachment:
         """Return an adapter by name.
 
         Args:
-            name: the adapter's name, or a stack.
+            name: the adapter's name, or a stack, or the names of several.
 
         Returns:
-            Its attachment; of a stack, that of the last one.
+            Its attachment; of a stack, that of the last one; of several, one that puts all of them on the model.
 
         Raises:
-            LitPeftError: there is no adapter of that name, or the adapters cannot be stacked.
+            LitPeftError: there is no adapter of that name, or the adapters cannot be active together.
         """
+        if isinstance(name, tuple):
+            return Together.of({each: self.find(each) for each in name})
         if isinstance(name, Stack):
             check_stack({each: self.find(each) for each in name.names})
             name = name.names[-1]
@@ -77,10 +78,14 @@ def adapters_of(model: nn.Module) -> Adapters:
         if not isinstance(adapters, Adapters):
             adapters = Adapters()
             object.__setattr__(model, _KEY, adapters)
-        *_, top = names_of(adapters.active) or (None,)
-        if top is not None and adapters.attachments[top] is not attachment:
+        active = names_of(adapters.active)
+        # Of a stack, the last one is what `detach` and `merge` take away.
+        gone = active if isinstance(adapters.active, tuple) else active[-1:]
+        is_on = isinstance(attachment, Together) or any(adapters.attachments[name] is attachment for name in gone)
+        if gone and not is_on:
             # The active adapter has been detached or merged since the last call.
-            del adapters.attachments[top]
+            for name in gone:
+                del adapters.attachments[name]
             adapters.active = None
         if attachment is not None and adapters.active is None:
             adapters.attachments[DEFAULT], adapters.active = attachment, DEFAULT
@@ -88,13 +93,14 @@ def adapters_of(model: nn.Module) -> Adapters:
 
 
 @exclusive
-def add_adapter(model: Model, name: str, settings: MethodSettings) -> Model:
+def add_adapter(model: Model, name: str, settings: MethodSettings, autocast_adapter_dtype: bool = True) -> Model:
     """Attach a new adapter and make it the active one. Existing adapters are kept.
 
     Args:
         model: a model with or without adapters.
         name: the new adapter's name.
         settings: the method's settings.
+        autocast_adapter_dtype: see `attach`.
 
     Returns:
         The same model.
@@ -103,7 +109,7 @@ def add_adapter(model: Model, name: str, settings: MethodSettings) -> Model:
         LitPeftError: the name is taken, or the settings do not fit the model. The model is left unchanged.
     """
     with new_adapter(model, name):
-        attach(model, settings)
+        attach(model, settings, autocast_adapter_dtype)
     return model
 
 
@@ -146,75 +152,25 @@ def _new_adapter(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @exclusive
-def set_adapter(model: Model, name: str | Stack | None) -> Model:
+def set_adapter(model: Model, name: str | Stack | Sequence[str] | None) -> Model:
     """Make an adapter the active one, for all threads. Nothing is built or copied.
 
     Threads that use different adapters of one model need `use_adapter` or `row_adapters` instead.
 
     Args:
         model: a model with adapters.
-        name: the adapter to activate, or a `Stack` of them; with None the model computes what its base computes.
+        name: the adapter to activate, or a `Stack` of bottleneck adapters, or a list of LoRAs, whose updates are added
+            and which are all trained; with None the model computes what its base computes.
 
     Returns:
         The same model.
 
     Raises:
-        LitPeftError: there is no adapter of that name, or the adapters cannot be stacked.
+        LitPeftError: there is no adapter of that name, or the adapters cannot be active together.
     """
     adapters = adapters_of(model)
-    if name is not None:
-        adapters.find(name)
-    _switch(model, adapters, name)
+    _switch(model, adapters, _checked(name))
     remember_adapter(model)
-    return model
-
-
-@exclusive
-@torch.no_grad()
-def hotswap_adapter(model: Model, name: str) -> Model:
-    """Copy the LoRA `name` into the active LoRA in place, so that a compiled model need not be recompiled.
-
-    `set_adapter` replaces modules, and `torch.compile` recompiles for each adapter. To avoid that, add a LoRA of the
-    largest rank to copy into: `add_adapter(model, "slot", LoRASettings(r=...))`. Its previous weights are lost.
-
-    Args:
-        model: a model whose active adapter is a LoRA.
-        name: the adapter to copy. Its ranks may not exceed the active one's, and it must adapt the same modules or
-            some of them.
-
-    Returns:
-        The same model.
-
-    Raises:
-        LitPeftError: there is no such adapter, or it does not fit into the active one. Nothing is changed.
-    """
-    adapters = adapters_of(model)
-    source, active = adapters.find(name), attachment_or_none(model)
-    if source is active:
-        return model
-    slots = {
-        path: layer
-        for path, layer in (active.adapted.items() if active is not None else ())
-        if _is_plain_lora(layer) and not layer.merged and layer.scaling
-    }
-    fitting = {
-        path: layer
-        for path, layer in source.adapted.items()
-        if _is_plain_lora(layer) and path in slots and layer.r <= slots[path].r
-    }
-    if set(fitting) != set(source.adapted) or source.trained or active is None or active.trained:
-        problem = next(iter(set(source.adapted) - set(fitting)), "its trained modules or biases")
-        raise LitPeftError(
-            f"The adapter {name!r} does not fit into the active adapter ({adapters.active!r}) because of {problem}: "
-            "only plain LoRAs can be swapped in place, and the active one needs at least the same rank and modules. "
-            "Use set_adapter instead."
-        )
-    for path, slot in slots.items():
-        slot.lora_B.zero_()
-        if path in fitting:
-            layer = fitting[path]
-            slot.lora_A[..., : layer.r, :] = layer.lora_A.to(slot.lora_A.device)
-            slot.lora_B[..., : layer.r] = layer.lora_B.to(slot.lora_B.device) * (layer.scaling / slot.scaling)
     return model
 
 
@@ -253,20 +209,20 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(adapters_of(model).attachments)
 
 
-def active_adapter(model: nn.Module) -> str | Stack | None:
+def active_adapter(model: nn.Module) -> Active:
     """Return the name of the active adapter.
 
     Args:
         model: a model with or without adapters.
 
     Returns:
-        The name, or the `Stack`; None if no adapter is active.
+        The name, or the `Stack`, or a tuple of several names; None if no adapter is active.
     """
     return adapters_of(model).active
 
 
 @contextmanager
-def use_adapter(model: nn.Module, name: str | Stack | None) -> Iterator[None]:
+def use_adapter(model: nn.Module, name: str | Stack | Sequence[str] | None) -> Iterator[None]:
     """Make an adapter the active one in the block, and restore the previous one afterwards.
 
     The block belongs to its thread: blocks of other threads on the same model wait for it, and forwards outside of
@@ -274,7 +230,7 @@ def use_adapter(model: nn.Module, name: str | Stack | None) -> Iterator[None]:
 
     Args:
         model: a model with adapters.
-        name: the adapter, or a `Stack`; None for the base model, bit for bit.
+        name: the adapter, or a `Stack`, or a list of LoRAs; None for the base model, bit for bit.
 
     Raises:
         LitPeftError: there is no adapter of that name.
@@ -282,9 +238,7 @@ def use_adapter(model: nn.Module, name: str | Stack | None) -> Iterator[None]:
     with changing(model):
         adapters = adapters_of(model)
         previous = adapters.active
-        if name is not None:
-            adapters.find(name)
-        _switch(model, adapters, name)
+        _switch(model, adapters, _checked(name))
         try:
             yield
         finally:
@@ -300,101 +254,35 @@ def disable_adapter(model: nn.Module) -> AbstractContextManager[None]:
     return use_adapter(model, None)
 
 
-@exclusive
-def merge_adapter(model: Model) -> Model:
-    """Fold the active LoRA into the base weights to speed up inference. `unmerge_adapter` undoes it, bit for bit.
-
-    Args:
-        model: a model whose active adapter is a LoRA.
-
-    Returns:
-        The same model.
+def _checked(name: str | Stack | Sequence[str] | None) -> Active:
+    """Return what is to be active, a list of names as a tuple.
 
     Raises:
-        LitPeftError: no LoRA is active, a layer is quantized, or an adapted weight is tied to another.
+        LitPeftError: the list is empty, or a name occurs twice in it.
     """
-    layers = _lora_layers(model)
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    if any(uses[id(layer.weight)] > 1 for layer in layers):
+    if name is None or isinstance(name, str | Stack):
+        return name
+    names = tuple(name)
+    if not names or len(set(names)) < len(names):
         raise LitPeftError(
-            "An adapted weight is tied to the weight of another layer, which would change with it: use "
-            "lit_peft.merge(model), which unties them."
+            f"{list(names)} cannot be active together: give the names of different adapters, or None for the base."
         )
-    merged: list[LoRALayer] = []
-    try:
-        for layer in layers:
-            layer.merge()
-            merged.append(layer)
-    except BaseException:
-        for layer in merged:
-            layer.unmerge()
-        raise
-    return model
+    return names if len(names) > 1 else names[0]
 
 
-@exclusive
-def unmerge_adapter(model: Model) -> Model:
-    """Undo `merge_adapter` and restore the base weights, bit for bit.
-
-    Args:
-        model: a model whose active adapter is a LoRA, merged or not.
-
-    Returns:
-        The same model.
-
-    Raises:
-        LitPeftError: no LoRA is active.
-    """
-    for layer in _lora_layers(model):
-        layer.unmerge()
-    return model
-
-
-@exclusive
-def merge_and_unload(model: Model) -> Model:
-    """Fold the active LoRA into the base weights permanently and remove all adapters.
-
-    Args:
-        model: a model whose active adapter is a LoRA.
-
-    Returns:
-        The same model, without adapters.
-
-    Raises:
-        LitPeftError: nothing is attached, or the attached method is not a weight update.
-    """
-    adapters = adapters_of(model)
-    merge(model)
-    adapters.attachments.clear()
-    adapters.active = None
-    return model
-
-
-def _is_plain_lora(layer: nn.Module) -> TypeGuard[LoRALayer]:
-    """Whether a layer is a LoRA without DoRA's magnitude that left the base weight as it was."""
-    return isinstance(layer, LoRALayer) and layer.lora_magnitude is None and not layer.moved
-
-
-def _lora_layers(model: nn.Module) -> list[LoRALayer]:
-    attachment = attachment_or_none(model)
-    layers = [layer for layer in attachment.adapted.values() if isinstance(layer, LoRALayer)] if attachment else []
-    if not layers:
-        raise LitPeftError("No LoRA is active on this model, so there is nothing to merge: call set_adapter first.")
-    return layers
-
-
-def _switch(model: nn.Module, adapters: Adapters, name: str | Stack | None) -> None:
+def _switch(model: nn.Module, adapters: Adapters, name: Active) -> None:
     if adapters.active == name:
         return
-    if adapters.active is not None:
-        active = adapters.find(adapters.active)
+    active = attachment_or_none(model)
+    attachment = None if name is None else adapters.find(name)
+    if active is not None:
         active.suspend()
         clear_below(active)
         set_attachment(model, None)
         adapters.active = None
-    if name is not None:
-        attachment = adapters.find(name)
-        put_below(attachment, [adapters.attachments[below] for below in names_of(name)[:-1]])
+    if name is not None and attachment is not None:
+        if isinstance(name, Stack):
+            put_below(attachment, [adapters.attachments[below] for below in names_of(name)[:-1]])
         attachment.resume()
         set_attachment(model, attachment)
         adapters.active = name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lit_peft.methods.adapter_dtype import set_trained_dtype
+from lit_peft.methods.adapter_dtype import set_trained_dtype, use_base_dtype
 from lit_peft.methods.attachment import (
     Attachment,
     MethodSettings,
@@ -15,18 +15,19 @@ from lit_peft.methods.fast_path import fast_path_changes
 from lit_peft.methods.saving import SaveAdapter
 from lit_peft.methods.threads import exclusive
 from lit_peft.methods.tokens import check_indices, train_tokens
+from lit_peft.methods.trained_modules import train_modules
 from lit_peft.util.errors import LitPeftError
 
 
 @exclusive
-def attach(model: Model, settings: MethodSettings) -> Model:
+def attach(model: Model, settings: MethodSettings, autocast_adapter_dtype: bool = True) -> Model:
     """Freeze a model and attach a method to it, in place.
-
-    The trained parameters are float32, also on a half-precision model: small updates vanish in bfloat16.
 
     Args:
         model: a transformers model, or any `nn.Module` that has the modules named in the settings.
         settings: the method's settings, e.g. `LoRASettings(r=8)`.
+        autocast_adapter_dtype: whether the trained parameters are float32 on a half-precision model, too, because small
+            updates vanish in bfloat16. Otherwise they have the dtype of the frozen ones.
 
     Returns:
         The same model. Only the method's parameters require gradients.
@@ -47,11 +48,13 @@ def attach(model: Model, settings: MethodSettings) -> Model:
         for change in fast_path_changes(model, attachment.adapted):
             attachment.make(change)
         if settings.modules_to_save:
-            attachment.train_modules(settings.modules_to_save)
+            train_modules(attachment, settings.modules_to_save)
         if settings.trainable_token_indices:
             check_indices(settings.trainable_token_indices)
             train_tokens(attachment, settings.trainable_token_indices)
         set_trained_dtype(attachment)
+        if not autocast_adapter_dtype:
+            use_base_dtype(attachment)
         if attachment.adapted and hasattr(model, "save_pretrained"):
             attachment.set("", "save_pretrained", SaveAdapter(model))
     except BaseException:

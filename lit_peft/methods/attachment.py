@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -24,7 +23,7 @@ from lit_peft.methods.changes import (
     tied_names,
 )
 from lit_peft.nn.quantized import is_quantized
-from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import check_types
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -212,55 +211,17 @@ class Attachment:
                 f"{path} is quantized, so its weight cannot be trained: leave it out of modules_to_save, or load the "
                 "base without quantization."
             )
-        self.make(TrainParameter(path))
-        self.trained.append(path)
+        tied = tied_names(self.model, path) if self.ties else []
+        change = TrainParameter(path)
+        self.make(change)
+        for other in tied:
+            self.make(TrainParameter(other, change.copy))
+        self.trained += [path, *tied]
 
-    def train_modules(self, names: tuple[str, ...] | list[str]) -> None:
-        """Train every parameter of the named modules, or the named parameters.
-
-        Args:
-            names: a module matches by its full name or by the last parts of it. Where no module matches, the name may
-                be the full name of a parameter.
-
-        Raises:
-            LitPeftError: a name matches neither a module with parameters nor a parameter.
-        """
-        modules = [path for path, module in self.model.named_modules() if path and list(module.parameters())]
-        own = {
-            id(parameter)
-            for attachment in (self, *self.below)
-            for module in attachment.adapted.values()
-            for path, parameter in module.named_parameters()
-            if not path.startswith("base_layer.")
-        }
-        # Under all names of a tied parameter: which one the model computes with is not known.
-        named = self.model.named_parameters(remove_duplicate=False)
-        paths = [path for path, parameter in named if id(parameter) not in own]
-        parameters = {base_name(path): path for path in paths}
-        for name in names:
-            matches = tuple(f"{path}." for path in modules if path == name or path.endswith("." + name))
-            found = [path for path in paths if path.startswith(matches)] if matches else []
-            if not found and name in parameters:
-                found = [parameters[name]]
-            if not found:
-                raise LitPeftError(
-                    f"modules_to_save names {name!r}, but {type(self.model).__name__} has no module with parameters of "
-                    f"that name: the closest are {closest(name, [path.rpartition('.')[2] for path in modules])}."
-                )
-            for path in found:
-                if path not in self.trained:
-                    self._warn_if_tied(path, name)
-                    self.train(path)
-
-    def _warn_if_tied(self, path: str, name: str) -> None:
-        # Not the second name that a head has for the bias of a layer in it.
-        tied = [other for other in tied_names(self.model, path) if not path.startswith(f"{other.rpartition('.')[0]}.")]
-        if tied:
-            warnings.warn(
-                f"modules_to_save={name!r}: {path} shares its weight with {', '.join(tied[:3])} in the base. Only the "
-                f"copy at {path} is trained, and it is no longer shared.",
-                stacklevel=5,
-            )
+    @property
+    def ties(self) -> bool:
+        """Whether parameters that the base ties are trained as one."""
+        return bool(getattr(self.settings, "ensure_weight_tying", False))
 
     def freeze(self) -> None:
         """Freeze the whole model and record which parameters required gradients."""
@@ -299,7 +260,7 @@ class Attachment:
 
     def resume(self) -> None:
         """Put a suspended method back on the model, on the base's present device and in its present dtype."""
-        self._follow_base()
+        self.follow_base()
         if self.unfrozen and self.model.get_parameter(self.unfrozen[0]).requires_grad:
             self.freeze()
         for change in self.changes:
@@ -319,7 +280,7 @@ class Attachment:
         for change in reversed(self.changes):
             change.undo(self.model)
 
-    def _follow_base(self) -> None:
+    def follow_base(self) -> None:
         """Move the method's tensors as the base was moved while they were off the model."""
         old, new = self.last_seen, device_and_dtype(self.model)
         if old is None or new is None or old == new:

@@ -9,6 +9,7 @@ from torch import nn
 
 from lit_peft.methods.attachment import Attachment, MethodSettings
 from lit_peft.methods.mixin import MethodMixin
+from lit_peft.methods.trained_modules import train_modules
 from lit_peft.nn.quantized import is_quantized
 from lit_peft.util.errors import LitPeftError
 
@@ -61,7 +62,7 @@ class HeadOnlySettings(MethodSettings):
             )
         for path, module in list(model.named_modules()):
             if output is not None and module is output:
-                attachment.train_modules([path])
+                train_modules(attachment, [path])
 
 
 class FullFineTuningMixin(MethodMixin):

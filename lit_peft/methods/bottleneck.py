@@ -219,13 +219,17 @@ class BottleneckSettings(MethodSettings):
             original_ln_after=self.original_ln_after,
             residual_before_ln=self.residual_before_ln,
             norm=norm,
+            factors=tuple(float(getattr(layer.module, name)) for name in sublayer.factors or ()) or (1.0, 1.0),
             **self._layer_settings(layer.module),
         )
         attachment.add(f"{layer.path}.{name}", adapter)
         if adapter.needs_residual:
-            attachment.forward_pre_hook(f"{layer.path}.{sublayer.residual}", adapter.capture, with_kwargs=True)
+            residual = f"{layer.path}.{sublayer.residual}".rstrip(".")
+            attachment.forward_pre_hook(residual, adapter.capture, with_kwargs=True)
             if sublayer.more_residual is not None:
                 attachment.forward_hook(f"{layer.path}.{sublayer.more_residual}", adapter.capture_more)
+        if sublayer.more_output is not None:
+            attachment.forward_hook(f"{layer.path}.{sublayer.more_output}", adapter.capture_output)
         attachment.forward_hook(f"{layer.path}.{sublayer.output}", adapter.adapt)
         if sublayer.norm is not None and not self.original_ln_after:
             attachment.forward_hook(f"{layer.path}.{sublayer.norm}", adapter.pass_over)

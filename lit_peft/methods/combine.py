@@ -14,10 +14,12 @@ from torch import Tensor
 from lit_peft.methods.adapters import adapters_of, new_adapter
 from lit_peft.methods.attach import attach
 from lit_peft.methods.attachment import Attachment, Model, attachment_of
-from lit_peft.methods.expert_targets import target_name
+from lit_peft.methods.expert_targets import is_expert_lora, target_name
 from lit_peft.methods.lora import LoRASettings
 from lit_peft.methods.threads import exclusive
+from lit_peft.nn.invocation import InvokedLoRALinear
 from lit_peft.nn.lora import LoRALayer
+from lit_peft.nn.lora_attention import ProjectionLoRA
 from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.type_checks import brief
 
@@ -92,8 +94,11 @@ def combine_adapters(
         factors[path] = (a, b) if stack else (a[0], b[0])
     first = sources[0][0].settings
     assert isinstance(first, LoRASettings)
-    names = {path: target_name(path, layer) for path, layer in sources[0][0].adapted.items()}
-    parameters = [name for path, name in names.items() if name != path]
+    names = {
+        path: path.rpartition(".")[0] if isinstance(layer, ProjectionLoRA) else target_name(path, layer)
+        for path, layer in sources[0][0].adapted.items()
+    }
+    parameters = [names[path] for path, layer in sources[0][0].adapted.items() if is_expert_lora(layer)]
     ranks = {names[path]: a.shape[-2] for path, (a, _) in factors.items()}
     rank = max(ranks.values())
     smaller_ranks = {name.replace(".", r"\."): value for name, value in ranks.items() if value != rank}
@@ -102,7 +107,7 @@ def combine_adapters(
         r=rank,
         lora_alpha=rank,
         use_rslora=False,
-        target_modules=[name for path, name in names.items() if name == path],
+        target_modules=list(dict.fromkeys(name for name in names.values() if name not in parameters)),
         target_parameters=parameters or None,
         target_experts=False,
         exclude_modules=None,
@@ -124,13 +129,18 @@ def combine_adapters(
 def _check_source(label: str, source: Attachment, first: Attachment) -> None:
     """Check that an adapter is a plain LoRA on the same modules as the first one."""
     is_plain = all(
-        isinstance(layer, LoRALayer) and layer.lora_magnitude is None and layer.original_weight is None
+        isinstance(layer, LoRALayer)
+        and layer.lora_magnitude is None
+        and layer.original_weight is None
+        and layer.lora_bias is None
+        and layer.groups == 1
+        and not isinstance(layer, InvokedLoRALinear)
         for layer in source.adapted.values()
     )
     if not is_plain or source.trained:
         raise LitPeftError(
-            f"The adapter {label!r} cannot be combined: only LoRAs without DoRA, PiSSA, OLoRA, trained modules and "
-            "trained biases can."
+            f"The adapter {label!r} cannot be combined: only LoRAs without DoRA, PiSSA, OLoRA, lora_bias, invocation "
+            "tokens, convolutions with groups, trained modules and trained biases can."
         )
     if set(source.adapted) != set(first.adapted):
         differing = sorted(set(source.adapted) ^ set(first.adapted))[:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from lit_peft.methods.changes import ReplaceModule
 from lit_peft.methods.targets import keep_layers
 from lit_peft.models.experts import adaptable_weights, quantized_experts, stacked_experts
 from lit_peft.nn.expert_lora import ExpertLoRA, LoRAExperts
+from lit_peft.nn.lora_attention import ProjectionLoRA
 from lit_peft.nn.lora_layer import InitLoRA
 from lit_peft.nn.quantized_experts import QuantizedWeight
 from lit_peft.util.errors import LitPeftError, closest
@@ -114,7 +116,12 @@ def adapt_parameters(
 
 def target_name(path: str, layer: nn.Module) -> str:
     """Return what a LoRA layer adapts, by its name in the bare model: the parameter of experts, else the module."""
-    return f"{path.rpartition('.')[0]}.{layer.parameter_name}" if isinstance(layer, ExpertLoRA) else path
+    return f"{path.rpartition('.')[0]}.{layer.target}" if isinstance(layer, ExpertLoRA) else path
+
+
+def is_expert_lora(layer: nn.Module) -> TypeGuard[ExpertLoRA]:
+    """Return whether a layer is what peft adapts as a parameter: not a projection of `nn.MultiheadAttention`."""
+    return isinstance(layer, ExpertLoRA) and not isinstance(layer, ProjectionLoRA)
 
 
 def _is_excluded(name: str, exclude_modules: str | Sequence[str]) -> bool:

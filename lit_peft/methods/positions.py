@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.methods.attachment import Attachment
-from lit_peft.models.architectures import room_for
+from lit_peft.models.architectures import is_causal, room_for
 from lit_peft.models.call_arguments import arguments, by_name, cache_of
 from lit_peft.util.errors import LitPeftError
 
@@ -94,7 +94,7 @@ class ShiftPositions:
             attachment.forward_pre_hook(f"{parent}embed_positions", self.shift_table, with_kwargs=True)
         elif any(name in names for name in _PAST_LENGTHS):
             attachment.forward_pre_hook(f"{parent}embeddings", self.shift_embeddings, with_kwargs=True)
-        elif getattr(model.get_submodule(attention), "is_causal", False) and "position_ids" in arguments(module):
+        elif _attends_backward(model.get_submodule(attention), module) and "position_ids" in arguments(module):
             attachment.forward_pre_hook(owner, self.shift_decoder, with_kwargs=True)
 
     def check(self, position_ids: Tensor | None, num_tokens: int) -> None:
@@ -162,6 +162,12 @@ def _shown(mask: Any) -> Tensor | None:
         return mask
     last = mask[:, 0, -1]
     return last if last.dtype == torch.bool else last >= 0
+
+
+def _attends_backward(attention: Any, module: Any) -> bool:
+    """Whether an attention sees only the tokens before each token: what it says itself, or what such a model does."""
+    said = getattr(attention, "is_causal", None)
+    return is_causal(getattr(module, "config", None)) if said is None else bool(said)
 
 
 def _tokens(values: dict[str, Any]) -> Tensor:

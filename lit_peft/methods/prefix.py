@@ -10,10 +10,20 @@ import torch
 from torch import nn
 
 from lit_peft.methods.attachment import Attachment, MethodSettings
+from lit_peft.methods.layer_prefix import LayerPrefix, StartPrefix
 from lit_peft.methods.positions import ShiftPositions
-from lit_peft.methods.prefix_attention import LayerPrefix, StartPrefix, attach_layer_prefix
+from lit_peft.methods.prefix_attention import attach_layer_prefix
 from lit_peft.methods.targets import check_leave_out
-from lit_peft.models.architectures import Layer, has_module, kv_shape, layer_stacks, token_model
+from lit_peft.models.architectures import (
+    Layer,
+    attention_of,
+    has_module,
+    kv_shape,
+    layer_stacks,
+    position_table,
+    token_model,
+)
+from lit_peft.models.call_arguments import arguments
 from lit_peft.nn.linear import adapter_dtype
 from lit_peft.nn.prefix import Prefix
 from lit_peft.util.errors import LitPeftError
@@ -87,7 +97,7 @@ class PrefixSettings(MethodSettings):
             raise LitPeftError(f"positions={brief(self.positions)} is not known: use 'mask', 'peft' or 'adapterhub'.")
 
     def attach_to(self, model: nn.Module, attachment: Attachment) -> None:
-        """Put the prefix in front of the keys and values of each attention layer.
+        """Put the prefix in front of the keys and values of each attention layer. Other layers of a hybrid have none.
 
         Args:
             model: the frozen model.
@@ -96,7 +106,13 @@ class PrefixSettings(MethodSettings):
         Raises:
             LitPeftError: the settings do not fit the model, leave it without a prefix, or a layer cannot have one.
         """
-        stacks = _by_model(model, layer_stacks(model))
+        try:
+            stacks = _by_model(model, layer_stacks(model))
+        except LitPeftError:
+            raise LitPeftError(
+                f"{type(model).__name__} has no transformer layers of a known structure, so there is no known place "
+                "for a prefix: use another method, e.g. LoRA or PromptTuning."
+            ) from None
         check_leave_out(self.leave_out, sum(map(len, stacks)))
         is_encoder_decoder = any(_cross_attention(layer) is not None for stack in stacks for layer in stack)
         first = 0
@@ -107,18 +123,19 @@ class PrefixSettings(MethodSettings):
             is_encoder = is_encoder_decoder and not has_cross_attention
             owner = token_model(model, stack[0]) or ""
             if layers and (self.encoder_prefix or not is_encoder):
-                for layer in stack:
-                    if not has_module(layer.module, layer.architecture.self_attention):
-                        raise LitPeftError(
-                            f"{layer.path} ({type(model).__name__}) has no {layer.architecture.self_attention}, "
-                            "where a prefix could be put in front of keys and values: use another method, e.g. LoRA."
-                        )
-                paths = [f"{layer.path}.{layer.architecture.self_attention}" for layer in layers]
-                relative = next((module for module in map(_self_attention, stack) if _has_relative_bias(module)), None)
-                name = "encoder_prefix" if is_encoder else "self_prefix"
-                self._attach_prefix(attachment, owner, name, paths, layers, relative)
-                if not is_encoder and self.positions != "adapterhub":
-                    ShiftPositions(self.num_virtual_tokens, self.positions).attach(attachment, owner, paths[0])
+                attentions = _self_attentions(model, stack)
+                own = {path: layer for path, layer in attentions.items() if layer in layers}
+                if own:
+                    paths = list(own)
+                    modules = (model.get_submodule(path) for path in attentions)
+                    relative = next((module for module in modules if _has_relative_bias(module)), None)
+                    name = "encoder_prefix" if is_encoder else "self_prefix"
+                    self._attach_prefix(attachment, owner, name, paths, list(own.values()), relative)
+                    if not is_encoder and self.positions != "adapterhub":
+                        ShiftPositions(self.num_virtual_tokens, self.positions).attach(attachment, owner, paths[0])
+                    elif is_encoder and self.positions == "mask" and _has_rotary_positions(model.get_submodule(owner)):
+                        # The prefix stands as far from the first token in a padded row as in any other.
+                        attachment.forward_pre_hook(owner, ShiftPositions(0, "mask").shift_decoder, with_kwargs=True)
             if layers and has_cross_attention and self.cross_prefix:
                 paths = [f"{layer.path}.{_cross_attention(layer)}" for layer in layers]
                 self._attach_prefix(attachment, owner, "cross_prefix", paths, layers, None)
@@ -155,15 +172,17 @@ class PrefixSettings(MethodSettings):
         attachment.add(f"{owner}.{name}" if owner else name, prefix)
         attachment.forward_pre_hook(owner, StartPrefix(prefix))
         shifts_positions = self.positions != "adapterhub"
-        for index, (path, module) in enumerate(zip(paths, modules, strict=True)):
+        for index, (path, module, layer) in enumerate(zip(paths, modules, layers, strict=True)):
             # T5 has one table of relative positions in its first layer, UMT5 one in each.
             table = module if relative is not None and _has_relative_bias(module) else relative
-            attach_layer_prefix(attachment, path, LayerPrefix(prefix, index), table, shifts_positions)
+            # With cross-attention, such a module looks for two caches in one, which is not taken apart here.
+            own = layer.architecture.own_attention if _cross_attention(layer) is None else None
+            attach_layer_prefix(attachment, path, LayerPrefix(prefix, index), table, shifts_positions, own)
 
-    def _shape(self, module: Any, config: Any) -> tuple[int, int]:
-        """The number of heads and the head_dim of an attention's prefix."""
-        heads, head_dim = kv_shape(module, config)
-        return heads * (getattr(module, "num_key_value_groups", 1) if self.per_query_head else 1), head_dim
+    def _shape(self, module: Any, config: Any) -> tuple[int, ...]:
+        """The shape of an attention's prefix."""
+        heads, *sizes = kv_shape(module, config)
+        return heads * (getattr(module, "num_key_value_groups", 1) if self.per_query_head else 1), *sizes
 
 
 def _by_model(model: nn.Module, stacks: list[list[Layer]]) -> list[list[Layer]]:
@@ -179,8 +198,37 @@ def _cross_attention(layer: Layer) -> str | None:
     return name if name is not None and has_module(layer.module, name) else None
 
 
-def _self_attention(layer: Layer) -> nn.Module:
-    return layer.module.get_submodule(layer.architecture.self_attention)
+def _self_attentions(model: nn.Module, stack: list[Layer]) -> dict[str, Layer]:
+    """The paths of a stack's self-attentions, and their layers. Attention that several layers share is there once.
+
+    Raises:
+        LitPeftError: no layer has attention, or a layer's attention is not where it is in other models.
+    """
+    found: dict[str, Layer] = {}
+    seen: set[nn.Module] = set()
+    for layer in stack:
+        name = attention_of(layer)
+        if name is None:
+            continue
+        if not has_module(layer.module, name):
+            raise LitPeftError(
+                f"{layer.path} ({type(model).__name__}) has no {name}, where a prefix could be put in front of keys "
+                "and values: use another method, e.g. LoRA."
+            )
+        module = layer.module.get_submodule(name)
+        if module not in seen:
+            found[f"{layer.path}.{name}"] = layer
+        seen.add(module)
+    if not found:
+        raise LitPeftError(
+            f"{type(model).__name__} has no attention in its layers, so there are no keys and values to put a prefix "
+            "in front of: use another method, e.g. LoRA or PromptTuning."
+        )
+    return found
+
+
+def _has_rotary_positions(module: nn.Module) -> bool:
+    return "position_ids" in arguments(module) and position_table(module) is None
 
 
 def _has_relative_bias(module: nn.Module) -> bool:

@@ -6,8 +6,8 @@ prefix too. transformers computes attention in three ways, each of which needs i
 
 - Most models look up an attention function by the name in their config. The attention gets a config with the name of
   `attention_with_prefix`, which adds the prefix and calls the original function.
-- BLOOM and Falcon compute attention in their own code and read keys and values from a cache. They get a cache that adds
-  the prefix.
+- BLOOM, Falcon and MPT compute attention in their own code and read keys and values from a cache. They get a cache that
+  adds the prefix.
 - DeBERTa computes attention in its own code without a cache. Hooks on its key and value projections add the prefix.
 """
 
@@ -20,25 +20,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.methods.attachment import Attachment
+from lit_peft.methods.disentangled_prefix import DisentangledAttention
+from lit_peft.methods.layer_prefix import LayerPrefix
 from lit_peft.methods.positions import left_padding
-from lit_peft.models.call_arguments import CACHES, arguments, by_name, cache_of
+from lit_peft.methods.prefix_in_cache import DistancePrefix, PrefixInCache
+from lit_peft.models.call_arguments import arguments, by_name, cache_of
 from lit_peft.models.transformers_internals import (
     AttentionConfig,
-    alibi_function,
     attention_implementation,
     eager_attention,
     uses_attention_interface,
 )
 from lit_peft.nn.call_state import CallState
-from lit_peft.nn.prefix import Prefix
 from lit_peft.util.errors import LitPeftError
 
 _FUNCTION = "lit_peft_prefix"
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+_OTHERWISE = "use another method, e.g. LoRA or PromptTuning"
 
 
 def attach_layer_prefix(
-    attachment: Attachment, path: str, prefix: LayerPrefix, relative: nn.Module | None, shifts_positions: bool
+    attachment: Attachment,
+    path: str,
+    prefix: LayerPrefix,
+    relative: nn.Module | None,
+    shifts_positions: bool,
+    own_attention: str | None,
 ) -> None:
     """Put a prefix in front of the keys and values of one attention module.
 
@@ -49,19 +55,22 @@ def attach_layer_prefix(
         relative: the attention module that has the table of relative positions for all layers (T5); None if no module
             has one.
         shifts_positions: whether the positions of the input's tokens start after the prefix.
+        own_attention: how the module takes a prefix if it computes attention in its own code: see `Architecture`.
 
     Raises:
         LitPeftError: the module computes attention in a way that is not supported.
     """
     module: Any = attachment.model.get_submodule(path)
-    problem = _no_way_in(module)
+    problem = _no_way_in(module, shifts_positions)
     if problem is not None:
-        raise LitPeftError(
-            f"{path} ({type(module).__name__}) {problem}: use another method, e.g. LoRA or PromptTuning."
-        )
+        raise LitPeftError(f"{path} ({type(module).__name__}) {problem}.")
     if hasattr(module, "disentangled_attention_bias"):
         DisentangledAttention(prefix, module).attach(attachment, path)
     elif "alibi" in arguments(module):
+        attachment.forward_pre_hook(path, PrefixInCache(prefix), with_kwargs=True)
+    elif own_attention == "distance":
+        attachment.forward_pre_hook(path, DistancePrefix(prefix), with_kwargs=True)
+    elif own_attention == "cache":
         attachment.forward_pre_hook(path, PrefixInCache(prefix), with_kwargs=True)
     elif uses_attention_interface(module):
         config = PrefixedConfig(prefix, module, relative, shifts_positions)
@@ -71,80 +80,22 @@ def attach_layer_prefix(
     else:
         raise LitPeftError(
             f"{path} ({type(module).__name__}) computes attention in its own code, to which no prefix can be added: "
-            "use another method, e.g. LoRA or PromptTuning."
+            f"{_OTHERWISE}."
         )
 
 
-def _no_way_in(module: Any) -> str | None:
-    """Why an attention that uses transformers' interface can take no prefix all the same; None if it can."""
-    key_width = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
-    if key_width is not None and key_width != getattr(module, "v_head_dim", key_width):
-        return "has keys and values of different widths, which a prefix does not have"
+def _no_way_in(module: Any, shifts_positions: bool) -> str | None:
+    """Why an attention that uses transformers' interface can take no prefix, and what to do; None if it can."""
+    if shifts_positions and hasattr(getattr(module, "indexer", None), "build_block_mask"):
+        return (
+            "selects blocks of keys by their positions, which a prefix shifts: set positions='adapterhub', which "
+            f"leaves them unchanged, or {_OTHERWISE}"
+        )
     if hasattr(module, "experts"):
-        return "routes its queries through experts, and repeats its keys for them"
+        return f"routes its queries through experts, and repeats its keys for them: {_OTHERWISE}"
     if hasattr(module, "keep_window_size"):
-        return "computes its mask from the values (dynamic mask), which would leave the prefix out"
+        return f"computes its mask from the values (dynamic mask), which would leave the prefix out: {_OTHERWISE}"
     return None
-
-
-class StartPrefix:
-    """Forward pre-hook of a model that computes the prefix once per forward, outside checkpointed layers.
-
-    Args:
-        prefix: the prefix of all layers.
-    """
-
-    def __init__(self, prefix: Prefix) -> None:
-        self.prefix = prefix
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.prefix.start()
-
-
-class LayerPrefix:
-    """The prefix of one attention layer.
-
-    Args:
-        prefix: the prefix of all layers.
-        index: the layer's index in it.
-    """
-
-    def __init__(self, prefix: Prefix, index: int) -> None:
-        self.prefix, self.slot = prefix, prefix.slots[index]
-
-    @property
-    def heads(self) -> int:
-        """The number of heads that have keys in the prefix."""
-        return self.slot.shape[0]
-
-    @property
-    def length(self) -> int:
-        """The number v of virtual tokens."""
-        return self.prefix.num_virtual_tokens
-
-    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the prefix in front of keys and values.
-
-        Args:
-            key: keys, shape (batch, heads, tokens, head_dim).
-            value: values, shape (batch, heads, tokens, head_dim).
-
-        Returns:
-            Keys and values, shape (batch, heads, v + tokens, head_dim) each.
-        """
-        return self.prefix.extend(self.slot, key, value)
-
-    def extend_mask(self, mask: Tensor) -> Tensor:
-        """Extend an attention mask so that every query attends to the prefix.
-
-        Args:
-            mask: shape (..., keys). A 4-D floating-point mask is additive; any other is 1 or true where a query attends
-                to a key.
-
-        Returns:
-            The mask, shape (..., v + keys).
-        """
-        return F.pad(mask, (self.length, 0), value=0 if mask.is_floating_point() and mask.dim() == 4 else 1)
 
 
 class _AttentionCall(CallState):
@@ -245,6 +196,7 @@ def attention_with_prefix(
     implementation, prefix = attention_implementation(config.config), config.prefix
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = config.extend_bias(kwargs["position_bias"], query, key, attention_mask)
+    attention_mask = _sparse_mask(module, query, key, attention_mask, implementation, kwargs)
     num_queries, num_keys = query.shape[2], key.shape[2]
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -273,116 +225,29 @@ def attention_with_prefix(
         module.num_key_value_groups = groups
 
 
-class PrefixInCache:
-    """Forward pre-hook of an attention module that is called with a mask, ALiBi's bias and a cache (BLOOM, Falcon).
+def _sparse_mask(
+    module: Any, query: Tensor, key: Tensor, mask: Any, implementation: str | None, kwargs: dict[str, Any]
+) -> Any:
+    """Return the mask of an attention that selects keys (DeepSeek V3.2, MiniMax M3), which shows only these.
 
-    Args:
-        prefix: the layer's prefix.
+    Such a module extends its mask itself if its config names a function that it knows, and otherwise passes on the
+    indices of the selected keys. The prefix is not among the keys, and stays visible.
     """
-
-    def __init__(self, prefix: LayerPrefix) -> None:
-        self.prefix = prefix
-
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        values, length = by_name(module, args, kwargs), self.prefix.length
-        mask, alibi = values["attention_mask"], values["alibi"]
-        if mask is not None:
-            values["attention_mask"] = self.prefix.extend_mask(mask)
-        if alibi is not None:
-            # ALiBi counts from 0 at the first key, so the prefix gets negative positions. Only differences matter to
-            # the softmax.
-            positions = torch.arange(-length, 0, device=alibi.device, dtype=alibi.dtype)
-            build: Any = alibi_function(module)
-            ones = torch.ones(1, 2, dtype=torch.long, device=alibi.device)
-            bias = build(ones, module.num_heads, alibi.dtype)[:, :, 1:] * positions  # (heads, 1, v)
-            if alibi.dim() == 3:
-                prefix_alibi = bias.repeat(alibi.shape[0] // module.num_heads, 1, 1)
-            else:
-                prefix_alibi = bias.expand(alibi.shape[0], -1, -1, -1)
-            values["alibi"] = torch.cat([prefix_alibi, alibi], dim=-1)
-            if mask is not None and mask.shape[1] == module.num_heads:
-                # Falcon adds ALiBi to its mask as well.
-                prefix_mask = (bias * module.inv_norm_factor).expand(*mask.shape[:3], -1)
-                values["attention_mask"] = torch.cat([prefix_mask.to(mask.dtype), mask], dim=-1)
-        name = next(name for name in CACHES if name in arguments(module))
-        values[name] = _PrefixedCache(self.prefix, values.get(name))
-        return (), values
-
-
-class _PrefixedCache:
-    """Wraps a cache, or None, and returns keys and values with the prefix in front."""
-
-    def __init__(self, prefix: LayerPrefix, cache: Any) -> None:
-        self.prefix, self.cache = prefix, cache
-
-    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.cache is not None:
-            key, value = self.cache.update(key, value, *args, **kwargs)
-        return self.prefix.extend(key, value)
-
-
-class _BiasCall(CallState):
-    is_computing = False
-
-
-class DisentangledAttention:
-    """Hooks that add a prefix to DeBERTa's attention. The prefix has no relative positions.
-
-    Args:
-        prefix: the layer's prefix.
-        module: the attention module.
-    """
-
-    def __init__(self, prefix: LayerPrefix, module: Any) -> None:
-        self.prefix, self.module, self.call = prefix, module, _BiasCall()
-
-    def attach(self, attachment: Attachment, path: str) -> None:
-        """Register the hooks.
-
-        Args:
-            attachment: makes and records the changes.
-            path: path of the attention module.
-        """
-        attachment.set(path, "disentangled_attention_bias", self.relative_bias)
-        attachment.forward_pre_hook(path, self.extend_mask, with_kwargs=True)
-        attachment.forward_hook(f"{path}.key_proj", self.extend_key)
-        attachment.forward_hook(f"{path}.value_proj", self.extend_value)
-
-    def extend_mask(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Forward pre-hook of the attention that extends its mask."""
-        values = by_name(module, args, kwargs)
-        values["attention_mask"] = self.prefix.extend_mask(values["attention_mask"].bool())
-        return (), values
-
-    def extend_key(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Forward hook of the key projection: (batch, tokens, hidden size) → (batch, v + tokens, hidden size)."""
-        return None if self.call.is_computing else self._extended(output, 0)
-
-    def extend_value(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook of the value projection: (batch, tokens, hidden size) → (batch, v + tokens, hidden size)."""
-        return self._extended(output, 1)
-
-    def _extended(self, output: Tensor, part: int) -> Tensor:
-        prefix = self.prefix.prefix.layer(self.prefix.slot, output)[part]
-        return torch.cat([prefix.transpose(1, 2).flatten(2), output], dim=1)
-
-    def relative_bias(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Replaces the attention's `disentangled_attention_bias`: computes it without the prefix and pads it.
-
-        Args:
-            query: shape (batch · heads, queries, head_dim).
-            key: shape (batch · heads, v + tokens, head_dim).
-            *args: other arguments of the original method.
-            **kwargs: other keyword arguments of the original method.
-
-        Returns:
-            The bias, shape (batch · heads, queries, v + tokens).
-        """
-        # The original may project the position embeddings with the key projection, which must not add the prefix.
-        self.call.is_computing = True
-        try:
-            original = type(self.module).disentangled_attention_bias
-            bias = original(self.module, query, key[:, self.prefix.length :], *args, **kwargs)
-        finally:
-            self.call.is_computing = False
-        return F.pad(bias, (self.prefix.length, 0)) if isinstance(bias, Tensor) else bias
+    tokens, blocks = kwargs.pop("indices", None), kwargs.pop("block_indices", None)
+    if tokens is None and blocks is None:
+        return mask
+    if implementation not in ("eager", "sdpa"):
+        raise LitPeftError(
+            f"attn_implementation={implementation!r} selects keys by their index, which a prefix would shift: load the "
+            "model with attn_implementation='sdpa'."
+        )
+    if blocks is not None:
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)
+        positions = positions if positions.dim() > 1 else positions[None]
+        positions = positions.expand(query.shape[0], -1)
+        return module.indexer.build_block_mask(blocks, mask, key.shape[2], query.dtype, query.device, positions)
+    shape = (query.shape[0], query.shape[2], key.shape[2])
+    hidden = torch.ones(shape, dtype=torch.bool, device=query.device).scatter(-1, tokens.long(), False)[:, None]
+    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(query.dtype).min)

@@ -19,6 +19,7 @@ from lit_peft.methods.stack import Stack
 from lit_peft.methods.threads import changing
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.expert_lora import ExpertLoRA
+from lit_peft.nn.invocation import InvokedLoRALinear
 from lit_peft.nn.lora import LoRALayer, LoRALinear
 from lit_peft.nn.rows import LoRARows, ModuleRows
 from lit_peft.nn.torch_internals import has_forward_hooks
@@ -122,10 +123,16 @@ def _check_can_share(name: str, attachment: Attachment) -> None:
             "bottleneck adapters without original_ln_after=False can: run its rows in a separate batch with "
             "set_adapter."
         )
+    if any(isinstance(layer, InvokedLoRALinear) for layer in layers):
+        raise LitPeftError(
+            f"The adapter {name!r} acts from its invocation tokens on (alora_invocation_tokens), so it cannot share a "
+            "batch with others: run its rows in a separate batch with set_adapter."
+        )
     if any(isinstance(layer, ExpertLoRA) for layer in layers):
         raise LitPeftError(
-            f"The adapter {name!r} adapts the experts of a mixture, whose tokens are not in rows, so it cannot share "
-            "a batch with others: run its rows in a separate batch with set_adapter."
+            f"The adapter {name!r} adapts the experts of a mixture or an nn.MultiheadAttention, which compute all rows "
+            "with the same weights, so it cannot share a batch with others: run its rows in a separate batch with "
+            "set_adapter."
         )
     if attachment.trained and any(layer.original_ln_before for layer in sublayer_adapters):
         raise LitPeftError(
@@ -238,7 +245,8 @@ def _variant(
 
 
 def _is_plain(layer: LoRALayer | None) -> TypeGuard[LoRALinear]:
-    return isinstance(layer, LoRALinear) and layer.lora_magnitude is None and layer.residual_weight is None
+    plain = isinstance(layer, LoRALinear) and layer.lora_magnitude is None and layer.residual_weight is None
+    return plain and layer is not None and layer.lora_bias is None
 
 
 def _vocabulary_size(model: nn.Module) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -374,6 +375,12 @@ class _PrepareInputs:
 
     def __init__(self, model: nn.Module, num_in_front: int) -> None:
         self.model, self.num_in_front = model, num_in_front
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the original, whose arguments `generate` accepts (xLSTM's forward takes no attention mask)."""
+        model_class: Any = type(self.model)
+        return inspect.signature(model_class.prepare_inputs_for_generation.__get__(self.model))
 
     def __call__(self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any) -> dict[str, Any]:
         if kwargs.get("is_first_iteration") and next_sequence_length is not None and is_filled(cache_of(kwargs)):

@@ -48,9 +48,11 @@ class Stack:
         return f"Stack({', '.join(map(repr, self.names))})"
 
 
-def names_of(active: str | Stack | None) -> tuple[str, ...]:
-    """Return the names of the active adapters, the trained one last."""
-    return () if active is None else active.names if isinstance(active, Stack) else (active,)
+def names_of(active: str | Stack | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the names of the active adapters; of a stack, the trained one last."""
+    if active is None:
+        return ()
+    return active if isinstance(active, tuple) else active.names if isinstance(active, Stack) else (active,)
 
 
 def check_stack(attachments: Mapping[str, Attachment]) -> None:

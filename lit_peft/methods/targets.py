@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -42,10 +42,13 @@ _DEFAULT_ATTENTION = (
     ("Wq", "Wv"),
     ("project_q", "project_v"),
     ("q_proj", "v_proj_current", "v_proj_delayed"),
+    ("q_proj.linear", "v_proj.linear"),
+    ("q_head", "v_head"),
     # Latent attention: what expands the latent vectors to queries, and to keys and values.
     ("q_b_proj", "kv_b_proj"),
     ("q_proj", "kv_b_proj"),
     ("q_b_proj", "kv_proj"),
+    ("q_gate_proj", "kv_b_proj"),
     ("kv_proj",),
     # Models of state-space layers alone. Their other projection is not called where a fused kernel runs.
     ("in_proj",),
@@ -64,6 +67,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or stores_transposed(module)
 
 
+def is_linear_or_embedding(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer or an embedding."""
+    return is_linear(module) or isinstance(module, nn.Embedding)
+
+
 def default_targets(model: nn.Module) -> list[str]:
     """Return the names of the query and value projections, or of the one that computes both.
 
@@ -75,17 +83,32 @@ def default_targets(model: nn.Module) -> list[str]:
     """
     linear = [name for name, module in model.named_modules() if is_linear(module)]
     language = f"{path}." if (path := language_path(model)) else ""
-    inside = [name for name in linear if f"{name}.".startswith(language) and "indexer" not in name.split(".")]
-    suffixes = {name.rpartition(".")[2] for name in inside}
+    others = _other_models(model)
+    inside = [
+        name
+        for name in linear
+        if f"{name}.".startswith(language) and not name.startswith(others) and "indexer" not in name.split(".")
+    ]
+    ends = {end for name in inside for end in _ends(name)}
     for names in _DEFAULT_ATTENTION:
-        if suffixes.issuperset(names):
-            found = [name for name in linear if name.rpartition(".")[2] in names]
-            targets = [name for name in inside if name.rpartition(".")[2] in names]
+        if ends.issuperset(names):
+            found = _matching(names, linear, "")
+            targets = [name for name in found if name in inside]
             return list(names) if found == targets else targets
+    some = sorted({name.rpartition(".")[2] for name in inside})[:3]
     raise LitPeftError(
         "target_modules is not set and no attention projection of a known name was found: name the modules, e.g. "
-        f"target_modules={sorted(suffixes)[:3]}, or use target_modules='all-linear'."
+        f"target_modules={some}, or use target_modules='all-linear'."
     )
+
+
+def _other_models(model: nn.Module) -> tuple[str, ...]:
+    """The paths, each ending in a dot, of the models in a language model that read images and sound (Phi-4)."""
+    config: Any = getattr(model, "config", None)
+    names = getattr(config, "sub_configs", None) or {}
+    text = config.get_text_config() if names else None
+    others = {id(found) for name in names if (found := getattr(config, name, None)) not in (None, text)}
+    return tuple(f"{path}." for path, module in model.named_modules() if id(getattr(module, "config", None)) in others)
 
 
 def find_targets(
@@ -98,6 +121,7 @@ def find_targets(
     strict: bool = True,
     source: str = "",
     with_experts: bool = False,
+    can_adapt: Callable[[nn.Module], bool] = is_linear_or_embedding,
 ) -> list[str]:
     """Return the full names of the modules to adapt, in the model's order.
 
@@ -116,16 +140,13 @@ def find_targets(
         source: the file that the settings come from, to begin messages with, e.g. `"adapter_config.json: "`.
         with_experts: whether experts that are stored as one parameter are adapted as well. Otherwise a warning says
             that they are not, where they might be expected.
+        can_adapt: which modules the method can adapt.
 
     Raises:
         LitPeftError: a setting matches nothing (the message names the closest modules), or a named module could not
             be adapted, or the adapter would have no effect.
     """
-    adaptable = {
-        name: module
-        for name, module in model.named_modules()
-        if name and (is_linear(module) or isinstance(module, nn.Embedding))
-    }
+    adaptable = {name: module for name, module in model.named_modules() if name and can_adapt(module)}
     target_modules = _with_towers(model, target_modules, adaptable)
     indices = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
     lists = _Lists(layers_pattern, source)
@@ -137,6 +158,9 @@ def find_targets(
         found = _all_linear(model, adaptable)
     else:
         found = _matching(target_modules, adaptable, f"{source}target_modules")
+    # A regular expression may match the projection inside of an attention that is adapted as a whole.
+    whole = tuple(f"{name}." for name in found if isinstance(adaptable[name], nn.MultiheadAttention))
+    found = [name for name in found if not name.startswith(whole)] if whole else found
     excluded = set(_matching(exclude_modules, adaptable, f"{source}exclude_modules") if exclude_modules else ())
     found = [name for name in found if name not in excluded]
     if modules_to_save:
@@ -317,7 +341,7 @@ def _check_names(model: nn.Module, field: str, targets: str | Sequence[str], nam
     for name in targets:
         if name not in ends:
             raise LitPeftError(
-                f"{field} has {name!r}, but {type(model).__name__} has no linear or embedding module of that name: "
+                f"{field} has {name!r}, but {type(model).__name__} has no layer of that name that can be adapted: "
                 f"{_advice(model, [name], names)}."
             )
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lit_peft.models.architecture_table import ARCHITECTURES, Architecture, Sublayer, candidates
+from lit_peft.models.architecture_table import ARCHITECTURES, candidates
 from lit_peft.models.call_arguments import arguments
+from lit_peft.models.layer_forms import Architecture, Sublayer
 from lit_peft.models.towers import language_path
 from lit_peft.models.transformers_internals import has_model_class
 from lit_peft.nn.linear import linear_features
@@ -19,6 +20,7 @@ __all__ = [
     "Architecture",
     "Layer",
     "Sublayer",
+    "attention_of",
     "counts_over_mask",
     "has_module",
     "is_causal",
@@ -63,10 +65,15 @@ def layer_stacks(model: nn.Module) -> list[list[Layer]]:
         config = _config_of(model, path)
         owner = model.get_submodule(path.rpartition(".")[0])
         ends_in_norm = has_module(owner, "layer_norm") or has_module(owner, "final_layer_norm")
-        for architecture in candidates(config, ends_in_norm):
-            if all(_fits(architecture, layer) for layer in module):
-                layers = enumerate(module)
-                stacks.append([Layer(f"{path}.{number}", layer, architecture, config) for number, layer in layers])
+        for family in candidates(config, ends_in_norm):
+            found = [next((each for each in family if _fits(each, layer)), None) for layer in module]
+            layers = [
+                Layer(f"{path}.{number}", layer, architecture, config)
+                for number, (layer, architecture) in enumerate(zip(module, found, strict=True))
+                if architecture is not None
+            ]
+            if len(layers) == len(module):
+                stacks.append(layers)
                 break
     if not stacks:
         raise LitPeftError(
@@ -86,19 +93,42 @@ def token_model(model: nn.Module, layer: Layer) -> str | None:
     return None
 
 
-def kv_shape(attention: nn.Module, config: Any) -> tuple[int, int]:
-    """Return the number of heads of an attention module's keys and values, and the width of a head.
+def attention_of(layer: Layer) -> str | None:
+    """Return the path, inside a layer, of the module that computes self-attention; None if the layer has none.
+
+    Other layers of a hybrid model mix tokens by a recurrence or a convolution, which has no keys and values.
+    """
+    kinds = getattr(layer.config, "layer_types", None) or ()
+    number = int(layer.path.rpartition(".")[2])
+    if number < len(kinds) and kinds[number] == "linear_attention":
+        return None
+    return layer.architecture.self_attention
+
+
+def kv_shape(attention: nn.Module, config: Any) -> tuple[int, ...]:
+    """Return the shape of an attention module's keys and values.
 
     Args:
         attention: the module that computes attention.
         config: the config of the model it belongs to.
+
+    Returns:
+        The number of heads and the width of a head; in latent attention, the widths of a key and of a value.
     """
+    heads, size = _key_shape(attention, config)
+    value = getattr(attention, "v_head_dim", None)
+    return (heads, size) if value in (None, size) else (heads, size, int(value))
+
+
+def _key_shape(attention: nn.Module, config: Any) -> tuple[int, int]:
 
     def first(owner: Any, *names: str) -> Any:
         return next((getattr(owner, name) for name in names if getattr(owner, name, None) is not None), None)
 
     heads = first(attention, "num_heads", "num_attention_heads", "n_heads") or config.num_attention_heads
-    size = first(attention, "head_dim", "attention_head_size", "key_value_proj_dim") or first(config, "head_dim")
+    size = first(attention, "qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim") or first(
+        config, "head_dim"
+    )
     size = int(size or config.hidden_size // heads)
     for name in ("k_proj", "key", "k_lin", "k", "key_proj"):
         projection = attention.get_submodule(name) if has_module(attention, name) else None
@@ -133,10 +163,22 @@ def _config_of(model: nn.Module, path: str) -> Any:
 
 
 def _fits(architecture: Architecture, layer: nn.Module) -> bool:
-    return all(
-        place is None or has_module(layer, place)
+    places = [
+        place
         for sublayer in (architecture.attention, architecture.ffn)
-        for place in (sublayer.output, sublayer.residual, sublayer.norm, sublayer.more_residual)
+        if sublayer is not None
+        for place in (
+            sublayer.output,
+            sublayer.residual,
+            sublayer.norm,
+            sublayer.more_residual,
+            sublayer.more_output,
+        )
+    ]
+    # A list of modules is never called itself: in such a layer there are several of a sublayer.
+    return all(
+        place is None or (has_module(layer, place) and not isinstance(layer.get_submodule(place), nn.ModuleList))
+        for place in (*places, *architecture.marks)
     )
 
 

@@ -38,6 +38,8 @@ def is_filled(cache: Any) -> bool:
     """Return whether a cache contains tokens of an earlier call."""
     if cache is None:
         return False
+    if not hasattr(cache, "get_seq_length"):  # that of xLSTM
+        return bool(cache.seqlen_offset > 0)
     return bool(cache.has_previous_state() if _is_recurrent(cache) else cache.get_seq_length() > 0)
 
 

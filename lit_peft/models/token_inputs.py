@@ -21,8 +21,9 @@ def token_embeddings(host: Any, by_value: bool = False) -> nn.Embedding | None:
         return None
     config = getattr(host, "config", None)
     has_prompt = getattr(config, "prompt_length", None) and getattr(config, "use_prompt", True)
-    # XLNet attends in the order of a permutation of its input; CPM-Ant puts a prompt of its own in front.
-    if "perm_mask" in names or has_prompt:
+    # XLNet attends in the order of a permutation of its input; XLM has a language for each token, and writes from a
+    # mask token; CPM-Ant puts a prompt of its own in front.
+    if "perm_mask" in names or "langs" in names or has_prompt:
         return None
     try:
         embeddings = host.get_input_embeddings()

@@ -2,6 +2,7 @@
 
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.lora import LoRAEmbedding, LoRALayer, LoRALinear
+from lit_peft.nn.lora_conv import LoRAConv
 from lit_peft.nn.prefix import Prefix
 
-__all__ = ["Bottleneck", "LoRAEmbedding", "LoRALayer", "LoRALinear", "Prefix", "SublayerAdapter"]
+__all__ = ["Bottleneck", "LoRAConv", "LoRAEmbedding", "LoRALayer", "LoRALinear", "Prefix", "SublayerAdapter"]

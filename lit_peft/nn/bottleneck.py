@@ -186,6 +186,7 @@ class Bottleneck(nn.Module):
 
 class _SublayerCall(CallState):
     residual: Tensor | None = None
+    more_output: Tensor | None = None
     result: Tensor | None = None
 
 
@@ -202,6 +203,8 @@ class SublayerAdapter(Bottleneck):
 
     Without `original_ln_after`, the result of the layer is y': its own residual and LN are skipped.
 
+    Where the layer adds the outputs of two modules, y is their sum, and the module that runs last gets the change.
+
     Args:
         in_features: size of the hidden states.
         bottleneck_size: size between `down` and `up`.
@@ -210,6 +213,7 @@ class SublayerAdapter(Bottleneck):
         original_ln_after: see above.
         residual_before_ln: see above.
         norm: the layer's LN after the residual; None in a pre-LN layer. It remains a part of the layer.
+        factors: what the layer multiplies the outputs of these two modules by, that of the last one first.
         **settings: see `Bottleneck`.
 
     Shapes:
@@ -226,9 +230,11 @@ class SublayerAdapter(Bottleneck):
         original_ln_after: bool = True,
         residual_before_ln: bool | Literal["post_add"] = True,
         norm: nn.Module | None = None,
+        factors: tuple[float, ...] = (1.0, 1.0),
         **settings: Any,
     ) -> None:
         super().__init__(in_features, bottleneck_size, **settings)
+        self.factors = factors
         self.is_parallel, self.original_ln_before = is_parallel, original_ln_before
         self.original_ln_after, self.residual_before_ln = original_ln_after, residual_before_ln
         self._call = _SublayerCall()
@@ -250,17 +256,29 @@ class SublayerAdapter(Bottleneck):
         assert residual is not None
         self._call.residual = residual + (output if isinstance(output, Tensor) else output[0])
 
+    def capture_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of a module whose output is another part of y: store it."""
+        self._call.more_output = output if isinstance(output, Tensor) else output[0]
+
     def adapt(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the module whose output is y: replace it by y'."""
         x, self._call.residual = self._call.residual, None
+        more, self._call.more_output = self._call.more_output, None
         if not self.enabled:
             return None
-        y = output if isinstance(output, Tensor) else output[0]
+        own = y = output if isinstance(output, Tensor) else output[0]
+        if more is not None:
+            y = y * self.factors[0] + more * self.factors[1]
+        if x is not None and x.shape != y.shape:
+            # A mixture of experts may return its tokens without a batch dimension.
+            x = x.reshape(y.shape)
         adapted = (
             self._on_rows(lambda y, _: self._adapted(y, None), y, y)
             if x is None
             else self._on_rows(self._adapted, y, x)
         )
+        if more is not None:
+            adapted = own + (adapted - y) / self.factors[0]
         if isinstance(output, Tensor):
             return adapted
         # Some models return a list, and join it with others.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_peft.nn.grouped import LowRankSum
 from lit_peft.nn.lora_layer import InitLoRA, LoRALayer, check
 from lit_peft.nn.quantized_experts import QuantizedWeight, expert_weight
+from lit_peft.nn.weight_update import WeightUpdate
 from lit_peft.util.errors import LitPeftError
 
 _LOCK = threading.Lock()
@@ -84,22 +85,23 @@ class ExpertLoRA(LoRALayer):
         weight: Any = self.weight
         return weight.matrices() if isinstance(weight, QuantizedWeight) else weight.detach()
 
-    def merge(self) -> None:
-        """As `LoRALayer.merge`, which cannot be undone for quantized experts.
+    def merge(self, check: bool = True) -> None:
+        """As `WeightUpdate.merge`, which cannot be undone for quantized experts.
 
         Raises:
             LitPeftError: the experts are quantized.
         """
-        if isinstance(self.weight, QuantizedWeight):
-            raise LitPeftError(
-                f"{self.parameter_name} of these experts is quantized, so an update cannot be added to it and removed "
-                "again: use lit_peft.merge(model), which dequantizes the model for good."
-            )
-        super().merge()
+        refuse_quantized(self)
+        super().merge(check)
 
     @property
     def bias(self) -> Tensor | None:
         return None
+
+    @property
+    def target(self) -> str:
+        """What is adapted, by its name in the module that has the parameter."""
+        return self.parameter_name
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return L and R with `W + s · L R` for W as it is stored."""
@@ -114,6 +116,19 @@ class ExpertLoRA(LoRALayer):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, experts={math.prod(self.stack)}"
 
 
+def refuse_quantized(layer: Any) -> None:
+    """Refuse to merge the update of quantized experts so that it can be undone.
+
+    Raises:
+        LitPeftError: the experts are quantized.
+    """
+    if isinstance(layer.weight, QuantizedWeight):
+        raise LitPeftError(
+            f"{layer.parameter_name} of these experts is quantized, so an update cannot be added to it and removed "
+            "again: use lit_peft.merge(model), which dequantizes the model for good."
+        )
+
+
 class LoRAExperts(nn.Module):
     """The experts of a mixture, with a LoRA for some of their parameters.
 
@@ -123,10 +138,10 @@ class LoRAExperts(nn.Module):
 
     Args:
         base_layer: the experts.
-        layers: the LoRA of each adapted parameter, by the parameter's name.
+        layers: the LoRA of each adapted parameter, or a sum of several, by the parameter's name.
     """
 
-    def __init__(self, base_layer: nn.Module, layers: Mapping[str, ExpertLoRA]) -> None:
+    def __init__(self, base_layer: nn.Module, layers: Mapping[str, Any]) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.running = 0
@@ -134,9 +149,13 @@ class LoRAExperts(nn.Module):
             self.add_module(f"lora_{name}", layer)
 
     @property
-    def layers(self) -> dict[str, ExpertLoRA]:
-        """The LoRA of each adapted parameter, by the parameter's name."""
-        return {module.parameter_name: module for module in self.children() if isinstance(module, ExpertLoRA)}
+    def layers(self) -> dict[str, Any]:
+        """The LoRA of each adapted parameter, or a sum of several, by the parameter's name."""
+        found: dict[str, Any] = {}
+        for module in self.children():
+            if isinstance(module, WeightUpdate):
+                found[str(module.parameter_name)] = module
+        return found
 
     # The compiler cannot follow weights that are no tensors.
     @torch.compiler.disable
@@ -173,12 +192,16 @@ class LoRAExperts(nn.Module):
 class _Seen:
     """What the code of the experts finds in the place of an adapted parameter: the sum as it is at that moment."""
 
-    def __init__(self, layer: ExpertLoRA) -> None:
+    def __init__(self, layer: Any) -> None:
         self.layer = layer
 
     def now(self) -> Tensor | LowRankSum:
         layer = self.layer
-        return layer.weight if layer.merged else LowRankSum(layer.weight, *layer.factors(), layer.scaling)
+        if layer.merged:
+            weight: Tensor = layer.weight
+            return weight
+        left, right = layer.factors()
+        return LowRankSum(layer.weight, left, right, layer.scaling)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "layer" not in vars(self):

@@ -14,6 +14,7 @@ from lit_peft.nn.lora_function import lora_linear
 from lit_peft.nn.lora_layer import InitLoRA, LoRALayer, check
 from lit_peft.nn.quantized import QuantizedLinear, check_dequantizable, dense_weight, is_quantized
 from lit_peft.nn.torch_internals import function_transforms_are_active, has_forward_hooks
+from lit_peft.nn.weight_update import WeightUpdate
 from lit_peft.util.errors import LitPeftError
 
 __all__ = ["InitLoRA", "LoRAEmbedding", "LoRALayer", "LoRALinear", "check", "check_mergeable"]
@@ -23,14 +24,15 @@ def check_mergeable(model: nn.Module) -> None:
     """Check that all LoRA layers of a model can be merged, before any weight changes.
 
     Raises:
-        LitPeftError: a weight is stored in a way that cannot be dequantized, or an update or its base weight has NaN or
-            infinite numbers.
+        LitPeftError: a weight is stored in a way that cannot be dequantized, the update, its base weight or their sum
+            has NaN or infinite numbers, or the kind of layer cannot be merged.
     """
     for module in model.modules():
-        if isinstance(module, LoRALayer):
-            module.check_finite()
-        elif is_quantized(module):
+        if is_quantized(module):
             check_dequantizable(module)
+    for module in model.modules():
+        if isinstance(module, WeightUpdate):
+            module.check_mergeable()
 
 
 class LoRALinear(LoRALayer):
@@ -88,14 +90,13 @@ class LoRALinear(LoRALayer):
             codes = (base.scale, base.zero_point) if type(base) is QuantizedLinear else ()
             if self.lora_magnitude is not None:
                 return self._decomposed(x, weight, dropout, codes)
-            return lora_linear(x, weight, base.bias, self.lora_A, self.lora_B, self.scaling, dropout, *codes)
+            bias = base.bias if self.lora_bias is None else self._bias_with_update(base.bias)
+            return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, dropout, *codes)
         out: Tensor = base(x, *args, **kwargs)
         if self.merged:
             return out
         dropped = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
-        # A and B are cast rather than x, because they are smaller.
-        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        update = F.linear(F.linear(dropped, a) * self.scaling, b)
+        update = self.update(dropped)
         if self.lora_magnitude is None:
             return out + update.to(out.dtype)
         scale = (self.lora_magnitude / self._weight_norm()).to(out.dtype)
@@ -107,6 +108,18 @@ class LoRALinear(LoRALayer):
             return out + (scale - 1) * F.linear(dropped, weight) + scale * update
         result = scale * (product + update)
         return result if bias is None else result + bias
+
+    def update(self, x: Tensor) -> Tensor:
+        """Return what the update adds to the output: (..., in_features) → (..., out_features)."""
+        # A and B are cast rather than x, because they are smaller.
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        bias = None if self.lora_bias is None else self.lora_bias.to(x.dtype) * self.scaling
+        return F.linear(F.linear(x, a) * self.scaling, b, bias)
+
+    def _bias_with_update(self, bias: Tensor | None) -> Tensor:
+        assert self.lora_bias is not None
+        own = self.lora_bias * self.scaling
+        return own if bias is None else bias + own
 
     def _decomposed(self, x: Tensor, weight: Tensor, dropout: float, codes: tuple[Tensor | None, ...]) -> Tensor:
         """DoRA with one product for W and the update. With x̃ the dropped x and m' = m / ||W + s·BA||, it is
@@ -136,6 +149,11 @@ class LoRAEmbedding(LoRALayer):
     """
 
     def __init__(self, base_layer: nn.Embedding, **settings: object) -> None:
+        if settings.get("lora_bias"):
+            raise LitPeftError(
+                "lora_bias=True is not supported for an embedding, neither here nor in peft: leave the embeddings out "
+                "of target_modules, or leave lora_bias out."
+            )
         super().__init__(
             base_layer,
             base_layer.num_embeddings,
@@ -165,11 +183,14 @@ class LoRAEmbedding(LoRALayer):
         out: Tensor = self.base_layer(x)
         if self.merged:
             return out
-        # Some models scale inside their embedding (Gemma's embed_scale); the update gets the same scale.
-        factor = getattr(self.base_layer, "embed_scale", None)
-        update = (F.embedding(x, self.lora_A.T) @ self.lora_B.T * self.scaling).to(out.dtype)
-        if factor is not None:
-            update = update * torch.as_tensor(factor, dtype=out.dtype, device=out.device)
+        update = self.update(x).to(out.dtype)
         if self.lora_magnitude is None:
             return out + update
         return (self.lora_magnitude / self._weight_norm()).to(out.dtype) * (out + update)
+
+    def update(self, x: Tensor) -> Tensor:
+        """Return what the update adds to the output: (...) of token ids → (..., embedding_dim)."""
+        update = F.embedding(x, self.lora_A.T) @ self.lora_B.T * self.scaling
+        # Some models scale inside their embedding (Gemma's embed_scale); the update gets the same scale.
+        factor = getattr(self.base_layer, "embed_scale", None)
+        return update if factor is None else update * torch.as_tensor(factor, dtype=update.dtype, device=update.device)

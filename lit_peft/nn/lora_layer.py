@@ -21,14 +21,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lit_peft.nn.deferred import parameter_device
 from lit_peft.nn.linear import adapter_dtype
 from lit_peft.nn.quantized import is_quantized
+from lit_peft.nn.weight_update import WeightUpdate
 from lit_peft.util.errors import LitPeftError, closest
 
 InitLoRA = Literal["kaiming", "gaussian", "pissa", "olora"]
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(WeightUpdate):
     """Base class of the LoRA layers.
 
     Args:
@@ -43,6 +45,7 @@ class LoRALayer(nn.Module):
         init_lora_weights: how A and B are initialized: `kaiming` (A Kaiming-uniform, B zero: the update is zero),
             `gaussian` (A normal with standard deviation 1/r, B zero), `pissa` (principal singular vectors,
             arXiv:2404.02948) or `olora` (QR, arXiv:2406.01775). The last two move part of W into the update.
+        lora_bias: whether the update has a bias of its own: `s · (B A x + bias)`.
 
     Raises:
         LitPeftError: a setting is out of range (see `check`), or W, quantized or too small, allows no such
@@ -51,6 +54,8 @@ class LoRALayer(nn.Module):
 
     # The dimensions of A and B before their last two: for a stack of matrices, their number.
     stack: tuple[int, ...] = ()
+    # The groups of a convolution: each part of B's outputs reads its own part of the rank.
+    groups: int = 1
 
     def __init__(
         self,
@@ -63,20 +68,21 @@ class LoRALayer(nn.Module):
         use_rslora: bool = False,
         use_dora: bool = False,
         init_lora_weights: InitLoRA = "kaiming",
+        lora_bias: bool = False,
     ) -> None:
         super().__init__()
         check(r=r, lora_dropout=lora_dropout)
         self.keep_base(base_layer)
         self.in_features, self.out_features = in_features, out_features
         self.r, self.lora_alpha = r, lora_alpha
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        # `rescale` multiplies the scale that the settings give by `scale_factor`.
+        self.initial_scaling = self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scale_factor = 1.0
         self.lora_dropout = lora_dropout
-        # A copy of W while the update is merged.
-        self.unmerged_weight: Tensor | None = None
-        weight = self.weight
-        dtype = adapter_dtype(weight)
-        self.lora_A = nn.Parameter(torch.empty(*self.stack, r, in_features, dtype=dtype, device=weight.device))
-        self.lora_B = nn.Parameter(torch.empty(*self.stack, out_features, r, dtype=dtype, device=weight.device))
+        dtype, device = adapter_dtype(self.weight), parameter_device(self.weight)
+        self.lora_A = nn.Parameter(torch.empty(*self.stack, r, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(*self.stack, out_features, r // self.groups, dtype=dtype, device=device))
+        self.lora_bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if lora_bias else None
         self.lora_magnitude: nn.Parameter | None = None
         # With PiSSA and OLoRA: W as it was, the first A and B, and W without them while the layer is suspended.
         self.original_weight: Tensor | None = None
@@ -84,11 +90,9 @@ class LoRALayer(nn.Module):
         self.residual_weight: Tensor | None = None
         self.reset_parameters(init_lora_weights)
         if use_dora:
-            self.lora_magnitude = nn.Parameter(self._weight_norm().to(dtype))
-
-    def keep_base(self, base_layer: nn.Module) -> None:
-        """Keep the layer to adapt, and freeze its parameters."""
-        self.base_layer = base_layer.requires_grad_(False)
+            known = not self.lora_A.is_meta or self.weight.is_meta
+            norm = self._weight_norm() if known else torch.empty(out_features, device=device)
+            self.lora_magnitude = nn.Parameter(norm.to(dtype))
 
     def reset_parameters(self, init_lora_weights: InitLoRA) -> None:
         """Initialize A and B again.
@@ -121,7 +125,7 @@ class LoRALayer(nn.Module):
             )
         if method == "pissa" and self.scaling <= 0:
             raise LitPeftError(f"lora_alpha={self.lora_alpha} with init_lora_weights='pissa': give a positive number.")
-        if self.weight.is_meta:
+        if self.weight.is_meta or self.lora_A.is_meta:
             return
         weight = self.dense_weight().float()
         if method == "pissa":
@@ -139,19 +143,13 @@ class LoRALayer(nn.Module):
         self.add_to_weight(-self.delta_weight())
 
     @property
-    def weight(self) -> Tensor:
-        """The frozen weight, as the base layer stores it."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    @property
-    def merged(self) -> bool:
-        """Whether the update is merged into the base weight."""
-        return self.unmerged_weight is not None
-
-    @property
     def moved(self) -> bool:
         """Whether the initialization (PiSSA, OLoRA) moved part of the base weight into the update."""
         return self.original_weight is not None
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the scale that the settings give by a factor. The last call counts."""
+        self.scale_factor, self.scaling = factor, self.initial_scaling * factor
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """Return A and B of the same update to the original base weight W₀, with scale s.
@@ -164,22 +162,27 @@ class LoRALayer(nn.Module):
         a, b = (start.to(self.lora_A) for start in self._start)
         return torch.cat([self.lora_A, a]), torch.cat([self.lora_B, -b], 1)
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias, if it has one."""
-        return getattr(self.base_layer, "bias", None)
+    def update(self, x: Tensor) -> Tensor:
+        """Return what the update adds to the layer's output, without dropout.
 
-    def dense_weight(self) -> Tensor:
-        """Return W as a dense matrix, shape (out_features, in_features)."""
-        return self.weight.detach()
-
-    def add_to_weight(self, delta: Tensor) -> None:
-        """Add `delta`, shape (out_features, in_features), to the base layer's weight in place."""
-        self.weight.data.add_(delta.to(self.weight.dtype))
+        Args:
+            x: the layer's input.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not compute its update apart from the layer.")
 
     def delta_weight(self) -> Tensor:
         """Return s · B A, shape (out_features, in_features)."""
         return (self.lora_B @ self.lora_A) * self.scaling
+
+    def delta_bias(self) -> Tensor | None:
+        return None if self.lora_bias is None else self.lora_bias * self.scaling
+
+    def weight_change(self) -> Tensor:
+        delta = self.delta_weight()
+        if self.lora_magnitude is None:
+            return delta
+        dense = self.dense_weight().to(delta.dtype)
+        return (self.lora_magnitude / self._weight_norm())[:, None] * (dense + delta) - dense
 
     @torch.no_grad()
     def _weight_norm(self) -> Tensor:
@@ -196,67 +199,12 @@ class LoRALayer(nn.Module):
         square = own + 2 * self.scaling * cross + self.scaling**2 * update
         return square.clamp_(min=0).sqrt_().to(dense.dtype)
 
-    def check_finite(self) -> None:
-        """Check that a merge would give finite numbers, before any weight changes.
-
-        Raises:
-            LitPeftError: the update or the base weight has NaN or infinite numbers.
-        """
-        if not all(torch.isfinite(parameter).all() for parameter in self.parameters(recurse=False)):
-            raise self._not_finite("adapter")
-        if not is_quantized(self.base_layer) and not torch.isfinite(self.dense_weight()).all():
-            raise self._not_finite("base")
-
-    def _not_finite(self, source: str) -> LitPeftError:
-        return LitPeftError(
-            f"The update of a {type(self.base_layer).__name__} ({self.out_features} by {self.in_features}) cannot be "
-            f"merged: the result would have NaN or infinite numbers, which come from the {source}. Training has "
-            "probably diverged: load an earlier checkpoint."
-        )
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Add the update to the base weight in place. Does nothing if it is merged already.
-
-        Raises:
-            LitPeftError: the base layer is quantized, or the sum has NaN or infinite numbers. The layer is as it was.
-        """
-        if self.merged:
-            return
-        if is_quantized(self.base_layer):
-            raise LitPeftError(
-                f"This {type(self.base_layer).__name__} is quantized, so an update cannot be added to its weight and "
-                "removed again: use lit_peft.merge(model), which dequantizes the model for good."
-            )
-        delta = self.delta_weight()
-        if self.lora_magnitude is not None:
-            dense = self.dense_weight().to(delta.dtype)
-            merged = (self.lora_magnitude / self._weight_norm())[:, None] * (dense + delta)
-            delta = merged - dense
-        # (W + d) - d is not W after rounding, so W itself is kept.
-        unmerged = self.weight.detach().clone()
-        self.add_to_weight(delta)
-        if not torch.isfinite(self.weight).all():
-            self.weight.data.copy_(unmerged)
-            self.check_finite()
-            raise self._not_finite("sum, which is too large for the weight's dtype")
-        self.unmerged_weight = unmerged
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Undo `merge`: restore the base weight bit for bit."""
-        if self.unmerged_weight is not None:
-            self.weight.data.copy_(self.unmerged_weight)
-            self.unmerged_weight = None
-
     def keep_merged(self) -> None:
-        """Make a merge final: the base layer keeps the merged weight, and the copies of W are freed."""
-        self.unmerged_weight = self.original_weight = None
+        super().keep_merged()
+        self.original_weight = None
 
     def restore_base(self) -> nn.Module:
-        """Return the base layer as it was before it was adapted, bit for bit."""
-        if self.merged:
-            self.unmerge()
+        self.unmerge()
         if self.original_weight is not None:
             self.weight.data.copy_(self.original_weight)
         return self.base_layer
@@ -267,13 +215,17 @@ class LoRALayer(nn.Module):
             self.unmerge()
             self.residual_weight = self.weight.detach().clone()
 
+    def follow_weight(self) -> None:
+        """Move A and B to the device of W."""
+        if self.lora_A.device != self.weight.device:
+            for parameter in self.parameters(recurse=False):
+                parameter.data = parameter.data.to(self.weight.device)
+
     def resume(self) -> None:
         """Prepare for being put back: follow the base layer's device, and take out of W what the update contains."""
         if any(parameter.requires_grad for parameter in self.base_layer.parameters(recurse=False)):
             self.base_layer.requires_grad_(False)
-        if self.lora_A.device != self.weight.device:
-            for parameter in self.parameters(recurse=False):
-                parameter.data = parameter.data.to(self.weight.device)
+        self.follow_weight()
         if self.residual_weight is not None:
             self.weight.data.copy_(self.residual_weight)
             self.residual_weight = None

@@ -35,10 +35,10 @@ class PrefixSlot:
     itself.
 
     Attributes:
-        shape: (heads, head_dim) of the keys.
+        shape: (heads, head_dim), or (heads, width of a key, width of a value) where these widths differ.
     """
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
         self.call = _SlotCall()
         self.latest: KeysAndValues | None = None
@@ -58,7 +58,8 @@ class Prefix(nn.Module):
 
     Args:
         num_virtual_tokens: v.
-        shapes: (heads, head_dim) of the keys of each attention layer; its values have the same shape.
+        shapes: (heads, head_dim) of each attention layer, or (heads, width of a key, width of a value) where these
+            widths differ (latent attention).
         projection_size: size between `down` and `up`; no projection when None.
         hidden_size: d, the size of P's rows.
         non_linearity: the activation, a name in `lit_peft.nn.bottleneck.ACTIVATIONS`.
@@ -68,7 +69,7 @@ class Prefix(nn.Module):
         dtype: dtype of the parameters. The computation uses the dtype of the model's keys.
 
     Shapes:
-        `forward()` → (v, 2 · Σ heads · head_dim): keys and values of the layers in turn, K of layer 0, V of layer 0, …
+        `forward()` → (v, Σ heads · (key + value)): keys and values of the layers in turn, K of layer 0, V of layer 0, …
 
     Raises:
         LitPeftError: a size is not positive, `init_std` is negative, the dropout is not in [0, 1), or the activation
@@ -78,7 +79,7 @@ class Prefix(nn.Module):
     def __init__(
         self,
         num_virtual_tokens: int,
-        shapes: Sequence[tuple[int, int]],
+        shapes: Sequence[tuple[int, ...]],
         *,
         projection_size: int | None = None,
         hidden_size: int = 0,
@@ -98,7 +99,7 @@ class Prefix(nn.Module):
         self.num_virtual_tokens, self.dropout = num_virtual_tokens, dropout
         self.slots = tuple(PrefixSlot(shape) for shape in shapes)
         self.non_linearity = non_linearity
-        width = 2 * sum(heads * size for heads, size in self.shapes)
+        width = sum(shape[0] * (shape[1] + shape[-1]) for shape in self.shapes)
         self.down: nn.Linear | None = None
         self.up: nn.Linear | None = None
         if projection_size is not None:
@@ -112,17 +113,17 @@ class Prefix(nn.Module):
         self._kept: tuple[tuple[Any, ...], list[KeysAndValues]] | None = None
 
     @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(heads, head_dim) of the keys of each layer; of this process's part where matrices are split."""
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of each layer's slot; of this process's part where matrices are split."""
         return tuple(slot.shape for slot in self.slots)
 
     @shapes.setter
-    def shapes(self, shapes: Sequence[tuple[int, int]]) -> None:
+    def shapes(self, shapes: Sequence[tuple[int, ...]]) -> None:
         for slot, shape in zip(self.slots, shapes, strict=True):
             slot.shape = shape
 
     def forward(self) -> Tensor:
-        """Return the table of keys and values, shape (v, 2 · Σ heads · head_dim)."""
+        """Return the table of keys and values, shape (v, Σ heads · (key + value))."""
         if self.down is None or self.up is None:
             return self.embedding
         out: Tensor = self.up(ACTIVATIONS[self.non_linearity.lower()](self.down(self.embedding)))
@@ -142,9 +143,10 @@ class Prefix(nn.Module):
             slot.call.pair = slot.latest = pair
 
     def _split(self, table: Tensor) -> list[KeysAndValues]:
-        widths = [heads * size for heads, size in self.shapes for _ in range(2)]
-        parts = iter(table.split(widths, dim=-1))
-        return [tuple(next(parts).unflatten(-1, shape).transpose(0, 1) for _ in range(2)) for shape in self.shapes]
+        sizes = [(shape[0], size) for shape in self.shapes for size in (shape[1], shape[-1])]
+        parts = table.split([heads * size for heads, size in sizes], dim=-1)
+        heads = [part.unflatten(-1, size).transpose(0, 1) for part, size in zip(parts, sizes, strict=True)]
+        return list(zip(heads[::2], heads[1::2], strict=True))
 
     def layer(self, slot: PrefixSlot, like: Tensor) -> KeysAndValues:
         """Return the prefix's keys and values of one layer for a batch.
@@ -154,7 +156,7 @@ class Prefix(nn.Module):
             like: a tensor of the batch, shape (batch, …), with the dtype to return.
 
         Returns:
-            Keys and values, each of shape (batch, heads, v, head_dim).
+            Keys and values, of shape (batch, heads, v, width of a key or a value).
         """
         # On a GPU, autograd computes checkpointed layers again in a thread of its own.
         pair = slot.call.pair or slot.latest

@@ -72,6 +72,12 @@ def torch_handles_saved_tensors() -> bool:
     return hooks is not None and hooks[0].__module__.startswith("torch.")
 
 
+def backward_is_running() -> bool:
+    """Return whether autograd computes gradients in this thread, where checkpointed layers are computed again."""
+    # torch has no public way to ask.
+    return torch._C._current_graph_task_id() != -1
+
+
 def function_transforms_are_active() -> bool:
     """Return whether `torch.func` transforms (vmap, jvp, …) or forward-mode derivatives are being computed."""
     # An autograd function with one plain backward formula supports neither, and torch only says so by raising.

@@ -35,8 +35,8 @@ TASKS: dict[str, type[Task]] = {
         Preference,
         Embedding,
         MaskedLM,
-        SpeechSeq2Seq,
         ImageTextToText,
+        SpeechSeq2Seq,
     )
 }
 

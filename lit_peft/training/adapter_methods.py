@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from lit_peft.formats.folder import load_adapter, save_adapter
-from lit_peft.methods import adapters
+from lit_peft.methods import adapters, merging
 from lit_peft.methods.attachment import MethodSettings
 from lit_peft.methods.stack import Stack
 
@@ -32,18 +33,23 @@ class AdapterMethods:
         """Write the active adapter to a folder; see `lit_peft.save_adapter`."""
         return save_adapter(self.model, folder, format)
 
-    def load_adapter(self, folder: str | Path, name: str, check_base: bool = True, with_head: bool = True) -> None:
-        """Load another adapter and make it the active one; see `lit_peft.load_adapter`."""
+    def load_adapter(
+        self, folder: str | Path, name: str, check_base: bool = True, with_head: bool = True, **options: Any
+    ) -> None:
+        """Load another adapter and make it the active one; arguments as those of `lit_peft.load_adapter`."""
         self.configure_model()
-        load_adapter(self.model, folder, check_base, name, with_head)
+        load_adapter(self.model, folder, check_base, name, with_head, **options)
 
     def add_adapter(self, name: str, settings: MethodSettings) -> None:
         """Attach another new adapter and make it the active one; see `lit_peft.add_adapter`."""
         self.configure_model()
         adapters.add_adapter(self.model, name, settings)
 
-    def set_adapter(self, name: str | Stack | None) -> None:
-        """Make an adapter or a `Stack` active, or none if `name` is None; the module's own is called `default`."""
+    def set_adapter(self, name: str | Stack | Sequence[str] | None) -> None:
+        """Make an adapter, a `Stack` or a list of LoRAs active, or none if `name` is None.
+
+        The module's own adapter is called `default`.
+        """
         adapters.set_adapter(self.model, name)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
@@ -52,12 +58,12 @@ class AdapterMethods:
 
     def merge(self) -> None:
         """Merge the active LoRA into the base weights, until `unmerge`."""
-        adapters.merge_adapter(self.model)
+        merging.merge_adapter(self.model)
 
     def unmerge(self) -> None:
         """Undo `merge`, bit for bit."""
-        adapters.unmerge_adapter(self.model)
+        merging.unmerge_adapter(self.model)
 
     def merge_and_unload(self) -> Any:
         """Merge the active LoRA into the base weights for good and return the plain transformers model."""
-        return adapters.merge_and_unload(self.model)
+        return merging.merge_and_unload(self.model)

@@ -79,14 +79,26 @@ def _plan(model: Any) -> dict[re.Pattern[str], str]:
     return {re.compile(re.escape(prefix + name).replace(r"\*", r"\d+")): style for name, style in named.items()}
 
 
+def _special(module: nn.Module) -> str | None:
+    """What an update has besides A and B, so that it cannot be split; None if it has nothing else."""
+    if not isinstance(module, LoRALinear):
+        return None
+    if module.lora_magnitude is not None:
+        return "DoRA"
+    if module.lora_bias is not None:
+        return "lora_bias"
+    return None if type(module) is LoRALinear else type(module).__name__
+
+
 def _split(path: str, module: nn.Module, mesh: DeviceMesh, style: str) -> None:
     """Distribute the parameters of a linear layer, and convert its input and output."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     layer = module.base_layer if isinstance(module, LoRALinear) else module
     plain = type(layer) is nn.Linear and type(layer.weight.data) is Tensor
-    if not plain or (isinstance(module, LoRALinear) and module.lora_magnitude is not None):
-        kind = "DoRA" if plain else f"{type(layer).__name__}, {type(layer.weight.data).__name__}"
+    special = _special(module)
+    if not plain or special is not None:
+        kind = special or f"{type(layer).__name__}, {type(layer.weight.data).__name__}"
         raise LitPeftError(f"tensor_parallel_size: {path} ({kind}) cannot be split. Use tensor_parallel_size=1.")
     whole, rows, columns = Replicate(), Shard(0), Shard(1)
     weight, a, b, bias = (rows, whole, rows, rows) if style == "colwise" else (columns, columns, whole, whole)
@@ -119,12 +131,12 @@ def _split_prefix(prefix: Prefix, mesh: DeviceMesh) -> None:
     # The table has K and V of each layer in turn.
     own: list[int] = []
     column = 0
-    for heads, size in prefix.shapes:
-        for _ in range(2):
+    for heads, *sizes in prefix.shapes:
+        for size in (sizes[0], sizes[-1]):
             width = heads * size // parts
             own += range(column + rank * width, column + (rank + 1) * width)
             column += heads * size
-    prefix.shapes = tuple((heads // parts, size) for heads, size in prefix.shapes)
+    prefix.shapes = tuple((heads // parts, *sizes) for heads, *sizes in prefix.shapes)
 
     def leave(module: nn.Module, args: Any, table: Tensor) -> Tensor:
         # Each process has the gradient of its own columns: the backward pass adds them up.
