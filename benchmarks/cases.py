@@ -222,7 +222,7 @@ def parity(made: Runs) -> float:
         model, step = made[name]
         model.eval()
         step().backward()
-        trained = {_plain(path): p.grad for path, p in model.named_parameters() if p.requires_grad}
+        trained = {plain_name(path): p.grad for path, p in model.named_parameters() if p.requires_grad}
         gradients.append(trained if "lora_A" in "".join(trained) else dict(enumerate(trained.values())))
         model.zero_grad()
         model.train()
@@ -232,7 +232,8 @@ def parity(made: Runs) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours) / scale
 
 
-def _plain(path: str) -> str:
+def plain_name(path: str) -> str:
+    """A parameter's name in the base, whether it is lit_peft's or peft's."""
     return path.removeprefix("base_model.model.").removesuffix(".default.weight")
 
 
@@ -247,4 +248,4 @@ def _copy_adapters(ours: nn.Module, theirs: nn.Module) -> None:
             values[path] = parameter
     for path, parameter in theirs.named_parameters():
         if parameter.requires_grad:
-            parameter.copy_(values[_plain(path)])
+            parameter.copy_(values[plain_name(path)])

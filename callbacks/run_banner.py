@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lit_peft.callbacks.last_checkpoint import LastCheckpoint
 
+from lit_peft.data.loaders import default_workers
 from lit_peft.methods.attachment import trainable_parameters
 from lit_peft.models.experts import experts_adapted, experts_left_out
 from lit_peft.models.precision_note import precision_note
@@ -48,6 +49,7 @@ class RunBanner(Callback):
             "trainable": f"{trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.3f} %)",
             "length": _length(trainer) + (f" ({self.length_note})" if self.length_note else ""),
             "precision": f"{trainer.precision} on {trainer.world_size} × {device}",
+            "GPU": _on_gpu(trainer),
             "results": results,
             "last.ckpt": next(
                 (c.describe() for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), ""
@@ -73,6 +75,19 @@ def print_data_report(trainer: pl.Trainer) -> None:
     if trainer.is_global_zero and callable(report):
         for line in report():
             print(f"{'data:':<11}{line}", flush=True)
+
+
+def _on_gpu(trainer: pl.Trainer) -> str:
+    """Return what is done in another way than on a CPU, in words; empty on a CPU."""
+    if trainer.strategy.root_device.type != "cuda":
+        return ""
+    fused = [type(o).__name__ for o in trainer.optimizers if any(group.get("fused") for group in o.param_groups)]
+    data = getattr(trainer, "datamodule", None)
+    workers = getattr(data, "num_workers", 0)
+    if workers is None:  # a stream gets none
+        workers = 0 if getattr(data, "streaming", False) else default_workers(trainer)
+    parts = [*(f"fused {name}" for name in fused), f"batches by {workers} processes" if workers else ""]
+    return ", ".join(filter(None, parts))
 
 
 def _length(trainer: pl.Trainer) -> str:

@@ -42,6 +42,7 @@ _NAMES = {
     "merge": "lit_peft.methods.lora",
     "merge_adapter": "lit_peft.methods.merging",
     "merge_and_unload": "lit_peft.methods.merging",
+    "merged_adapter": "lit_peft.methods.merged",
     "register_layer": "lit_peft.methods.layer_kinds",
     "rescaled": "lit_peft.methods.scale",
     "restore_layers": "lit_peft.models.compiled_layers",

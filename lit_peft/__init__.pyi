@@ -50,6 +50,7 @@ from lit_peft.formats.folder import load_adapter as load_adapter
 from lit_peft.methods.lora import merge as merge
 from lit_peft.methods.merging import merge_adapter as merge_adapter
 from lit_peft.methods.merging import merge_and_unload as merge_and_unload
+from lit_peft.methods.merged import merged_adapter as merged_adapter
 from lit_peft.methods.layer_kinds import register_layer as register_layer
 from lit_peft.methods.scale import rescaled as rescaled
 from lit_peft.models.compiled_layers import restore_layers as restore_layers
@@ -113,6 +114,7 @@ __all__ = [
     "merge",
     "merge_adapter",
     "merge_and_unload",
+    "merged_adapter",
     "register_layer",
     "rescaled",
     "restore_layers",

@@ -15,7 +15,8 @@ from torch import nn
 import lit_peft
 from lit_peft import LitPeftError, LoRASettings
 from lit_peft.formats.untrusted import read_json, read_tensors
-from lit_peft.methods.targets import find_targets, first_fitting
+from lit_peft.methods.patterns import first_fitting
+from lit_peft.methods.targets import find_targets
 from lit_peft.util.expressions import Expressions, check_expression
 
 NAMES = [f"model.layers.{index}.self_attn.{name}_proj" for index in range(40) for name in "qkvo"]

@@ -27,6 +27,7 @@ from lit_peft.nn.torch_internals import (
     restore_calls,
     runs_last,
     saved_factors,
+    scaled_product,
     torch_handles_saved_tensors,
     version_of,
     weights_read_by,
@@ -41,6 +42,16 @@ def test_forward_hooks_are_found_and_their_removal_too() -> None:
         assert has_forward_hooks(layer)
         handle.remove()
         assert not has_forward_hooks(layer)
+
+
+def test_numbers_in_8_bits_are_multiplied_with_a_scale_for_each_row() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(32, 64).to(torch.float8_e4m3fn), torch.randn(48, 64).to(torch.float8_e4m3fn)
+    a_scale, b_scale = torch.rand(32, 1), torch.rand(1, 48)
+    product = scaled_product(a, b.t(), a_scale, b_scale)
+    assert product.dtype == torch.bfloat16
+    wanted = (a.float() * a_scale) @ (b.float().t() * b_scale)
+    torch.testing.assert_close(product.float(), wanted, rtol=1e-2, atol=1e-2)
 
 
 def test_a_hook_may_stay_behind_those_that_come_later() -> None:

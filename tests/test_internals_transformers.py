@@ -25,6 +25,7 @@ from lit_peft.models.transformers_internals import (
     own_loss_function,
     returns_its_product,
     set_own_loss_function,
+    supports_flash_attention,
     uses_attention_interface,
     warns_without_mask,
 )
@@ -40,6 +41,11 @@ def test_auto_classes_say_which_configs_they_have_a_model_for() -> None:
 
 def test_models_that_look_for_padding_without_a_mask() -> None:
     assert warns_without_mask(make("gpt2")) and not warns_without_mask(make("llama"))
+
+
+def test_models_that_flash_attention_can_run() -> None:
+    assert supports_flash_attention(make("llama")) and not supports_flash_attention(make("bloom"))
+    assert not supports_flash_attention(nn.Linear(2, 2))
 
 
 def test_auto_classes_say_which_models_are_theirs() -> None:

@@ -73,7 +73,7 @@ class LitDataModule(pl.LightningDataModule):
             2,048 and the model's maximum.
         truncation_side: what happens to longer examples: they are cut at their end ('right') or start ('left'), or
             training examples are dropped ('drop').
-        num_workers: processes that prepare batches; 0: the main process.
+        num_workers: processes that prepare batches; 0: the main process; unset: 2 to train on a GPU, else 0.
         num_proc: processes that tokenize; unset: the main process. The result is cached on disk.
         group_by_length: batch training examples of similar lengths together, so that there is little padding.
         streaming: read the training rows during training, if there are too many to read first. Needs
@@ -137,7 +137,7 @@ class LitDataModule(pl.LightningDataModule):
         batch_size: int = 16,
         max_length: int | None = None,
         truncation_side: Literal["right", "left", "drop"] = "right",
-        num_workers: int = 0,
+        num_workers: int | None = None,
         num_proc: int | None = None,
         group_by_length: bool = False,
         streaming: bool = False,

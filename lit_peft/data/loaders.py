@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from lit_peft.data.sampling import ByBatch, Mixture, SeededBatches
 from lit_peft.data.streaming import Stream
 from lit_peft.util.errors import LitPeftError
 
+TRAINING_WORKERS = 2
 Collate = Callable[[list[Any]], dict[str, Any]]
 
 
@@ -24,7 +26,7 @@ def training_loader(
     batch_size: int,
     seed: int,
     trainer: pl.Trainer | None,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     lengths: Sequence[int] | None = None,
     capacity: int | None = None,
     mixture: Mixture | None = None,
@@ -37,11 +39,16 @@ def training_loader(
         batch_size: examples, or packed rows, per batch and process.
         seed: seed of the order.
         trainer: the trainer that takes the batches, if there is one.
-        num_workers: number of worker processes.
+        num_workers: number of worker processes; None: `TRAINING_WORKERS` to train on a GPU, else none.
         lengths: see `SeededBatches`.
         capacity: see `SeededBatches`.
         mixture: see `SeededBatches`.
     """
+    if num_workers is None:
+        num_workers = default_workers(trainer)
+        if num_workers:
+            # Otherwise tokenizers warns in each of them; the texts are tokens by now.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loader = StatefulLoader(
         ByBatch(examples),
         batch_size=None,
@@ -54,7 +61,7 @@ def training_loader(
     return loader
 
 
-def streaming_loader(stream: Stream, trainer: pl.Trainer | None, num_workers: int = 0) -> StreamLoader:
+def streaming_loader(stream: Stream, trainer: pl.Trainer | None, num_workers: int | None = 0) -> StreamLoader:
     """Make the loader of a stream's batches.
 
     Args:
@@ -84,7 +91,7 @@ def evaluation_loader(
     examples: Any,
     collate: Collate,
     batch_size: int,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     processes: int = 1,
     sampler: Iterable[int] | None = None,
 ) -> DataLoader[Any]:
@@ -105,10 +112,17 @@ def evaluation_loader(
     )
 
 
-def _worker_settings(num_workers: int) -> dict[str, Any]:
+def default_workers(trainer: pl.Trainer | None) -> int:
+    """Return how many processes prepare training batches if the setting leaves it open."""
+    # A GPU would wait for this process, which starts the GPU's work as well.
+    on_gpu = torch.cuda.is_available() if trainer is None else trainer.strategy.root_device.type == "cuda"
+    return min(TRAINING_WORKERS, (os.cpu_count() or 1) - 1) if on_gpu else 0
+
+
+def _worker_settings(num_workers: int | None) -> dict[str, Any]:
     return {
-        "num_workers": num_workers,
-        "persistent_workers": num_workers > 0,
+        "num_workers": num_workers or 0,
+        "persistent_workers": bool(num_workers),
         "pin_memory": torch.cuda.is_available(),
     }
 

@@ -66,7 +66,8 @@ class PackCollator:
     """Joins the examples of each row end to end, and pads the rows on the right to the longest of the batch.
 
     There is no attention mask: transformers takes positions that restart as the start of another example, and lets no
-    token attend to another example, as long as the model keeps no cache.
+    token attend to another example, as long as the model keeps no cache. Attention functions that compute each example
+    by itself take the examples' boundaries, which are found here, because finding them on a GPU would make it wait.
 
     Attributes:
         pad_token_id: fills `input_ids`.
@@ -76,7 +77,7 @@ class PackCollator:
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, packs: list[list[dict[str, Any]]]) -> dict[str, Tensor]:
+    def __call__(self, packs: list[list[dict[str, Any]]]) -> dict[str, Any]:
         """Collate a batch.
 
         Args:
@@ -86,6 +87,9 @@ class PackCollator:
         Returns:
             int64 `input_ids`, `labels`, `position_ids` and, if given, `token_type_ids`, [batch, length]. Labels are
             -100 on padding and on the first token of each example, which the example before it must not predict.
+            `cu_seq_lens_q` and `cu_seq_lens_k`, int32 [examples + 1], are where the examples begin and end in all rows
+            joined, with the padding of a row as one more example; `max_length_q` and `max_length_k` are the tokens of
+            the longest.
 
         Raises:
             LitPeftError: an example has something else for each token, which packed rows would lose.
@@ -97,6 +101,7 @@ class PackCollator:
         ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE)
         positions = torch.zeros(shape, dtype=torch.long)
         types = torch.zeros(shape, dtype=torch.long)
+        ends = [0]
         for row, examples in enumerate(packs):
             start = 0
             for example in examples:
@@ -112,9 +117,15 @@ class PackCollator:
                 labels[row, start + 1 : start + length] = torch.as_tensor(example["labels"])[1:]
                 positions[row, start : start + length] = torch.arange(length)
                 start += length
+                ends.append(row * longest + start)
             # Padding counts as one more example.
             positions[row, start:] = torch.arange(longest - start)
-        batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+            if start < longest:
+                ends.append((row + 1) * longest)
+        batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        for name in ("q", "k"):
+            batch[f"cu_seq_lens_{name}"] = torch.tensor(ends, dtype=torch.int32)
+            batch[f"max_length_{name}"] = int(positions.max()) + 1
         return {**batch, "token_type_ids": types} if "token_type_ids" in packs[0][0] else batch
 
 

@@ -36,7 +36,8 @@ from lit_peft.formats.untrusted import check_names
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
 from lit_peft.methods.layer_kinds import can_adapt, lora_class
 from lit_peft.methods.lora import LoRASettings
-from lit_peft.methods.targets import default_targets, find_targets, first_fitting, pattern_values
+from lit_peft.methods.patterns import first_fitting, pattern_values
+from lit_peft.methods.targets import default_targets, find_targets
 from lit_peft.methods.tokens import token_rows
 from lit_peft.methods.tying import tied_heads, tying_matters
 from lit_peft.nn.expert_lora import ExpertLoRA

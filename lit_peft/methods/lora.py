@@ -16,7 +16,8 @@ from lit_peft.methods.expert_targets import adapt_parameters, find_parameters
 from lit_peft.methods.invocation import add_invocation, invoked_layer
 from lit_peft.methods.layer_kinds import can_adapt, lora_class, new_layer
 from lit_peft.methods.mixin import MethodMixin
-from lit_peft.methods.targets import check_expression, check_patterns, default_targets, find_targets, pattern_values
+from lit_peft.methods.patterns import check_patterns, pattern_values
+from lit_peft.methods.targets import check_expression, default_targets, find_targets
 from lit_peft.methods.threads import exclusive
 from lit_peft.methods.tokens import merged_rows, write_rows
 from lit_peft.methods.tying import check_tied_patterns, split_tied

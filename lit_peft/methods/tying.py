@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lit_peft.methods.changes import tied_names
-from lit_peft.methods.targets import first_fitting
+from lit_peft.methods.patterns import first_fitting
 from lit_peft.util.errors import LitPeftError
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lit_peft.models import varlen_attention
 from lit_peft.models.quantization import loading_arguments, quantize
 from lit_peft.models.sources import BaseSource, hub_error, resolve_base
 from lit_peft.util.errors import LitPeftError
@@ -51,6 +52,8 @@ class BaseSettings:
     def model_arguments(self) -> dict[str, Any]:
         """Arguments of a model's `from_pretrained`."""
         attention = self.attn_implementation
+        if attention == varlen_attention.NAME:
+            varlen_attention.register()
         return self.hub_arguments if attention is None else {**self.hub_arguments, "attn_implementation": attention}
 
 

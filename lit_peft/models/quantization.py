@@ -1,4 +1,4 @@
-"""Quantized frozen bases: by torchao on every device, and by bitsandbytes."""
+"""Quantized frozen bases: by torchao on every device, by bitsandbytes, and in 8-bit floating point for new GPUs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from lit_peft.models.experts import dequantize_experts, experts_left_out, quantize_experts
 from lit_peft.models.transformers_internals import clear_quantization_flags
+from lit_peft.nn.float8 import Float8Linear
 from lit_peft.nn.quantized import QuantizedLinear, dense_linear, is_quantized
 from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.lazy import is_instance
@@ -27,7 +28,9 @@ _BITSANDBYTES: dict[str, dict[str, Any]] = {
 }
 _TORCHAO = {"int8": 8, "int4": 4}
 GROUP_SIZE = 32
-NAMES = (*_TORCHAO, *_BITSANDBYTES)
+# Of lit_peft itself: see `lit_peft.nn.float8`.
+_FP8 = "fp8"
+NAMES = (*_TORCHAO, *_BITSANDBYTES, _FP8)
 
 
 def check_quantization(quantization: str | Mapping[str, Any] | None) -> None:
@@ -44,7 +47,7 @@ def check_quantization(quantization: str | Mapping[str, Any] | None) -> None:
                 f"quantization={quantization!r} is not known: use {closest(quantization, NAMES)}, or a quantization "
                 "config of transformers as a dictionary with quant_method."
             )
-        library = "torchao" if quantization in _TORCHAO else "bitsandbytes"
+        library = "torchao" if quantization in _TORCHAO else "bitsandbytes" if quantization in _BITSANDBYTES else ""
     elif "quant_method" not in quantization:
         raise LitPeftError(
             f"quantization={dict(quantization)} has no quant_method: give one that transformers knows, e.g. "
@@ -72,7 +75,7 @@ def loading_arguments(
     Raises:
         LitPeftError: transformers does not accept the dictionary.
     """
-    if quantization is None or (isinstance(quantization, str) and quantization in _TORCHAO):
+    if quantization is None or (isinstance(quantization, str) and quantization not in _BITSANDBYTES):
         return {}
     if isinstance(quantization, str):
         from transformers import BitsAndBytesConfig
@@ -93,20 +96,20 @@ def loading_arguments(
 def quantize(model: nn.Module, quantization: str | Mapping[str, Any] | None, skip: tuple[str, ...] = ()) -> None:
     """Quantize a model's linear layers in place, except heads and tied weights, so that gradients pass through them.
 
-    `int8` has one scale for each row. `int4` has one for each group of `GROUP_SIZE` weights, or for each row if that
-    is not a divisor of the row's size. A mixture's experts that are stored as one parameter are quantized one by one,
-    see `lit_peft.nn.quantized_experts`; a warning says how much of the model are experts that are not.
+    `fp8` has one scale for each row, and quantizes activations as well. `int8` has one scale for each row. `int4` has
+    one for each group of `GROUP_SIZE` weights, or for each row if that is not a divisor of the row's size. A mixture's
+    experts that are stored as one parameter are quantized one by one, see `lit_peft.nn.quantized_experts`; a warning
+    says how much of the model are experts that are not.
 
     Args:
         model: a transformers model, as it was loaded.
-        quantization: the setting. torchao's names are quantized here; with others, the loader has quantized already.
+        quantization: the setting. `fp8` and torchao's names are quantized here; with others, the loader has done it.
         skip: names of the task's heads, which are not quantized.
 
     Raises:
         LitPeftError: the model has no linear layer to quantize.
     """
-    if isinstance(quantization, str) and quantization in _TORCHAO:
-        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
+    if isinstance(quantization, str) and quantization not in _BITSANDBYTES:
         from transformers.quantizers.base import get_keys_to_not_convert
 
         skipped = set(get_keys_to_not_convert(model))
@@ -117,19 +120,15 @@ def quantize(model: nn.Module, quantization: str | Mapping[str, Any] | None, ski
         ]
         if not found:
             raise LitPeftError(
-                f"quantization={quantization!r}: {type(model).__name__} has no linear layers that torchao can quantize "
+                f"quantization={quantization!r}: {type(model).__name__} has no linear layers that can be quantized so "
                 "(GPT-2's are Conv1D): use 'nf4' or 'llm-int8' of bitsandbytes, or no quantization."
             )
         for path, module in found:
-            if quantization == "int8":
-                config: Any = Int8WeightOnlyConfig(set_inductor_config=False)
-            else:
-                grouped = module.in_features % GROUP_SIZE == 0
-                granularity = PerGroup(GROUP_SIZE) if grouped else PerAxis(0)
-                config = IntxWeightOnlyConfig(weight_dtype=_int4(), granularity=granularity)
             original = module.weight
-            quantize_(module, config)
-            _put(model, path, _trainable_through(module))
+            if quantization == _FP8:
+                _put(model, path, Float8Linear(module.weight, module.bias).train(module.training))
+            else:
+                _put(model, path, _by_torchao(module, quantization))
             # The weights' file stays mapped until loading ends; its pages would add to the quantized weights.
             page_out(original)
     elif quantization is not None:
@@ -148,6 +147,19 @@ def quantize(model: nn.Module, quantization: str | Mapping[str, Any] | None, ski
         about = experts_left_out(model, of_quantized=False)
         if about is not None:
             warnings.warn(f"quantization={quantization!r}: {about}, so they are not quantized.", stacklevel=2)
+
+
+def _by_torchao(module: nn.Linear, quantization: str) -> QuantizedLinear:
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
+
+    if quantization == "int8":
+        config: Any = Int8WeightOnlyConfig(set_inductor_config=False)
+    else:
+        grouped = module.in_features % GROUP_SIZE == 0
+        granularity = PerGroup(GROUP_SIZE) if grouped else PerAxis(0)
+        config = IntxWeightOnlyConfig(weight_dtype=_int4(), granularity=granularity)
+    quantize_(module, config)
+    return _trainable_through(module)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:

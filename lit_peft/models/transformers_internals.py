@@ -35,6 +35,12 @@ def attention_implementation(config: Any) -> str | None:
     return found
 
 
+def supports_flash_attention(model: nn.Module) -> bool:
+    """Return whether transformers can run a model with flash attention, whatever is installed."""
+    # Checking it publicly means loading the model with a flash attention that is installed.
+    return bool(getattr(model, "_supports_flash_attn", False))
+
+
 def warns_without_mask(model: nn.Module) -> bool:
     """Return whether a model looks for padding in its input, and warns, if it is given no attention mask."""
     # Nothing but the code shows it. The warning would be wrong where the mask is left out on purpose.

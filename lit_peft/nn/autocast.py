@@ -6,11 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+_USUAL = ("cuda", "cpu")
+
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the dtype in which autocast computes products on this device; None if it is off."""
     kind = device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Every layer asks, so the usual devices are not looked up.
+    on = (kind in _USUAL or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
 

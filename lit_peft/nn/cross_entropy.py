@@ -15,8 +15,10 @@ from torch import Tensor
 from lit_peft.nn.autocast import autocast_dtype, without_autocast
 from lit_peft.nn.torch_internals import function_transforms_are_active
 
-# Elements of one block of logits: 32 MB in fp32. A block has enough rows for a fast matrix product.
+# Elements of one block of logits on a CPU: 32 MB in fp32. A block has enough rows for a fast matrix product.
 _BLOCK, _FEWEST_ROWS = 2**23, 256
+# On a GPU, each block costs a dozen launches, so blocks are as large as the memory allows: in fp32 this share of it.
+_SHARE_OF_GPU, _MOST_ROWS = 1 / 64, 4096
 
 
 def head_cross_entropy(
@@ -64,6 +66,13 @@ def head_log_probs(
     return -_cross_entropy(hidden, weight, targets, bias, scale, softcap, True)
 
 
+def _rows_at_once(device: torch.device, vocabulary: int) -> int:
+    if device.type != "cuda":
+        return max(_BLOCK // vocabulary, _FEWEST_ROWS)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(max(int(memory * _SHARE_OF_GPU) // (4 * vocabulary), _FEWEST_ROWS), _MOST_ROWS)
+
+
 def _cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -99,7 +108,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         # One number for each row, or their sum.
         total = torch.zeros(len(hidden) if by_row else (), dtype=precise, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(_BLOCK // len(weight), _FEWEST_ROWS)
+        rows = _rows_at_once(hidden.device, len(weight))
         with without_autocast(hidden.device):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.nn.autocast import autocast_dtype
+from lit_peft.nn.cast_once import CastOnce
 from lit_peft.nn.linear import linear_features, stores_transposed
 from lit_peft.nn.lora_function import lora_linear
 from lit_peft.nn.lora_layer import InitLoRA, LoRALayer, check
@@ -56,6 +57,11 @@ class LoRALinear(LoRALayer):
         self.fan_in_fan_out = fan_in_fan_out
         d_in, d_out = linear_features(base_layer, fan_in_fan_out)
         super().__init__(base_layer, d_in, d_out, **settings)  # type: ignore[arg-type]
+        self._cast = CastOnce()
+
+    def train(self, mode: bool = True) -> LoRALinear:
+        self._cast = CastOnce()
+        return super().train(mode)
 
     def dense_weight(self) -> Tensor:
         if is_quantized(self.base_layer):
@@ -91,7 +97,12 @@ class LoRALinear(LoRALayer):
             if self.lora_magnitude is not None:
                 return self._decomposed(x, weight, dropout, codes)
             bias = base.bias if self.lora_bias is None else self._bias_with_update(base.bias)
-            return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, dropout, *codes)
+            a: Tensor = self.lora_A
+            b: Tensor = self.lora_B
+            is_decoding = not (self.training or torch.is_grad_enabled())
+            if is_decoding and a.dtype != x.dtype and autocast_dtype(x.device) is None:
+                a, b = self._cast(a, b, x.dtype)
+            return lora_linear(x, weight, bias, a, b, self.scaling, dropout, *codes)
         out: Tensor = base(x, *args, **kwargs)
         if self.merged:
             return out

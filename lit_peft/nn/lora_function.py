@@ -21,6 +21,8 @@ from lit_peft.nn.factors import factors_or_self
 from lit_peft.nn.quantized import dequantized
 from lit_peft.nn.torch_internals import reshaped, version_of
 
+_AS_IT_IS = nullcontext()
+
 
 def lora_linear(
     x: Tensor,
@@ -58,7 +60,11 @@ def lora_linear(
         if lora_a.dtype != x.dtype:
             lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         base = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
-        return base.add_(F.linear(F.linear(x, lora_a), lora_b), alpha=scaling)
+        low = F.linear(x, lora_a)
+        if x.is_cuda and low.dtype == lora_b.dtype == base.dtype:  # not under autocast; one launch less
+            base.view(-1, base.shape[-1]).addmm_(low.view(-1, low.shape[-1]), lora_b.t(), alpha=scaling)
+            return base
+        return base.add_(F.linear(low, lora_b), alpha=scaling)
     out: Tensor = _LoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling, dropout, scale, zero_point)
     return out
 
@@ -91,19 +97,22 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         cast = autocast_dtype(x.device)
         dtype = x.dtype if cast is None else cast
-        with nullcontext() if cast is None else without_autocast(x.device):
+        with _AS_IT_IS if cast is None else without_autocast(x.device):
             rows = in_dtype(x.reshape(-1, x.shape[-1]), dtype)
             dropped, bits = rows, None
             if dropout:
                 dropped, mask = torch.native_dropout(rows, dropout, True)
                 bits = pack_bits(mask)
-            low = F.linear(dropped, in_dtype(lora_a, dtype))
+            a, b = in_dtype(lora_a, dtype), in_dtype(lora_b, dtype)
+            low = F.linear(dropped, a)
             dense = weight if scale is None else dequantized(weight, scale, zero_point, rows.shape[-1])
             base = F.linear(rows, in_dtype(dense, dtype), None if bias is None else in_dtype(bias, dtype))
             del dense
-            base.addmm_(low, in_dtype(lora_b, dtype).t(), alpha=scaling)
+            base.addmm_(low, b.t(), alpha=scaling)
         kept = factors_or_self(x)
-        ctx.save_for_backward(weight, lora_a, lora_b, low, bits, scale, zero_point, *kept)
+        # The casts of A and B are kept, too.
+        cast_ab = (None, None) if a is lora_a else (a, b)
+        ctx.save_for_backward(weight, lora_a, lora_b, *cast_ab, low, bits, scale, zero_point, *kept)
         ctx.scaling, ctx.dropout, ctx.dtype = scaling, dropout, dtype
         ctx.x = (weakref.ref(x), version_of(x)) if len(kept) > 1 else None
         # The result must not be a view: torch forbids in-place operations on a view that is made here.
@@ -111,17 +120,18 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, lora_a, lora_b, low, bits, scale, zero_point, *kept = ctx.saved_tensors
-        # For gradients of gradients: no operation in place, and `low` as a function of x and A.
+        weight, lora_a, lora_b, a, b, low, bits, scale, zero_point, *kept = ctx.saved_tensors
+        # For gradients of gradients: no operation in place, and all as functions of x, A and B.
         again = torch.is_grad_enabled()
         dtype, needs, scaling = ctx.dtype, ctx.needs_input_grad, ctx.scaling
         grad_x = grad_bias = grad_a = grad_b = None
-        with nullcontext() if autocast_dtype(grad.device) is None else without_autocast(grad.device):
+        with _AS_IT_IS if autocast_dtype(grad.device) is None else without_autocast(grad.device):
             x = _input(ctx, kept) if again else kept[0] if len(kept) == 1 else torch.mul(*kept)
             grad = grad.reshape(-1, grad.shape[-1])
             rows = in_dtype(x.reshape(-1, x.shape[-1]), dtype)
             mask = None if bits is None else unpack_bits(bits, rows.shape).to(dtype).div_(1 - ctx.dropout)
-            a, b = in_dtype(lora_a, dtype), in_dtype(lora_b, dtype)
+            if again or a is None:
+                a, b = in_dtype(lora_a, dtype), in_dtype(lora_b, dtype)
             grad_low = torch.mm(grad, b)
             if needs[0]:
                 dense = weight if scale is None else dequantized(weight, scale, zero_point, x.shape[-1])

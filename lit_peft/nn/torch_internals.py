@@ -135,6 +135,26 @@ def _note(steps: list[dis.Instruction], reads: set[str], calls: set[str], names:
             reads.add(step.argval)
 
 
+def scaled_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
+    """Return `(a · a_scale) (b · b_scale)` in bf16, for 8-bit a, row by row in memory, and b, column by column.
+
+    Args:
+        a: e4m3, shape (rows, n).
+        b: e4m3, shape (n, columns).
+        a_scale: fp32, shape (rows, 1).
+        b_scale: fp32, shape (1, columns).
+    """
+    # The public `scaled_mm` takes private names for the kinds of scales.
+    return torch._scaled_mm(
+        a,
+        b,
+        scale_a=a_scale,
+        scale_b=b_scale.contiguous(),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=a.is_cuda,
+    )
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether `module.compile()` was called, after which hooks are compiled into the call."""
     # `nn.Module.compile` is public, but the compiled call is not.

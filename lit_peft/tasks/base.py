@@ -149,6 +149,7 @@ class Task:
         positions: size of the model's table of position embeddings; None without one. Set by `prepare`.
         mini_batch_size: rows whose activations are computed again in the backward pass; None: none are.
         pads_right: whether all batches for the loss are known to be padded on the right.
+        may_choose_attention: whether packed rows may get another attention function: the setting names none.
         group: the processes that have the parts of a batch, if others have parts of the model; None: all.
     """
 
@@ -167,6 +168,7 @@ class Task:
     mini_batch_size: int | None = None
     counts_positions: bool = False
     pads_right: bool = False
+    may_choose_attention: bool = True
     group: Any = None
 
     @property

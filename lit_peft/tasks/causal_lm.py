@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from lit_peft.tasks.answers import extract_answer, same_answer
 from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task, float32_default
-from lit_peft.tasks.packed import check_packing, is_packed, packed_inputs
+from lit_peft.tasks.packed import is_packed, prepare_packing, run_packed
 from lit_peft.tasks.right_padding import ignores_right_padding
 from lit_peft.tasks.supervised_loss import SupervisedLoss
 
@@ -64,9 +64,9 @@ class CausalLM(Task):
         if not is_packed(batch):
             return super().run(model, batch)
         if not self.packing_checked:
-            check_packing(model)
+            prepare_packing(model, self.may_choose_attention)
             self.packing_checked = True
-        return model(**packed_inputs(model, batch))
+        return run_packed(model, batch)
 
     def loss_only(self, model: Any) -> AbstractContextManager[None]:
         if self.supervised is None:

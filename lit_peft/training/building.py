@@ -10,12 +10,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lit_peft.methods.adapter_dtype import set_trained_dtype
 from lit_peft.methods.attachment import attachment_of
 from lit_peft.methods.changes import tied_names
 from lit_peft.models.loading import BaseSettings, check_weights_found, empty_model, load_base, load_config
+from lit_peft.nn.float8 import multiplies_float8
 from lit_peft.nn.torch_internals import DtypeKeepingDict
 from lit_peft.tasks.base import Task, float32_default
 from lit_peft.training.lightning_internals import replace_average_model, trainer_of
@@ -35,6 +37,12 @@ def build_model(module: Any) -> nn.Module:
     model, missing = load_bare_base(module)
     if not task.new_head:
         check_weights_found(hparams.base, hparams.task, missing)
+    trainer = trainer_of(module)
+    if hparams.quantization == "fp8" and trainer is not None and not multiplies_float8(trainer.strategy.root_device):
+        rank_zero_warn(
+            f"quantization='fp8': {trainer.strategy.root_device.type} has no products of 8-bit floating point here, so "
+            "they are computed in a wider type, which is slower than no quantization. Hopper and newer GPUs have them."
+        )
     model.train()  # transformers returns models in evaluation mode, and Lightning keeps the mode it finds
     if hparams.gradient_checkpointing:
         # transformers renamed it, and warns about the old name.

@@ -123,6 +123,7 @@ def check_stages(module: Any, *stages: str) -> None:
         and module.device_mesh is None  # ranks that share a batch have parts of the logits, which cannot be compared
         and not any(getattr(callback, "needs_attention_mask", False) for callback in callbacks)
     )
+    module.task.may_choose_attention = module.hparams.attn_implementation is None
     if module.device_mesh is not None:
         module.task.group = module.device_mesh["data_parallel"].get_group()
     if not hasattr(data, "extent"):

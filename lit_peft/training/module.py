@@ -30,7 +30,7 @@ from lit_peft.training.lightning_internals import (
 )
 from lit_peft.training.named_sets import NamedSets, metrics_attribute, set_names
 from lit_peft.training.neftune import embedding_noise
-from lit_peft.training.optimizer import check_finite, lightning_schedule, make_optimizer, parameter_groups
+from lit_peft.training.optimizer import check_finite, lightning_schedule, make_optimizer, parameter_groups, with_fused
 from lit_peft.training.precision import PreciseModule
 from lit_peft.training.randomness import run_seed, seed_all
 from lit_peft.training.run_record import RECORD
@@ -55,7 +55,7 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         learning_rate: peak learning rate; the method's usual one if unset.
         optimizer: class of `torch.optim`; `AdamW8bit`, `PagedAdamW8bit` or another one of bitsandbytes; or the import
             path of any other.
-        optimizer_args: further arguments of the optimizer.
+        optimizer_args: further arguments of the optimizer. On a GPU, Adam and AdamW are `fused` unless this says not.
         weight_decay: for the trained matrices; biases, norms and other vectors have none.
         lr_scheduler: `linear`, `cosine` or `constant`, after the warmup; or another schedule of transformers, e.g.
             `cosine_with_min_lr`, `warmup_stable_decay`, `inverse_sqrt`, `polynomial` or `reduce_lr_on_plateau`.
@@ -64,8 +64,8 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         dtype: `float32`, `bfloat16` or `float16` for the frozen base; the trainer's precision decides if unset.
         adapter_dtype: the same for the trained parameters; `float32` if unset, also under precision `bf16-true`. Full
             fine-tuning, which trains the base itself, then has the base's type.
-        quantization: `int8` or `int4` (torchao), `nf4`, `nf4-dq`, `fp4`, `fp4-dq` or `llm-int8` (bitsandbytes) for
-            the frozen base, or a quantization config of transformers as a dictionary.
+        quantization: `int8` or `int4` (torchao), `nf4`, `nf4-dq`, `fp4`, `fp4-dq` or `llm-int8` (bitsandbytes), or
+            `fp8` (fast on new GPUs) for the frozen base, or a quantization config of transformers as a dictionary.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`, ...; transformers' choice if unset.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
         supervised_loss: compute the loss of a causal LM only on the supervised tokens: the same loss in less time and
@@ -311,7 +311,8 @@ class BaseLM(AdapterMethods, DataChecks, NamedSets, WeightedAccumulation, Precis
         hparams = self.hparams
         factor = self.settings.learning_rate_factor
         groups = parameter_groups(self.named_parameters(), self.learning_rate, hparams.weight_decay, factor)
-        optimizer = make_optimizer(groups, hparams.optimizer, self.learning_rate, hparams.optimizer_args)
+        arguments = with_fused(hparams, groups, trainer_of(self))
+        optimizer = make_optimizer(groups, hparams.optimizer, self.learning_rate, arguments)
         if trainer_of(self) is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": lightning_schedule(self, optimizer)}

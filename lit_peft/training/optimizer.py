@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -111,6 +112,31 @@ def make_optimizer(
     except (TypeError, ValueError) as problem:
         raise LitPeftError(f"optimizer={name!r} does not accept optimizer_args={arguments}: {problem}.") from problem
     return optimizer
+
+
+def with_fused(hparams: Any, groups: list[dict[str, Any]], trainer: Any, device: str = "cuda") -> dict[str, Any]:
+    """Return the optimizer's arguments, with `fused=True` where that saves time on a GPU and is possible.
+
+    Lightning cannot clip or unscale the gradients of a fused optimizer under mixed precision.
+
+    Args:
+        hparams: `optimizer` and `optimizer_args`. If these have one of `fused`, `foreach`, `capturable` and
+            `differentiable`, nothing is added.
+        groups: the parameter groups.
+        trainer: the trainer that steps; None if there is none.
+        device: the kind of device for which the fused form is used.
+    """
+    arguments: dict[str, Any] = hparams.optimizer_args
+    precision = getattr(trainer, "precision_plugin", None)
+    clipped = getattr(trainer, "gradient_clip_val", None) or getattr(precision, "scaler", None) is not None
+    if (
+        hparams.optimizer in ("Adam", "AdamW")
+        and not {"fused", "foreach", "capturable", "differentiable"} & set(arguments)
+        and all(type(p) is nn.Parameter and p.device.type == device for group in groups for p in group["params"])
+        and not (isinstance(precision, MixedPrecision) and clipped)
+    ):
+        return {**arguments, "fused": True}
+    return arguments
 
 
 def lightning_schedule(module: Any, optimizer: Optimizer) -> dict[str, Any]:
