@@ -285,7 +285,7 @@ def test_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(found[1][name], value)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
 def test_a_setting_quantizes_layers_and_experts_and_says_what_is_left(quantization: str) -> None:
     pytest.importorskip("torchao")
     model = moe("mixtral")

@@ -93,8 +93,8 @@ class CLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("test", "predict"):
             parser.add_argument("--output", type=str | None, default=None, help="file of the predictions (JSON lines)")
-        else:
-            parser.add_argument("--log", type=str | None, default=None, help=LOG_HELP)
+        # In each of them: they read the config.yaml of the run.
+        parser.add_argument("--log", type=str | None, default=None, help=LOG_HELP)
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
         return parser

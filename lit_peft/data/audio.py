@@ -8,7 +8,7 @@ import io
 import math
 import os
 import wave
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,11 +87,10 @@ def audio_path(cell: Any) -> str | None:
     return path if isinstance(path, str) else None
 
 
-def file_states(cells: Iterable[Any]) -> str:
-    """Return a hash of the sizes and times of the files among recordings, for cache keys."""
+def file_states(table: Dataset, column: str) -> str:
+    """Return a hash of the sizes and times of the files among a table's recordings, for cache keys."""
     digest = hashlib.sha256()
-    for cell in cells:
-        path = audio_path(cell)
+    for path in (audio_path(cell) for block in table.select_columns(column).iter(100) for cell in block[column]):
         if path is not None and os.path.isfile(path):
             status = os.stat(path)
             digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\0".encode())

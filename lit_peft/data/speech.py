@@ -94,11 +94,10 @@ class SpeechData(ProcessorData):
 
     @cached_property
     def decoder_start(self) -> int | None:
-        """The token that the model puts in front of labels; None if no base is given."""
+        """The token that the model puts in front of labels; None if it is unknown."""
         if self.base is None:
             return None
-        found: int | None = load_config(BaseSettings(self.base, self.revision)).decoder_start_token_id
-        return found
+        return getattr(load_config(BaseSettings(self.base, self.revision)), "decoder_start_token_id", None)
 
     @property
     def longest(self) -> float | None:
@@ -146,7 +145,6 @@ class SpeechData(ProcessorData):
     def encode(self, rows: Rows, split: Split) -> Any:
         """Tokens of the transcripts, and the recordings as they are: they are read batch by batch."""
         text_column = None if split == "predict" else self.text_column
-        cells = column_values(rows.to_table(), self.audio_column)
         if not first_tokens(self.tokenizer, self.decoder_start)[1:] and hasattr(self.tokenizer, "set_prefix_tokens"):
             self.notes.add(
                 "data.language is not set: transcripts begin without tokens of a language and a task, as those of an "
@@ -164,7 +162,7 @@ class SpeechData(ProcessorData):
             start=self.decoder_start,
             max_length=self.max_length,
             with_references=split != "train",
-            files=file_states(cells),
+            files=file_states(rows.to_table(), self.audio_column),
         )
         table = self._without_long(table, rows, split)
         if split != "predict":

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_peft.nn.quantized import pack_nibbles, unpack_nibbles
+from lit_peft.nn.quantized import pack_nibbles
 
 # Dettmers et al. 2023 (QLoRA, arXiv:2305.14314), appendix E: quantiles of a normal distribution.
 _NF4 = (
@@ -19,7 +19,7 @@ _NF4 = (
 # Sign, two bits of exponent and one of mantissa, divided by the largest: 12.
 _POSITIVE_FP4 = (0.0625 / 12, 2 / 12, 3 / 12, 4 / 12, 6 / 12, 8 / 12, 1.0)
 _FP4 = (*(-value for value in reversed(_POSITIVE_FP4)), 0.0, *_POSITIVE_FP4)
-_TABLES = {"nf4": _NF4, "fp4": _FP4}
+_TABLES = {"nf4": _NF4, "fp4": _FP4, "int4": tuple(range(-8, 8))}
 KINDS = ("int8", "int4", "nf4", "nf4-dq", "fp4", "fp4-dq", "fp8")
 _E4M3 = torch.float8_e4m3fn
 _TABLE_BLOCK, _INT4_BLOCK, SCALE_BLOCK = 64, 32, 256
@@ -47,7 +47,7 @@ def quantized(matrix: Tensor, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
     numbers = blocks / scale[:, None]
     if name == "fp8":
         return numbers.to(_E4M3).view(torch.uint8).flatten(), scales
-    if name in _TABLES:
+    if name in ("nf4", "fp4"):
         table = _table(name, matrix.device)
         codes = torch.bucketize(numbers, (table[1:] + table[:-1]) / 2) - 8
         return pack_nibbles(codes.flatten()), scales
@@ -58,7 +58,17 @@ def quantized(matrix: Tensor, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 @lru_cache
 def _table(name: str, device: torch.device) -> Tensor:
+    """Return the number of each code: 256 for fp8, 16 for the others, in order."""
+    if name == "fp8":
+        return torch.arange(256, dtype=torch.uint8, device=device).view(_E4M3).float()
     return torch.tensor(_TABLES[name], device=device, dtype=torch.float32)
+
+
+@lru_cache
+def _pairs(name: str, device: torch.device) -> Tensor:
+    """Return the two numbers that each byte stands for, as one integer of 64 bits: found at once, in a single step."""
+    table, byte = F.pad(_table(name, device), (0, 16 - len(_TABLES[name]))), torch.arange(256, device=device)
+    return torch.stack([table[byte & 15], table[byte >> 4]], dim=1).view(torch.int64).flatten()
 
 
 def _short_scales(scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -74,12 +84,10 @@ def _short_scales(scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 def decoded(codes: Tensor, kind: str, numel: int, count: int) -> Tensor:
     """Return the numbers of codes before they are scaled, shape (count of blocks, block)."""
     name = kind.partition("-")[0]
-    if name == "fp8":
-        return codes.view(_E4M3).float().view(count, -1)
     if name == "int8":
         return codes.float().view(count, -1)
-    width = numel + -numel % _TABLE_BLOCK if name in _TABLES else numel
-    integers = unpack_nibbles(codes, width)
-    if name in _TABLES:
-        return _table(name, codes.device)[integers.long() + 8].view(count, -1)
-    return integers.float().view(count, -1)
+    if name == "fp8":
+        return _table(name, codes.device).index_select(0, codes.int()).view(count, -1)
+    width = numel if name == "int4" else numel + -numel % _TABLE_BLOCK
+    numbers = _pairs(name, codes.device).index_select(0, codes.int()).view(torch.float32)
+    return numbers[:width].view(count, -1)
