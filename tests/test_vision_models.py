@@ -14,6 +14,7 @@ from vision_models import FAMILIES, batch_of, chats, model_of
 import lit_peft
 from lit_peft.methods.targets import find_targets
 from lit_peft.models.towers import describe_towers, tower_of, towers
+from lit_peft.tasks.image_text_to_text import ImageTextToText
 from lit_peft.util.errors import LitPeftError
 
 SETTINGS: dict[str, Any] = {
@@ -52,8 +53,10 @@ def test_a_method_trains_the_language_model_whatever_the_padding(family: str, me
     assert {tower_of(name, towers(model)) for name in trained} <= {"language", None}
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in trained.values())
     model.eval()
+    task = ImageTextToText()
+    task.prepare(model)
     with torch.no_grad():
-        close(model(**right).loss, model(**left).loss)
+        close(task.forward(model, right).loss, task.forward(model, left).loss)
         assert not torch.equal(model(**inputs(right)).logits, before)
         assert torch.equal(lit_peft.detach(model)(**inputs(right)).logits, before)
 

@@ -201,3 +201,13 @@ def test_packed_rows_and_data_of_other_tasks_are_refused(work: Path, file: Path)
         settings = json.loads((work / "text" / "config.json").read_text())
         (work / "text" / "config.json").write_text(json.dumps(settings["text_config"]))
         module_of(work / "text").check()
+
+
+def test_the_activation_cache_is_refused(work: Path, tmp_path: Path) -> None:
+    from lit_peft.callbacks import ActivationCache
+
+    base = work / "small_vision" / "base"
+    data = VisionLanguageData(base=str(base), train=str(work / "small_vision/train.jsonl"), batch_size=4)
+    trainer = pl.Trainer(max_steps=1, callbacks=[ActivationCache()], default_root_dir=tmp_path, **QUIET)
+    with pytest.raises(LitPeftError, match="ActivationCache finds rows by their tokens"):
+        trainer.fit(module_of(base), data)

@@ -44,10 +44,10 @@ def _without_video(kind: type[Any]) -> type[Any]:
         def get_attributes(cls) -> list[str]:
             return ["image_processor", "tokenizer"]
 
-        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str) -> None:
-            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str, **tokens: Any) -> None:
+            for name, token in tokens.items():
+                setattr(self, name, token)
+                setattr(self, f"{name}_id", tokenizer.convert_tokens_to_ids(token) if token else None)
             transformers.ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
     return ImagesOnly
@@ -62,6 +62,8 @@ def _qwen(config_class: Any, processor_class: Any, patch: int, text: dict[str, A
         Qwen2VLImageProcessorPil(size=size, patch_size=patch),
         made,
         CHAT_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
     )
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     ids = dict(zip(names, made.convert_tokens_to_ids(list(QWEN_TOKENS)), strict=True))
@@ -94,6 +96,32 @@ def _gemma3() -> Any:
     return transformers.Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4, **ids), processor
 
 
+def _gemma4() -> Any:
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+    names = {"image_token": "<image_soft>", "boi_token": "<image_start>", "eoi_token": "<image_end>"}
+    names |= {"audio_token": "<audio_soft>", "boa_token": "<audio_start>", "eoa_token": "<audio_end>"}
+    made = tokenizer(*names.values(), "<|video|>", extra_special_tokens=names)
+    processor = _without_video(transformers.Gemma4Processor)(
+        Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70, pooling_kernel_size=3),
+        made,
+        CHAT_TEMPLATE.replace("IMAGE", names["image_token"]),
+        **names,
+        video_token="<|video|>",
+    )
+    text = {
+        **text_settings(made),
+        "head_dim": 16,
+        "sliding_window": 16,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    vision = {**VISION, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4, "position_embedding_size": 64}
+    ids = {"image_token_id": made.image_token_id, "boi_token_id": made.boi_token_id, "eoi_token_id": made.eoi_token_id}
+    return transformers.Gemma4Config(text_config=text, vision_config=vision, **ids), processor
+
+
 def _idefics3() -> Any:
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -120,6 +148,7 @@ FAMILIES = {
     "qwen3_vl": _qwen3_vl,
     "gemma3": _gemma3,
     "idefics3": _idefics3,
+    "gemma4": _gemma4,
 }
 
 

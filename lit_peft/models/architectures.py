@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lit_peft.models.architecture_table import ARCHITECTURES, candidates
 from lit_peft.models.call_arguments import arguments
 from lit_peft.models.layer_forms import Architecture, Sublayer
-from lit_peft.models.towers import language_path
+from lit_peft.models.towers import decoder_path
 from lit_peft.models.transformers_internals import has_model_class
 from lit_peft.nn.linear import linear_features
 from lit_peft.util.errors import LitPeftError
@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 def layer_stacks(model: nn.Module) -> list[list[Layer]]:
     """Find a model's layers: one list per stack (encoder, decoder), in the model's order.
 
-    In a model that combines a language model with others (vision, audio), these are the language model's.
+    In a model that reads images, these are the layers of its language model.
 
     Args:
         model: a transformers model, or a module that contains some.
@@ -58,7 +58,7 @@ def layer_stacks(model: nn.Module) -> list[list[Layer]]:
         LitPeftError: the model has no list of layers of a known structure.
     """
     stacks: list[list[Layer]] = []
-    language = f"{path}." if (path := language_path(model)) else ""
+    language = f"{path}." if (path := decoder_path(model)) else ""
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module) or not f"{path}.".startswith(language):
             continue
@@ -183,8 +183,8 @@ def _fits(architecture: Architecture, layer: nn.Module) -> bool:
 
 
 def position_table(host: nn.Module) -> nn.Embedding | None:
-    """Return a model's table of position embeddings, in its language model if it combines several; None without one."""
-    host = host.get_submodule(language_path(host))
+    """Return a model's table of position embeddings, not one of places in images; None if it has none."""
+    host = host.get_submodule(decoder_path(host))
     for name, module in host.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and last in ("position_embeddings", "embed_positions", "wpe"):

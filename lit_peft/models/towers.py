@@ -21,6 +21,12 @@ def reads_images(model: Any) -> bool:
     return hasattr(config, "get_text_config") and has_model_class("AutoModelForImageTextToText", config)
 
 
+def decoder_path(model: Any) -> str:
+    """Return the path of the language model, a decoder, in a model that reads images; "" in any other model."""
+    is_decoder = reads_images(model) and not getattr(model.config, "is_encoder_decoder", False)
+    return language_path(model) if is_decoder else ""
+
+
 def language_path(model: Any) -> str:
     """Return the path of the language model in a model that combines several; "" if the model is one itself."""
     config: Any = getattr(model, "config", None)
