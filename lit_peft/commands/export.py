@@ -33,7 +33,10 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--ckpt_path", required=True, help="the checkpoint of a lit-peft run")
     parser.add_argument("--output", required=True, help="the new folder")
     parser.add_argument(
-        "--format", choices=["peft", "adapterhub"], default=None, help="the usual one of the method when unset"
+        "--format",
+        choices=["peft", "adapterhub", "gguf"],
+        default=None,
+        help="the usual one of the method when unset; gguf: a LoRA for llama.cpp and Ollama",
     )
     parser.add_argument("--method", default=None, help="LoRA, ...; the checkpoint's when unset")
     parser.add_argument("--base", default=None, help="the base, if it has moved since training")
@@ -42,6 +45,7 @@ def run(arguments: list[str]) -> None:
 
     import lit_peft.modules
     from lit_peft.formats.folder import new_folder, write_adapter
+    from lit_peft.formats.gguf_lora import write_gguf_lora
 
     path = Path(options.ckpt_path)
     checkpoint = load_checkpoint(path)
@@ -59,8 +63,11 @@ def run(arguments: list[str]) -> None:
         module = kind(**settings, trust_remote_code=options.trust_remote_code)
         _check_tensors(module, checkpoint["state_dict"], path)
         module.load_state_dict(checkpoint["state_dict"])
-        write_adapter(module.model, folder, options.format)
-        _note_stack(checkpoint, folder)
+        if options.format == "gguf":
+            write_gguf_lora(module.model, folder)
+        else:
+            write_adapter(module.model, folder, options.format)
+            _note_stack(checkpoint, folder)
     print(f"exported: {options.output}")
 
 
