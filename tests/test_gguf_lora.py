@@ -94,3 +94,22 @@ def test_what_the_file_cannot_hold_is_refused(kind: str, settings: dict[str, Any
     with pytest.raises(LitPeftError, match=words):
         write_gguf_lora(trained(make(kind), **settings), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export_writes_the_file(tmp_path: Path, decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from lit_peft.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit-peft"])
+    Path("texts.txt").write_text("".join(f"the film number {n} was good\n" for n in range(12)))
+    model = ["--model", "LoRA", "--model.base", str(decoder), "--trainer.max_steps", "1"]
+    data = ["--data", "CausalLMData", "--data.train", "texts.txt", "--data.batch_size", "4"]
+    assert main(["fit", *model, *data, "--trainer.enable_progress_bar", "false"]) == 0
+    checkpoint = str(next(Path("lit_peft_runs").rglob("last.ckpt")))
+    assert main(["export", "--ckpt_path", checkpoint, "--output", "new", "--format", "gguf"]) == 0
+    assert sorted(file.name for file in Path("new").iterdir()) == ["Modelfile", "adapter.gguf"]
+    fields, tensors = read(Path("new/adapter.gguf"))
+    assert fields["general.architecture"] == "llama" and len(tensors) == 8
