@@ -20,13 +20,17 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from lit_peft.models.call_arguments import arguments
 from lit_peft.models.transformers_internals import attention_implementation, supports_flash_attention
 from lit_peft.nn.autocast import autocast_dtype
 from lit_peft.nn.call_state import CallState
 from lit_peft.util.errors import LitPeftError
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn: Any = None  # type: ignore[no-redef]
 
 # The name in transformers' tables of attention and mask functions. It is SDPA for all but packed rows.
 NAME = "lit_peft_varlen"
@@ -37,7 +41,7 @@ _UNKNOWN = ("softcap", "s_aux", "position_bias")
 _LARGEST_HEAD = 256
 _HALF = (torch.float16, torch.bfloat16)
 # torch's kernel takes fewer key heads than heads from torch 2.12 on.
-_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_GROUPED = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class _Packed(CallState):
@@ -99,7 +103,9 @@ def way_for(model: Any) -> Way | None:
     dtype = autocast_dtype(model.device) or model.dtype
     heads = getattr(config, "num_attention_heads", 1)
     size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
-    fits = size <= _LARGEST_HEAD and torch.cuda.get_device_capability(model.device) >= (8, 0)
+    fits = (
+        varlen_attn is not None and size <= _LARGEST_HEAD and torch.cuda.get_device_capability(model.device) >= (8, 0)
+    )
     return "examples" if dtype in _HALF and fits else "flex"
 
 
