@@ -27,6 +27,7 @@ QUIET: dict[str, Any] = {
 # Each method with settings that fit a tiny model.
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"r": 4},
+    "IA3": {},
     "AdapterH": {"reduction_factor": 4},
     "AdapterP": {"reduction_factor": 4},
     "Parallel": {"reduction_factor": 4},

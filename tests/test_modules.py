@@ -39,6 +39,7 @@ def batch() -> dict[str, torch.Tensor]:
     "kind",
     [
         "LoRA",
+        "IA3",
         "AdapterH",
         "AdapterP",
         "Parallel",

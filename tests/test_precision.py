@@ -23,7 +23,7 @@ from lit_peft.methods.adapter_dtype import set_trained_dtype
 from lit_peft.methods.attachment import attachment_of
 from lit_peft.tasks import find_task
 
-METHODS = ("LoRA", "AdapterH", "AdapterP", "Parallel", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning")
+METHODS = ("LoRA", "IA3", "AdapterH", "AdapterP", "Parallel", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning")
 OPTIONS: dict[str, Any] = {**QUIET, "enable_checkpointing": False, "limit_val_batches": 0}
 # precision, adapter_dtype, what the base and the adapter are then kept in
 PRECISIONS = [

@@ -20,7 +20,7 @@ from lit_peft.tasks.squad import best_over, exact_match, find_answer, token_f1
 from lit_peft.tasks.tag_spans import SpanScore, count_spans, tag_spans
 
 PROMPTS = ["PrefixTuning", "PTuningV2", "PTuning", "PromptTuning"]
-METHODS = ["LoRA", "AdapterH", "AdapterP", "Parallel", "FullFineTuning", "HeadOnly", *PROMPTS]
+METHODS = ["LoRA", "IA3", "AdapterH", "AdapterP", "Parallel", "FullFineTuning", "HeadOnly", *PROMPTS]
 IDS = torch.randint(5, 40, (4, 9), generator=torch.Generator().manual_seed(0))
 IDS[:, -1] = 1  # the end, by which T5 and BART find the sequence's vector
 INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
