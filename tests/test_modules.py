@@ -52,7 +52,8 @@ def batch() -> dict[str, torch.Tensor]:
     ],
 )
 def test_trains_without_a_trainer(kind: str, decoder: Path) -> None:
-    module = getattr(lit_peft, kind)(base=str(decoder), task="causal_lm", learning_rate=1e-2)
+    rate = 1e-1 if kind == "IA3" else 1e-2  # its vectors start at one, not near zero
+    module = getattr(lit_peft, kind)(base=str(decoder), task="causal_lm", learning_rate=rate)
     module.configure_model()
     frozen = {name: value.clone() for name, value in module.named_parameters() if not value.requires_grad}
     optimizer = module.configure_optimizers()
