@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lit_peft.callbacks import AdapterEMA
-from models import QUIET, scramble
+from models import QUIET, STEP, scramble
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
@@ -45,7 +45,7 @@ class Losses(pl.Callback):
 def fit(method: str, decoder: Path, reviews: Path, precision: Any, steps: int = 4, **settings: Any) -> tuple[Any, Any]:
     pl.seed_everything(0)
     data = CausalLMData(base=str(decoder), train=str(reviews), batch_size=32)
-    rate = {"learning_rate": 2e-2, "lr_scheduler": "constant", "warmup_steps": 0}
+    rate = {"learning_rate": 2e-2 * STEP.get(method, 1), "lr_scheduler": "constant", "warmup_steps": 0}
     module = getattr(lit_peft, method)(base=str(decoder), **rate, **settings)
     losses = Losses()
     pl.Trainer(max_steps=steps, precision=precision, callbacks=[losses], **OPTIONS).fit(module, data)

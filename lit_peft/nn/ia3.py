@@ -54,6 +54,10 @@ class IA3Linear(WeightUpdate):
         bias = self.bias
         return None if self.is_feedforward or bias is None else bias.to(self.ia3_l.dtype) * (self.ia3_l - 1)
 
+    def split_dims(self, by_rows: bool) -> dict[str, int | None]:
+        # Rows of W are outputs, and columns inputs: l is divided if it scales the divided side.
+        return {"ia3_l": 0 if by_rows is not self.is_feedforward else None}
+
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if self.merged:
             merged: Tensor = self.base_layer(x, *args, **kwargs)

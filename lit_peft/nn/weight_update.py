@@ -80,6 +80,14 @@ class WeightUpdate(nn.Module):
         """Return what a merge adds to W, shape (out_features, in_features)."""
         return self.delta_weight()
 
+    def split_dims(self, by_rows: bool) -> dict[str, int | None]:
+        """Return how the update is divided with W over several processes: for each parameter the dimension, or None.
+
+        Args:
+            by_rows: whether each process has rows of W, and so a part of the outputs, rather than columns.
+        """
+        raise NotImplementedError
+
     def own_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the update."""
         return list(self.parameters(recurse=False))
