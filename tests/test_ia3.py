@@ -113,7 +113,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     values = json.loads(config.read_text())
     values["target_modules"] = values["target_modules"][1:]
     config.write_text(json.dumps(values))
-    with pytest.raises(LitPeftError, match="does not fit this model: missing .*, unexpected"):
+    with pytest.raises(LitPeftError, match=r"does not fit this model: missing .*, unexpected"):
         lit_peft.load_adapter(make("llama"), tmp_path / "adapter")
 
 
