@@ -11,6 +11,8 @@ from lit_peft.data.causal_lm import CausalLMData as CausalLMData
 from lit_peft.data.embedding import EmbeddingData as EmbeddingData
 from lit_peft.modules import FullFineTuning as FullFineTuning
 from lit_peft.modules import HeadOnly as HeadOnly
+from lit_peft.modules import IA3 as IA3
+from lit_peft.methods.ia3 import IA3Settings as IA3Settings
 from lit_peft.data.instruction import InstructionData as InstructionData
 from lit_peft.util.errors import LitPeftError as LitPeftError
 from lit_peft.modules import LoRA as LoRA
@@ -75,6 +77,8 @@ __all__ = [
     "EmbeddingData",
     "FullFineTuning",
     "HeadOnly",
+    "IA3",
+    "IA3Settings",
     "InstructionData",
     "LitPeftError",
     "LoRA",

@@ -13,8 +13,10 @@ from lit_peft.methods.baselines import FullFineTuningMixin
 from lit_peft.methods.baselines import FullFineTuningSettings
 from lit_peft.methods.baselines import HeadOnlyMixin
 from lit_peft.methods.baselines import HeadOnlySettings
+from lit_peft.methods.ia3 import IA3Settings
 from lit_peft.methods.lora import LoRAMixin
 from lit_peft.methods.lora import LoRASettings
+from lit_peft.methods.mixin import MethodMixin
 from lit_peft.methods.p_tuning import PTuningMixin
 from lit_peft.methods.p_tuning import PTuningSettings
 from lit_peft.methods.p_tuning_v2 import PTuningV2Mixin
@@ -207,6 +209,67 @@ class LoRA(LoRAMixin, BaseLM):
             alora_invocation_tokens: ids of tokens; the update acts only from their last occurrence in a row on, so that
                 keys and values that the base has cached for the text before stay valid (aLoRA, arXiv:2504.12397).
             lora_bias: whether each update has a bias of its own, `s · (B A x + bias)`. Merging needs layers with a bias.
+            modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
+                A full parameter name selects a single parameter.
+            trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.
+                A list for the input embeddings (and a head that shares their weight), or lists by the names of modules.
+            base, ...: see `BaseLM`.
+        """
+
+class IA3(MethodMixin, BaseLM):
+    """Vectors that scale keys, values and FFNs (Liu et al. 2022, arXiv:2205.05638)."""
+
+    settings: IA3Settings
+
+    def __init__(
+        self,
+        base: str,
+        task: str = "causal_lm",
+        labels: list[str] | None = None,
+        num_labels: int | None = None,
+        learning_rate: float | None = None,
+        optimizer: str = "AdamW",
+        optimizer_args: dict[str, Any] | None = None,
+        weight_decay: float = 0.0,
+        lr_scheduler: str = "linear",
+        warmup_steps: float = 0.06,
+        generation: dict[str, Any] | None = None,
+        dtype: str | None = None,
+        adapter_dtype: str | None = None,
+        quantization: str | dict[str, Any] | None = None,
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        supervised_loss: bool = True,
+        compile: bool | Literal["auto"] = "auto",
+        add_tokens: list[str] | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        neftune_noise_alpha: float | None = None,
+        adapter: str | None = None,
+        task_args: dict[str, Any] | None = None,
+        stack: str | list[str] | None = None,
+        *,
+        modules_to_save: tuple[str, ...] | list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
+        target_modules: str | Sequence[str] | None = None,
+        feedforward_modules: str | Sequence[str] | None = None,
+        exclude_modules: str | Sequence[str] | None = None,
+        layers_to_transform: int | Sequence[int] | None = None,
+        layers_pattern: str | Sequence[str] | None = None,
+    ) -> None:
+        """Build the module.
+
+        Args:
+            target_modules: the linear layers to adapt: a list of names, a regular expression, or `"all-linear"`. None
+                selects the projections to keys and values (or the one that computes them with the queries), in
+                cross-attention too, and the output layer of each FFN.
+            feedforward_modules: which of these have their input scaled rather than their output: names or a regular
+                expression. None selects the output layers of the FFNs of models whose layers are known, and an empty list
+                none.
+            exclude_modules: names or a regular expression of modules to leave out.
+            layers_to_transform: indices of the layers to adapt, counted from 0. None adapts all layers.
+            layers_pattern: name of the model's list of layers.
             modules_to_save: names of modules to train in full and to save with the adapter, e.g. a classification head.
                 A full parameter name selects a single parameter.
             trainable_token_indices: token ids whose embeddings are trained, as in peft; rows that the base lacks are added.

@@ -23,6 +23,7 @@ from lit_peft.training.strategies import ShardedStrategy
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA": {"r": 4},
+    "IA3": {},
     "AdapterH": {"reduction_factor": 4},
     "AdapterP": {"reduction_factor": 4},
     "Parallel": {"reduction_factor": 4},

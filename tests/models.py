@@ -28,6 +28,7 @@ QUIET: dict[str, Any] = {
 # Each method with settings that fit a tiny model.
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"r": 4},
+    "IA3": {},
     "AdapterH": {"reduction_factor": 4},
     "AdapterP": {"reduction_factor": 4},
     "Parallel": {"reduction_factor": 4},
@@ -36,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "PTuning": {"num_virtual_tokens": 4},
     "PromptTuning": {"num_virtual_tokens": 4, "prompt_tuning_init": "RANDOM"},
 }
+# By how much larger steps a method moves as far: the vectors of (IA)³ start at one, not near zero.
+STEP = {"IA3": 20}
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 GPT = {"n_layer": 2, "n_embd": 32, "n_head": 4}
 SEQ2SEQ = {

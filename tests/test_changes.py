@@ -23,6 +23,7 @@ SETTINGS: dict[str, MethodSettings] = {
     "LoRA": LoRASettings(r=4, target_modules="all-linear", bias="all"),
     "DoRA": LoRASettings(r=4, use_dora=True),
     "PiSSA": LoRASettings(r=4, init_lora_weights="pissa"),
+    "IA3": lit_peft.IA3Settings(),
     "AdapterH": lit_peft.AdapterHSettings(train_layer_norms=True),
     "AdapterP": lit_peft.AdapterPSettings(),
     "Parallel": lit_peft.ParallelSettings(),

@@ -348,7 +348,7 @@ def test_values_of_another_kind_are_told(
 def test_every_method_is_compared() -> None:
     assert list(plan(methods={name: {} for name in METHODS}).methods) == list(METHODS)
     assert list(Plan("base", "causal_lm", {"class_path": "CausalLMData"}).methods) == list(METHODS)
-    assert len(METHODS) == 10
+    assert len(METHODS) == 11
 
 
 @pytest.mark.heavy

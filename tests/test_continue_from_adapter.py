@@ -19,6 +19,7 @@ from lit_peft.cli import main
 
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "o_proj"]},
+    "IA3": {"target_modules": ["v_proj", "up_proj"]},
     "AdapterH": {"reduction_factor": 4},
     "AdapterP": {"reduction_factor": 4},
     "Parallel": {"bottleneck_size": 5},

@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "LoRA": lit_peft.LoRASettings(r=2, target_modules="all-linear", lora_dropout=0.1),
     "LoRA plain": lit_peft.LoRASettings(r=2),
     "DoRA": lit_peft.LoRASettings(r=2, use_dora=True, lora_dropout=0.1),
+    "IA3": lit_peft.IA3Settings(),
     "AdapterH": lit_peft.AdapterHSettings(bottleneck_size=4, dropout=0.1),
     "AdapterP": lit_peft.AdapterPSettings(bottleneck_size=4, use_gating=True, scaling="channel"),
     "Parallel": lit_peft.ParallelSettings(bottleneck_size=4, scaling="learned"),

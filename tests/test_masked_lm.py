@@ -17,7 +17,7 @@ import torch
 import transformers
 import yaml
 from masked_base import save_base, tokenizer
-from models import ENCODERS, QUIET, close, trained_of
+from models import ENCODERS, QUIET, STEP, close, trained_of
 from test_tasks import METHODS, saved
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -312,7 +312,7 @@ def module_of(base: Any, method: str = "AdapterP", **settings: Any) -> Any:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_masked_tokens(method: str, base: Path) -> None:
-    module = module_of(base, method, learning_rate=1e-2)
+    module = module_of(base, method, learning_rate=1e-2 * STEP.get(method, 1))
     if method == "HeadOnly":
         pytest.skip("the head is the base's, and there is nothing else to train")
     frozen = {name: value.clone() for name, value in module.named_parameters() if not value.requires_grad}

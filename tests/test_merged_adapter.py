@@ -63,5 +63,5 @@ def test_blocks_in_each_other_and_adapters_that_are_merged() -> None:
 
 def test_other_models_are_refused() -> None:
     for model in (make("llama"), lit_peft.attach(make("llama"), lit_peft.AdapterHSettings())):
-        with pytest.raises(LitPeftError, match="No LoRA is active"), lit_peft.merged_adapter(model):
+        with pytest.raises(LitPeftError, match=r"No LoRA or \(IA\)³ is active"), lit_peft.merged_adapter(model):
             pass

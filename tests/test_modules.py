@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_peft.callbacks import PredictionWriter
-from models import scramble
+from models import STEP, scramble
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -39,6 +39,7 @@ def batch() -> dict[str, torch.Tensor]:
     "kind",
     [
         "LoRA",
+        "IA3",
         "AdapterH",
         "AdapterP",
         "Parallel",
@@ -51,7 +52,8 @@ def batch() -> dict[str, torch.Tensor]:
     ],
 )
 def test_trains_without_a_trainer(kind: str, decoder: Path) -> None:
-    module = getattr(lit_peft, kind)(base=str(decoder), task="causal_lm", learning_rate=1e-2)
+    rate = 1e-2 * STEP.get(kind, 1)
+    module = getattr(lit_peft, kind)(base=str(decoder), task="causal_lm", learning_rate=rate)
     module.configure_model()
     frozen = {name: value.clone() for name, value in module.named_parameters() if not value.requires_grad}
     optimizer = module.configure_optimizers()

@@ -23,7 +23,7 @@ from lit_peft.data import TextClassificationData, TokenClassificationData
 from lit_peft.tasks import find_task
 
 PROMPTS = ["PrefixTuning", "PTuningV2", "PTuning", "PromptTuning"]
-METHODS = ["LoRA", "AdapterH", "AdapterP", "Parallel", "FullFineTuning", "HeadOnly", *PROMPTS]
+METHODS = ["LoRA", "IA3", "AdapterH", "AdapterP", "Parallel", "FullFineTuning", "HeadOnly", *PROMPTS]
 TASK = "sequence_classification"
 IDS = torch.randint(5, 40, (4, 7), generator=torch.Generator().manual_seed(0))
 IDS[:, -1] = 1  # the end, by which T5 and BART find the sequence's vector

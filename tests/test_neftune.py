@@ -21,6 +21,7 @@ ALPHA = 5.0
 METHODS: dict[str, Any] = {
     "LoRA": lit_peft.LoRASettings(),
     "LoRA on the embeddings": lit_peft.LoRASettings(target_modules=["embed_tokens"]),
+    "IA3": lit_peft.IA3Settings(),
     "AdapterH": lit_peft.AdapterHSettings(),
     "PrefixTuning": lit_peft.PrefixTuningSettings(num_virtual_tokens=3),
     "PTuning": lit_peft.PTuningSettings(num_virtual_tokens=3),

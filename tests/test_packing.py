@@ -22,6 +22,7 @@ from lit_peft.tasks.packed import check_packing, packed_inputs
 
 METHODS = {
     "LoRA": lit_peft.LoRASettings(r=4),
+    "IA3": lit_peft.IA3Settings(),
     "AdapterH": lit_peft.AdapterHSettings(reduction_factor=4),
     "Parallel": lit_peft.ParallelSettings(reduction_factor=4),
 }

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lit_peft.callbacks import AdapterEMA
-from models import QUIET, scramble
+from models import QUIET, STEP, scramble
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
@@ -23,7 +23,7 @@ from lit_peft.methods.adapter_dtype import set_trained_dtype
 from lit_peft.methods.attachment import attachment_of
 from lit_peft.tasks import find_task
 
-METHODS = ("LoRA", "AdapterH", "AdapterP", "Parallel", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning")
+METHODS = ("LoRA", "IA3", "AdapterH", "AdapterP", "Parallel", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning")
 OPTIONS: dict[str, Any] = {**QUIET, "enable_checkpointing": False, "limit_val_batches": 0}
 # precision, adapter_dtype, what the base and the adapter are then kept in
 PRECISIONS = [
@@ -45,7 +45,7 @@ class Losses(pl.Callback):
 def fit(method: str, decoder: Path, reviews: Path, precision: Any, steps: int = 4, **settings: Any) -> tuple[Any, Any]:
     pl.seed_everything(0)
     data = CausalLMData(base=str(decoder), train=str(reviews), batch_size=32)
-    rate = {"learning_rate": 2e-2, "lr_scheduler": "constant", "warmup_steps": 0}
+    rate = {"learning_rate": 2e-2 * STEP.get(method, 1), "lr_scheduler": "constant", "warmup_steps": 0}
     module = getattr(lit_peft, method)(base=str(decoder), **rate, **settings)
     losses = Losses()
     pl.Trainer(max_steps=steps, precision=precision, callbacks=[losses], **OPTIONS).fit(module, data)

@@ -91,6 +91,14 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
             "init_lora_weights": st.sampled_from(["kaiming", "gaussian", "pissa", "olora"]),
         },
     ),
+    "IA3": (
+        lit_peft.IA3Settings,
+        {
+            "target_modules": st.sampled_from([None, "all-linear"]),
+            "feedforward_modules": st.sampled_from([None, [], ".*[02468].*"]),
+            "layers_to_transform": st.sampled_from([None, 0, [1]]),
+        },
+    ),
     "AdapterH": (lit_peft.AdapterHSettings, {**BOTTLENECK, "train_layer_norms": FLAG}),
     "AdapterP": (lit_peft.AdapterPSettings, BOTTLENECK),
     "Parallel": (lit_peft.ParallelSettings, BOTTLENECK),
@@ -112,6 +120,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
 # The names of what each method adds.
 ADDED = {
     "LoRA": r"lora_(A|B|magnitude)$",
+    "IA3": r"ia3_l$",
     **dict.fromkeys(("AdapterH", "AdapterP", "Parallel"), r"(^|\.)((attention|cross|ffn)_)?adapter\."),
     **dict.fromkeys(("PrefixTuning", "PTuningV2"), r"(^|\.)(self|encoder|cross)_prefix\."),
     **dict.fromkeys(("PromptTuning", "PTuning"), r"^prompt_encoder\."),

@@ -33,7 +33,7 @@ from lit_peft.nn.quantized import (
 )
 from lit_peft.util.memory import page_out, process_memory
 
-METHODS = ("LoRA", "AdapterH", "AdapterP", "Parallel", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning")
+METHODS = ("LoRA", "IA3", "AdapterH", "AdapterP", "Parallel", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning")
 needs = {
     "torchao": pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed"),
     "bitsandbytes": pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),

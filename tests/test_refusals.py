@@ -254,7 +254,7 @@ def test_of_adapters_by_name() -> None:
     assert can_share(model, "a")
     lit_peft.add_adapter(model, "p", lit_peft.PrefixTuningSettings(num_virtual_tokens=2))
     assert not can_share(model, "p")
-    with pytest.raises(LitPeftError, match="No LoRA is active"):
+    with pytest.raises(LitPeftError, match=r"No LoRA or \(IA\)³ is active"):
         lit_peft.merge_adapter(model)
     base = make("llama")(**batch("llama")).logits
     assert lit_peft.active_adapter(model) == "p"

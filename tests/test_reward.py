@@ -24,7 +24,7 @@ from lit_peft.data.preference_forms import read_preference, write_dialogue
 from lit_peft.tasks import find_task
 
 PROMPTS = ["PrefixTuning", "PTuningV2", "PTuning", "PromptTuning"]
-METHODS = ["LoRA", "AdapterH", "AdapterP", "Parallel", "FullFineTuning", "HeadOnly", *PROMPTS]
+METHODS = ["LoRA", "IA3", "AdapterH", "AdapterP", "Parallel", "FullFineTuning", "HeadOnly", *PROMPTS]
 GOOD, BAD = ("good", "great", "wonderful"), ("bad", "poor", "awful")
 USER, OTHER = {"role": "user", "content": "how is it"}, {"role": "assistant", "content": "it was"}
 

@@ -26,7 +26,7 @@ from lit_peft.tasks import find_task
 from lit_peft.tasks.base import Generation
 from lit_peft.tasks.speech import basic_form
 
-ADAPTING = ["LoRA", "AdapterH", "AdapterP", "Parallel", "PrefixTuning", "PTuningV2"]
+ADAPTING = ["LoRA", "IA3", "AdapterH", "AdapterP", "Parallel", "PrefixTuning", "PTuningV2"]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import ALL, AUTO, ENCODERS
+from models import ALL, AUTO, ENCODERS, STEP
 
 import lit_peft
 from lit_peft import LitPeftError
@@ -20,7 +20,7 @@ from lit_peft.tasks.squad import best_over, exact_match, find_answer, token_f1
 from lit_peft.tasks.tag_spans import SpanScore, count_spans, tag_spans
 
 PROMPTS = ["PrefixTuning", "PTuningV2", "PTuning", "PromptTuning"]
-METHODS = ["LoRA", "AdapterH", "AdapterP", "Parallel", "FullFineTuning", "HeadOnly", *PROMPTS]
+METHODS = ["LoRA", "IA3", "AdapterH", "AdapterP", "Parallel", "FullFineTuning", "HeadOnly", *PROMPTS]
 IDS = torch.randint(5, 40, (4, 9), generator=torch.Generator().manual_seed(0))
 IDS[:, -1] = 1  # the end, by which T5 and BART find the sequence's vector
 INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
@@ -64,7 +64,7 @@ def built(method: str, task: str, base: str, **settings: Any) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_every_task(method: str, task: str, folder: Path) -> None:
     base = saved("t5" if task == "seq2seq" else "bert", folder)
-    module = built(method, task, base, learning_rate=1e-2)
+    module = built(method, task, base, learning_rate=1e-2 * STEP.get(method, 1))
     frozen = {name: value.clone() for name, value in module.named_parameters() if not value.requires_grad}
     optimizer = module.configure_optimizers()
     module.eval()

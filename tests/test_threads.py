@@ -16,6 +16,7 @@ import lit_peft
 from lit_peft import (
     AdapterHSettings,
     AdapterPSettings,
+    IA3Settings,
     LoRASettings,
     ParallelSettings,
     PrefixTuningSettings,
@@ -27,6 +28,7 @@ from lit_peft import (
 THREADS = 8
 METHODS: dict[str, Any] = {
     "LoRA": LoRASettings(r=4, use_dora=True),
+    "IA3": IA3Settings(),
     "AdapterH": AdapterHSettings(reduction_factor=4),
     "AdapterP": AdapterPSettings(reduction_factor=4),
     "AdapterP with the norms around it": AdapterPSettings(

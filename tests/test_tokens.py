@@ -184,7 +184,8 @@ def test_the_method_can_leave_and_come_back_and_be_copied() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["LoRA", "AdapterH", "AdapterP", "Parallel", "PrefixTuning", "PTuningV2", "PTuning", "PromptTuning"]
+    "method",
+    ["LoRA", "IA3", "AdapterH", "AdapterP", "Parallel", "PrefixTuning", "PTuningV2", "PTuning", "PromptTuning"],
 )
 def test_every_method_saves_and_loads_them(method: str, tmp_path: Path) -> None:
     more = {"num_virtual_tokens": 3} if method.startswith("P") and method != "Parallel" else {}

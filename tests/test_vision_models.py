@@ -19,6 +19,7 @@ from lit_peft.util.errors import LitPeftError
 
 SETTINGS: dict[str, Any] = {
     "LoRA": lit_peft.LoRASettings(r=2),
+    "IA3": lit_peft.IA3Settings(),
     "AdapterH": lit_peft.AdapterHSettings(reduction_factor=4),
     "AdapterP": lit_peft.AdapterPSettings(reduction_factor=4),
     "Parallel": lit_peft.ParallelSettings(reduction_factor=4),

@@ -23,9 +23,9 @@ from lit_peft.methods.tokens import resized_parameters
 from lit_peft.models.experts import quantized_experts
 from lit_peft.models.hub import cached_commit
 from lit_peft.nn.linear import linear_features
-from lit_peft.nn.lora import LoRALayer
 from lit_peft.nn.quantized import is_quantized
 from lit_peft.nn.quantized_experts import QuantizedStack
+from lit_peft.nn.weight_update import WeightUpdate
 from lit_peft.util.errors import LitPeftError
 
 KEY = "base"
@@ -128,7 +128,7 @@ def _base_weights(model: nn.Module, adapted: Mapping[str, nn.Module], excluded: 
         if name.startswith(start) and name not in excluded and (name != path or not path.startswith(added)):
             weights[name.removeprefix(start)] = parameter
     for path, layer in adapted.items():
-        if isinstance(layer, LoRALayer):
+        if isinstance(layer, WeightUpdate):
             original = layer.original_weight if layer.original_weight is not None else layer.unmerged_weight
             target = target_name(path, layer)
             name = (target if target != path else f"{path}.weight").removeprefix(start)

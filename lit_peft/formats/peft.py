@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_peft.formats import peft_lora, peft_prefix, peft_prompt
+from lit_peft.formats import peft_ia3, peft_lora, peft_prefix, peft_prompt
 from lit_peft.formats.base_record import base_name_or_path
 from lit_peft.formats.files import read_extra, write_extra, write_json
 from lit_peft.formats.key_mapping import rename
@@ -23,7 +23,7 @@ from lit_peft.formats.untrusted import SPARE_ELEMENTS, ElementLimit, read_tensor
 from lit_peft.methods.attach import attach, detach
 from lit_peft.methods.attachment import Attachment, MethodSettings, Model, attachment_of
 from lit_peft.nn.deferred import deferred_parameters
-from lit_peft.nn.lora import LoRALayer
+from lit_peft.nn.weight_update import WeightUpdate
 from lit_peft.util.errors import LitPeftError
 
 # Settings that have no effect on the model's output, whatever the method.
@@ -70,6 +70,7 @@ class PeftFormat(Protocol):
 
 PEFT_FORMATS: dict[str, PeftFormat] = {
     "LORA": peft_lora,
+    "IA3": peft_ia3,
     "PROMPT_TUNING": peft_prompt.PROMPT_TUNING,
     "PREFIX_TUNING": peft_prefix,
     "P_TUNING": peft_prompt.P_TUNING,
@@ -125,7 +126,7 @@ def read(
     try:
         peft_format.load_tensors(model, stored, folder)
         for layer in attachment_of(model).adapted.values():
-            if isinstance(layer, LoRALayer) and not layer.weight.is_meta:
+            if isinstance(layer, WeightUpdate) and not layer.weight.is_meta:
                 layer.follow_weight()
     except BaseException:
         detach(model)

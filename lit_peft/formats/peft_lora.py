@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lit_peft.formats.files import copy_tensors
@@ -31,6 +30,13 @@ from lit_peft.formats.peft_layers import (
     tied_tensors,
     ties_in_peft,
 )
+from lit_peft.formats.peft_modules import (
+    PREFIX,
+    modules_with_weights,
+    outermost_modules,
+    parameter_paths,
+    train_what_differs,
+)
 from lit_peft.formats.peft_task import task_type
 from lit_peft.formats.untrusted import check_names
 from lit_peft.methods.attachment import Attachment, MethodSettings, attachment_of, base_name
@@ -48,7 +54,6 @@ from lit_peft.util.errors import LitPeftError
 from lit_peft.util.type_checks import brief, check_types
 
 _FILE = "adapter_config.json"
-_PREFIX = "base_model.model."
 _LORA_A = re.compile(r"\.lora_(embedding_)?A(\.|$)")
 _MAX_PATTERNS = 10_000
 # Initializations that leave the base weights unchanged, or whose change can be computed from the base weights again.
@@ -117,7 +122,7 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             "save the adapter with peft's path_initial_model_for_weight_conversion, or save the merged model."
         )
     check_names(values.get("modules_to_save"), f"{_FILE}: modules_to_save")
-    modules_to_save = _modules_to_save(model, values.get("modules_to_save") or (), stored)
+    modules_to_save = modules_with_weights(model, values.get("modules_to_save") or (), stored)
     layers = values.pop("layers_to_transform", None)
     exclude_modules, patterns = values.pop("exclude_modules", None), values.pop("layers_pattern", None)
     parameters, linear = parameters_in_file(model, values.pop("target_parameters", None) or ())
@@ -171,23 +176,9 @@ def settings(model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor]
             f"stored tensors have (rank {stored_rank}): the folder is incomplete."
         )
     # The rows of a parameter are those of all its experts, so their number says less about the rank.
-    check_rows(model, {name: int(ranks[name]) for name in parameters}, stored, _PREFIX)
+    check_rows(model, {name: int(ranks[name]) for name in parameters}, stored, PREFIX)
     known_init: InitLoRA = "pissa" if init == "pissa" else "olora" if init == "olora" else "kaiming"
     return LoRASettings(**values, init_lora_weights=known_init)
-
-
-def _modules_to_save(model: nn.Module, names: Collection[str], stored: Collection[str]) -> list[str]:
-    """Return the full names of the modules that a folder has weights for, given its `modules_to_save`.
-
-    peft also saves modules whose names only end in the same letters, such as `pre_classifier` for `classifier`. Our own
-    folders do not, so such a module counts if its weights are stored.
-    """
-    whole = tuple(f".{name}" for name in names)
-    return [
-        path
-        for path in _outermost_modules(model, names)
-        if f".{path}".endswith(whole) or any(name.startswith(f"{_PREFIX}{path}.") for name in stored)
-    ]
 
 
 def _independent_of_order(patterns: Mapping[str, float], adapted: list[str]) -> Mapping[str, float]:
@@ -227,19 +218,16 @@ def load_tensors(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> N
         LitPeftError: the tensors do not fit the model.
     """
     attachment = attachment_of(model)
-    of_experts = from_peft(attachment, {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}, folder)
+    of_experts = from_peft(attachment, {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}, folder)
     found = {
-        base_name(name.removeprefix(_PREFIX)): tensor
+        base_name(name.removeprefix(PREFIX)): tensor
         for name, tensor in stored.items()
-        if name.removeprefix(_PREFIX) not in of_experts
+        if name.removeprefix(PREFIX) not in of_experts
         # With bias="all" peft saves the biases in a trained module's wrapper in addition to the module's own.
         and not re.search(r"\.(original_module|modules_to_save)\.", name)
     }
-    parameters = {base_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in set(found) - set(_trained_tensors(attachment)):
-        # peft also saves some of the base's tensors: embeddings, and with bias="all" whatever has "bias" in its name.
-        if name in parameters and not _is_equal(model.get_parameter(parameters[name]), found[name]):
-            attachment.train(parameters[name])
+    parameters = parameter_paths(model)
+    train_what_differs(attachment, parameters, found, _trained_tensors(attachment))
     targets = {base_name(name): tensor for name, tensor in _trained_tensors(attachment).items()}
     # A bias that is not stored is the base's own.
     unchanged = {base_name(name) for name in attachment.saved if name.endswith(".bias")} - set(found)
@@ -256,20 +244,6 @@ def load_tensors(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> N
         for factor in ("lora_A", "lora_B")
     }
     copy_tensors(own, of_experts, folder)
-
-
-def _is_equal(parameter: Tensor, stored: Tensor) -> bool:
-    return parameter.shape == stored.shape and torch.equal(parameter.detach().cpu(), stored.to(parameter.dtype))
-
-
-def _outermost_modules(model: nn.Module, names: Collection[str], start: str = "") -> list[str]:
-    """Return the modules whose paths, after `start`, end in one of `names`, as peft finds them; none inside another."""
-    found: list[str] = []
-    for path, _ in model.named_modules():
-        matches = path and f"{start}{path}".endswith(tuple(names))
-        if matches and not any(path.startswith(f"{outer}.") for outer in found):
-            found.append(path)
-    return found
 
 
 def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
@@ -312,7 +286,7 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         "layers_pattern": None,
         "fan_in_fan_out": bool(getattr(first, "fan_in_fan_out", False)),
         # Full names here too: peft takes every module whose name ends in the letters of one of these.
-        "modules_to_save": _outermost_modules(model, modules_to_save, ".") or None,
+        "modules_to_save": outermost_modules(model, modules_to_save, ".") or None,
     }
 
 
@@ -330,7 +304,7 @@ def tensors(attachment: Attachment) -> dict[str, Tensor]:
         found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = as_peft(layer)
     # The format has no tensors that share memory.
     once = {id(tensor) for tensor in found.values()}
-    return {f"{_PREFIX}{name}": _own(tensor, once) for name, tensor in found.items()}
+    return {f"{PREFIX}{name}": _own(tensor, once) for name, tensor in found.items()}
 
 
 def _own(tensor: Tensor, first_seen: set[int]) -> Tensor:

@@ -70,7 +70,7 @@ def hotswap_adapter(model: Model, name: str) -> Model:
 
 @exclusive
 def merge_adapter(model: Model) -> Model:
-    """Fold the active LoRA into the base weights to speed up inference. `unmerge_adapter` undoes it, bit for bit.
+    """Fold the active LoRA or (IA)³ into the base weights, for speed. `unmerge_adapter` undoes it, bit for bit.
 
     Args:
         model: a model whose active adapter is a LoRA.
@@ -108,7 +108,7 @@ def unmerge_adapter(model: Model) -> Model:
     """Undo `merge_adapter` and restore the base weights, bit for bit.
 
     Args:
-        model: a model whose active adapter is a LoRA, merged or not.
+        model: a model whose active adapter is a LoRA or (IA)³, merged or not.
 
     Returns:
         The same model.
@@ -123,7 +123,7 @@ def unmerge_adapter(model: Model) -> Model:
 
 @exclusive
 def merge_and_unload(model: Model) -> Model:
-    """Fold the active LoRA into the base weights permanently and remove all adapters.
+    """Fold the active LoRA or (IA)³ into the base weights permanently and remove all adapters.
 
     Args:
         model: a model whose active adapter is a LoRA.
@@ -157,5 +157,7 @@ def _lora_layers(model: nn.Module) -> list[WeightUpdate]:
     attachment = attachment_or_none(model)
     layers = [layer for layer in attachment.adapted.values() if isinstance(layer, WeightUpdate)] if attachment else []
     if not layers:
-        raise LitPeftError("No LoRA is active on this model, so there is nothing to merge: call set_adapter first.")
+        raise LitPeftError(
+            "No LoRA or (IA)³ is active on this model, so there is nothing to merge: call set_adapter first."
+        )
     return layers

@@ -35,6 +35,7 @@ METHODS: dict[str, Method] = {
     "FullFineTuning": Method("baselines", "Every parameter is trained: the upper baseline.", baseline=True),
     "HeadOnly": Method("baselines", "Only the task head is trained: the lower baseline.", baseline=True),
     "LoRA": Method("lora", "A low-rank update beside frozen weights (Hu et al. 2021, arXiv:2106.09685)."),
+    "IA3": Method("ia3", "Vectors that scale keys, values and FFNs (Liu et al. 2022, arXiv:2205.05638)."),
     "AdapterH": Method("adapter_h", "Bottlenecks after attention and FFN (Houlsby et al. 2019, arXiv:1902.00751)."),
     "AdapterP": Method("adapter_p", "A bottleneck after the FFN (Pfeiffer et al. 2020, arXiv:2005.00052)."),
     "Parallel": Method("parallel", "A bottleneck in parallel to the FFN (He et al. 2021, arXiv:2110.04366)."),

@@ -20,10 +20,12 @@ from lit_peft.methods.stack import Stack
 from lit_peft.methods.threads import changing
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.expert_lora import ExpertLoRA
+from lit_peft.nn.ia3 import IA3Linear
 from lit_peft.nn.invocation import InvokedLoRALinear
 from lit_peft.nn.lora import LoRALayer, LoRALinear
-from lit_peft.nn.rows import LoRARows, ModuleRows
+from lit_peft.nn.rows import IA3Rows, LoRARows, ModuleRows
 from lit_peft.nn.torch_internals import has_forward_hooks
+from lit_peft.nn.weight_update import WeightUpdate
 from lit_peft.util.errors import LitPeftError
 
 
@@ -31,7 +33,7 @@ from lit_peft.util.errors import LitPeftError
 def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Apply a different adapter to each row of a batch in the block, in a single forward.
 
-    The base's layers and plain LoRAs of linear layers compute all rows at once. Other parts of an adapter (DoRA,
+    The base's layers, plain LoRAs of linear layers and (IA)³ compute all rows at once. Other parts of an adapter (DoRA,
     embeddings, PiSSA, bottlenecks, trained modules and biases) compute only their rows. This is for inference: the
     adapters get no gradient.
 
@@ -39,7 +41,7 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     blocks are refused in the meantime.
 
     Args:
-        model: a model with LoRAs and bottleneck adapters, in evaluation mode.
+        model: a model with LoRAs, (IA)³ and bottleneck adapters, in evaluation mode.
         names: the adapter of each row; None for the base. Where `generate` repeats a row for beams or several returned
             sequences, the copies use the same adapter.
 
@@ -78,12 +80,12 @@ def _mixed(model: nn.Module, attachments: Sequence[Attachment], adapter_of_row: 
             for hook in invocation_hooks(attachment):
                 mixed.make(replace(hook, handle=None))
         trained = [_trained_tensors(attachment) for attachment in attachments]
-        loras = [
-            {path: module for path, module in attachment.adapted.items() if isinstance(module, LoRALayer)}
+        updates = [
+            {path: module for path, module in attachment.adapted.items() if isinstance(module, WeightUpdate)}
             for attachment in attachments
         ]
-        for path in dict.fromkeys([*chain(*trained), *chain(*loras)]):
-            layers = [modules.get(path) for modules in loras]
+        for path in dict.fromkeys([*chain(*trained), *chain(*updates)]):
+            layers = [modules.get(path) for modules in updates]
             _replace_module(mixed, path, layers, [tensors.get(path, {}) for tensors in trained], adapter_of_row)
         for change in fast_path_changes(model, mixed.adapted):
             mixed.make(change)
@@ -120,10 +122,10 @@ def _check_can_share(name: str, attachment: Attachment) -> None:
     layers = attachment.adapted.values()
     sublayer_adapters = [layer for layer in layers if isinstance(layer, SublayerAdapter)]
     skips_norm = any(not layer.original_ln_after and layer.norm[0] is not None for layer in sublayer_adapters)
-    if skips_norm or not all(isinstance(layer, LoRALayer | Bottleneck) for layer in layers):
+    if skips_norm or not all(isinstance(layer, WeightUpdate | Bottleneck) for layer in layers):
         raise LitPeftError(
-            f"The adapter {name!r} ({attachment.settings.method}) cannot share a batch with others. Only LoRAs and "
-            "bottleneck adapters without original_ln_after=False can: run its rows in a separate batch with "
+            f"The adapter {name!r} ({attachment.settings.method}) cannot share a batch with others. Only LoRAs, (IA)³ "
+            "and bottleneck adapters without original_ln_after=False can: run its rows in a separate batch with "
             "set_adapter."
         )
     if any(isinstance(layer, InvokedLoRALinear) and layer.lora_bias is not None for layer in layers):
@@ -209,16 +211,20 @@ def _trained_tensors(attachment: Attachment) -> dict[str, dict[str, Tensor]]:
 def _replace_module(
     mixed: Attachment,
     path: str,
-    layers: Sequence[LoRALayer | None],
+    layers: Sequence[WeightUpdate | None],
     trained: Sequence[Mapping[str, Tensor]],
     adapter_of_row: Tensor,
 ) -> None:
-    """Replace the module at `path` by one that applies each row's LoRA layer and trained tensors."""
+    """Replace the module at `path` by one that applies each row's layer and trained tensors."""
     base = mixed.model.get_submodule(path)
     plain = [layer if _is_plain(layer) else None for layer in layers]
-    module: nn.Module
-    if not any(trained) and plain == list(layers):
-        module = LoRARows(base, plain, adapter_of_row)
+    scaled = [layer if isinstance(layer, IA3Linear) else None for layer in layers]
+    module = base
+    if not any(trained) and all(layer in (*plain, *scaled) for layer in layers):
+        if any(scaled):
+            module = IA3Rows(module, scaled, adapter_of_row)
+        if any(plain):
+            module = LoRARows(module, plain, adapter_of_row)
     else:
         if isinstance(base, nn.Embedding) and base.num_embeddings != _vocabulary_size(mixed.model):
             raise LitPeftError(
@@ -227,7 +233,7 @@ def _replace_module(
             )
         if has_forward_hooks(base):
             raise LitPeftError(
-                f"{path} has both a bottleneck adapter and a LoRA with DoRA, PiSSA, OLoRA or trained tensors, which "
+                f"{path} has both a bottleneck adapter and trained tensors or a LoRA with DoRA, PiSSA or OLoRA, which "
                 "cannot share a batch: run their rows in separate batches with set_adapter."
             )
         variants = [_variant(base, layer, tensors) for layer, tensors in zip(layers, trained, strict=True)]
@@ -236,18 +242,18 @@ def _replace_module(
 
 
 def _variant(
-    base: nn.Module, layer: LoRALayer | None, trained: Mapping[str, Tensor]
+    base: nn.Module, layer: WeightUpdate | None, trained: Mapping[str, Tensor]
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """The module that one adapter puts in the place of `base`, and the tensors that it replaces in it."""
     if layer is None:
         return base, dict(trained)
     tensors = {f"base_layer.{name}": tensor for name, tensor in trained.items()}
-    if layer.residual_weight is not None:
+    if isinstance(layer, LoRALayer) and layer.residual_weight is not None:
         tensors["base_layer.weight"] = layer.residual_weight
     return layer.eval(), tensors
 
 
-def _is_plain(layer: LoRALayer | None) -> TypeGuard[LoRALinear]:
+def _is_plain(layer: WeightUpdate | None) -> TypeGuard[LoRALinear]:
     plain = isinstance(layer, LoRALinear) and layer.lora_magnitude is None and layer.residual_weight is None
     return plain and layer is not None and layer.lora_bias is None
 

@@ -18,6 +18,7 @@ from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.expressions import Expressions, check_expression
 
 __all__ = [
+    "among",
     "check_expression",
     "check_leave_out",
     "default_targets",
@@ -254,6 +255,27 @@ def _warn_of_experts(model: nn.Module) -> None:
             "target_experts=True (LoRA only).",
             stacklevel=5,
         )
+
+
+def among(paths: Sequence[str], names: str | Sequence[str], field: str) -> set[str]:
+    """Return those of the adapted modules that a further setting selects: names, or a regular expression.
+
+    Args:
+        paths: the full names of the adapted modules.
+        names: the value of the setting.
+        field: its name, for messages.
+
+    Raises:
+        LitPeftError: a name or the regular expression matches none of the modules.
+    """
+    for name in [names] if isinstance(names, str) else names:
+        if not _matching(names if isinstance(names, str) else [name], paths, field):
+            last = [path.rpartition(".")[2] for path in paths]
+            raise LitPeftError(
+                f"{field} has {name!r}, which matches none of the modules that target_modules selects: the closest "
+                f"are {closest(name.rpartition('.')[2], last)}."
+            )
+    return set(_matching(names, paths, field))
 
 
 def check_leave_out(leave_out: Sequence[int], count: int) -> None:

@@ -72,6 +72,9 @@ class LoRALinear(LoRALayer):
     def add_to_weight(self, delta: Tensor) -> None:
         super().add_to_weight(delta.T if self.fan_in_fan_out else delta)
 
+    def split_dims(self, by_rows: bool) -> dict[str, int | None]:
+        return {"lora_A": None if by_rows else 1, "lora_B": 0 if by_rows else None}
+
     def _is_plain(self, x: Tensor, base: nn.Module, weight: Tensor) -> bool:
         """Whether the base is a product and nothing else, so that `lora_linear` computes it and the update as one."""
         return (

@@ -85,7 +85,7 @@ class LoRALayer(WeightUpdate):
         self.lora_bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if lora_bias else None
         self.lora_magnitude: nn.Parameter | None = None
         # With PiSSA and OLoRA: W as it was, the first A and B, and W without them while the layer is suspended.
-        self.original_weight: Tensor | None = None
+        self.original_weight = None
         self._start: tuple[Tensor, Tensor] | None = None
         self.residual_weight: Tensor | None = None
         self.reset_parameters(init_lora_weights)
@@ -215,17 +215,9 @@ class LoRALayer(WeightUpdate):
             self.unmerge()
             self.residual_weight = self.weight.detach().clone()
 
-    def follow_weight(self) -> None:
-        """Move A and B to the device of W."""
-        if self.lora_A.device != self.weight.device:
-            for parameter in self.parameters(recurse=False):
-                parameter.data = parameter.data.to(self.weight.device)
-
     def resume(self) -> None:
-        """Prepare for being put back: follow the base layer's device, and take out of W what the update contains."""
-        if any(parameter.requires_grad for parameter in self.base_layer.parameters(recurse=False)):
-            self.base_layer.requires_grad_(False)
-        self.follow_weight()
+        """Prepare for being put back: as any update, and take out of W what this one contains."""
+        super().resume()
         if self.residual_weight is not None:
             self.weight.data.copy_(self.residual_weight)
             self.residual_weight = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lit_peft.nn.ia3 import IA3Linear
 from lit_peft.nn.invocation import InvokedLoRALinear
 from lit_peft.nn.lora import LoRALinear
 from lit_peft.util.errors import LitPeftError
@@ -32,7 +33,68 @@ def repeats(x: Tensor, rows: int) -> int:
     return count
 
 
-class LoRARows(nn.Module):
+class _Rows(nn.Module):
+    """What stands in the place of a base layer, `base_layer`, whose attributes the model may read."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read the dtype and device of their layers' weights.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+
+class IA3Rows(_Rows):
+    """`h_i = l_n ⊙ (W x_i + b)` or `W (l_n ⊙ x_i) + b`, where n is the adapter of row i: one product with W.
+
+    Args:
+        base_layer: the frozen layer.
+        layers: each adapter's (IA)³ layer; None for an adapter that does not change this layer.
+        index: the index of each row's adapter, `len(layers)` for none. Shape (rows,).
+
+    Shapes:
+        input (rows · k, ..., in_features) → output (rows · k, ..., out_features)
+
+    Raises:
+        LitPeftError: in the forward pass, the batch's size is no multiple of the number of rows.
+    """
+
+    def __init__(self, base_layer: nn.Module, layers: Sequence[IA3Linear | None], index: Tensor) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        first = next(layer for layer in layers if layer is not None)
+        index = index.to(first.ia3_l.device)
+        # One vector for each row: of its adapter, or ones. Some adapters may scale the input, and others the output.
+        self.scales = [
+            None if all(vector is None for vector in vectors) else _stack(first.ia3_l, vectors)[index]
+            for vectors in (
+                [layer.ia3_l if layer is not None and layer.is_feedforward is inside else None for layer in layers]
+                for inside in (True, False)
+            )
+        ]
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        inside, outside = self.scales
+        out: Tensor = self.base_layer(x if inside is None else _scaled(x, inside), *args, **kwargs)
+        return out if outside is None else _scaled(out, outside)
+
+
+def _stack(like: Tensor, vectors: Sequence[Tensor | None]) -> Tensor:
+    """Return vectors as the rows of a matrix, ones in the place of None and as the last row."""
+    size = next(len(vector) for vector in vectors if vector is not None)
+    rows = like.new_ones(len(vectors) + 1, size)
+    for number, vector in enumerate(vectors):
+        if vector is not None:
+            rows[number] = vector.detach()
+    return rows
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    scale = scale.repeat_interleave(repeats(x, len(scale)), 0)
+    return (x * scale.view(len(scale), *(1 for _ in x.shape[2:]), -1)).to(x.dtype)
+
+
+class LoRARows(_Rows):
     """`h_i = W x_i + s_n · B_n A_n x_i`, where n is the adapter of row i: one product with W, two small batched ones.
 
     Ranks may differ: A and B are padded with zeros to the largest rank.
@@ -82,7 +144,7 @@ class LoRARows(nn.Module):
         return out + update.to(out.dtype)
 
 
-class ModuleRows(nn.Module):
+class ModuleRows(_Rows):
     """A module that has another form for each adapter. The rows of one adapter are computed together.
 
     Args:
@@ -122,10 +184,3 @@ class ModuleRows(nn.Module):
             out = out.index_copy(0, positions, part.to(out.dtype))
         assert out is not None
         return out
-
-    def __getattr__(self, name: str) -> Any:
-        # Models read the dtype and device of their layers' weights.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)

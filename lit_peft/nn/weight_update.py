@@ -15,12 +15,14 @@ class WeightUpdate(nn.Module):
     Attributes:
         in_features: d_in, the size of the update's input.
         out_features: d_out, the size of the update's output.
+        original_weight: a copy of W if attaching changed it, else None.
         unmerged_weight: a copy of W while the update is merged.
         unmerged_bias: a copy of the base layer's bias while an update of it is merged.
     """
 
     in_features: int
     out_features: int
+    original_weight: Tensor | None = None
     unmerged_weight: Tensor | None = None
     unmerged_bias: Tensor | None = None
 
@@ -77,6 +79,14 @@ class WeightUpdate(nn.Module):
     def weight_change(self) -> Tensor:
         """Return what a merge adds to W, shape (out_features, in_features)."""
         return self.delta_weight()
+
+    def split_dims(self, by_rows: bool) -> dict[str, int | None]:
+        """Return how the update is divided with W over several processes: for each parameter the dimension, or None.
+
+        Args:
+            by_rows: whether each process has rows of W, and so a part of the outputs, rather than columns.
+        """
+        raise NotImplementedError
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the update."""
@@ -163,6 +173,18 @@ class WeightUpdate(nn.Module):
     def keep_merged(self) -> None:
         """Make a merge final: the base layer keeps the merged weight, and the copies of W are freed."""
         self.unmerged_weight = self.unmerged_bias = None
+
+    def follow_weight(self) -> None:
+        """Move the parameters of the update to the device of W."""
+        for parameter in self.own_parameters():
+            if parameter.device != self.weight.device:
+                parameter.data = parameter.data.to(self.weight.device)
+
+    def resume(self) -> None:
+        """Prepare for being put back on the model: freeze the base layer and follow its device."""
+        if any(parameter.requires_grad for parameter in self.base_layer.parameters(recurse=False)):
+            self.base_layer.requires_grad_(False)
+        self.follow_weight()
 
     def restore_base(self) -> nn.Module:
         """Return the base layer as it was before it was adapted, bit for bit."""

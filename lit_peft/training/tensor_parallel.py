@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from lit_peft.methods.attachment import attached_model, attachment_of
 from lit_peft.nn.bottleneck import Bottleneck
+from lit_peft.nn.ia3 import IA3Linear
 from lit_peft.nn.lora import LoRALinear
 from lit_peft.nn.prefix import Prefix
+from lit_peft.nn.weight_update import WeightUpdate
 from lit_peft.util.errors import LitPeftError
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def _plan(model: Any) -> dict[re.Pattern[str], str]:
 
 
 def _special(module: nn.Module) -> str | None:
-    """What an update has besides A and B, so that it cannot be split; None if it has nothing else."""
+    """What an update has that cannot be split; None if it has nothing such."""
     if not isinstance(module, LoRALinear):
         return None
     if module.lora_magnitude is not None:
@@ -94,16 +96,18 @@ def _split(path: str, module: nn.Module, mesh: DeviceMesh, style: str) -> None:
     """Distribute the parameters of a linear layer, and convert its input and output."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-    layer = module.base_layer if isinstance(module, LoRALinear) else module
+    layer = module.base_layer if isinstance(module, LoRALinear | IA3Linear) else module
     plain = type(layer) is nn.Linear and type(layer.weight.data) is Tensor
     special = _special(module)
     if not plain or special is not None:
         kind = special or f"{type(layer).__name__}, {type(layer.weight.data).__name__}"
         raise LitPeftError(f"tensor_parallel_size: {path} ({kind}) cannot be split. Use tensor_parallel_size=1.")
     whole, rows, columns = Replicate(), Shard(0), Shard(1)
-    weight, a, b, bias = (rows, whole, rows, rows) if style == "colwise" else (columns, columns, whole, whole)
+    weight, bias = (rows, rows) if style == "colwise" else (columns, whole)
     places: list[tuple[nn.Module, str, Any]] = [(layer, "weight", weight), (layer, "bias", bias)]
-    places += [(module, "lora_A", a), (module, "lora_B", b)]
+    if isinstance(module, WeightUpdate):
+        dims = module.split_dims(by_rows=style == "colwise")
+        places += [(module, name, whole if dim is None else Shard(dim)) for name, dim in dims.items()]
     for owner, name, placement in places:
         parameter = getattr(owner, name, None)
         if isinstance(parameter, nn.Parameter):
