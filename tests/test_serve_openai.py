@@ -179,21 +179,21 @@ def test_log_probabilities_are_those_of_the_logits(name: str, served: Served) ->
         max_tokens=4,
         temperature=1.5,
         seed=1,
+        n=6,
         logprobs=True,
         top_logprobs=2,
     )
     prompt = served.ids("user film")[0].tolist()
-    sampled = [each.token for each in chat.choices[0].logprobs.content]
-    tokens = served.tokenizer.convert_tokens_to_ids(sampled)
-    truth = served.logprobs(name, prompt + tokens)[len(prompt) - 1 :]
-    assert len(sampled) >= 3
-    for place, each in enumerate(chat.choices[0].logprobs.content):
-        # Sampling and temperature do not change them.
-        assert each.logprob == pytest.approx(truth[place, tokens[place]].item(), abs=1e-4)
-        assert bytes(each.bytes).decode() == each.token
-        assert [other.logprob for other in each.top_logprobs] == pytest.approx(
-            truth[place].topk(2).values.tolist(), abs=1e-4
-        )
+    assert sum(len(choice.logprobs.content) for choice in chat.choices) >= 10
+    for choice in chat.choices:
+        tokens = served.tokenizer.convert_tokens_to_ids([each.token for each in choice.logprobs.content])
+        truth = served.logprobs(name, prompt + tokens)[len(prompt) - 1 :]
+        for place, each in enumerate(choice.logprobs.content):
+            # Sampling and temperature do not change them.
+            assert each.logprob == pytest.approx(truth[place, tokens[place]].item(), abs=1e-4)
+            assert bytes(each.bytes).decode() == each.token
+            top = truth[place].topk(2).values.tolist()
+            assert [other.logprob for other in each.top_logprobs] == pytest.approx(top, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["poems", "prompt"])
@@ -228,7 +228,7 @@ def test_an_answer_ends_before_a_stop_text(served: Served) -> None:
         assert all(start < len(expected) for start in answer.logprobs.text_offset)
     chunks = list(served.complete("poems", PROMPTS[1], max_tokens=MOST, stop=stop, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected
-    assert len(chunks) > 2 and chunks[-1].choices[0].finish_reason == "stop"
+    assert len(chunks) >= 2 and chunks[-1].choices[0].finish_reason == "stop"
 
 
 def test_a_seed_repeats_an_answer_in_any_company(served: Served) -> None:
