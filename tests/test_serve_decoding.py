@@ -105,7 +105,7 @@ def text(messages: list[Any]) -> str:
 def test_of_a_batch_that_fails_the_others_go_on_where_they_are(gpt2: Path, caplog: pytest.LogCaptureFixture) -> None:
     api = made_api(gpt2)
     prompts = ["it", "a good film", "the awful story", "this was"]
-    requests = [completion(prompt, "prefix", stream=True, logprobs=0) for prompt in prompts]
+    requests = [completion(prompt, "prefix", stream=True, logprobs=0, max_tokens=6) for prompt in prompts]
     alone = [answers(api, request)[0] for request in requests]
     bad = api.tokenizer("awful").input_ids[0]
 
