@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="apply the tokenizer's chat template; without --prompt, each line of the input is a message of a conversation",
+        help="apply the tokenizer's chat template; without --prompt, a conversation with one line for each message",
     )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="maximum number of generated tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most likely token")
@@ -57,8 +57,7 @@ def run(arguments: list[str]) -> None:
         raise LitPeftError(f"--use {options.use} is not the name of an adapter: {known}.")
 
     from lit_peft.formats.folder import load_adapter
-    from lit_peft.methods.adapters import active_adapter, set_adapter
-    from lit_peft.methods.prompt_room import prompt_room
+    from lit_peft.methods.adapters import set_adapter
     from lit_peft.models.tokenization import adapter_tokenizer
 
     tokenizer = adapter_tokenizer(folders.values(), options.base, "--base", options.revision)
@@ -87,7 +86,7 @@ def run(arguments: list[str]) -> None:
     chat = Conversation(
         tokenizer,
         lambda inputs: _answer(model, tokenizer, inputs, options),
-        lambda: prompt_room(model, active_adapter(model)).longest_prompt(options.max_new_tokens),
+        lambda: _longest_prompt(model, options.max_new_tokens),
     )
     for text in _lines():
         try:
@@ -103,6 +102,15 @@ def run(arguments: list[str]) -> None:
                 print(note, file=sys.stderr)
         except LitPeftError as problem:
             print(problem)
+
+
+def _longest_prompt(model: Any, new_tokens: int) -> int | None:
+    """The maximum number of tokens of a prompt with the adapter that is set; None if there is no limit."""
+    from lit_peft.methods.adapters import active_adapter
+    from lit_peft.methods.prompt_room import prompt_room
+
+    name = active_adapter(model)
+    return prompt_room(model, name if isinstance(name, str) else None).longest_prompt(new_tokens)
 
 
 def _lines() -> Iterator[str]:
