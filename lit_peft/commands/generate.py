@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lit_peft.commands.conversation import Conversation, encode_messages
 from lit_peft.commands.options import Options, adapter_folders, check_counts, check_generates, load_base_from_options
 from lit_peft.models.generation import check_generation
-from lit_peft.util.errors import LitPeftError, closest, first_line
+from lit_peft.util.errors import LitPeftError, closest
 from lit_peft.util.type_checks import brief
 
 
 def run(arguments: list[str]) -> None:
-    """Generate text from one prompt, or interactively on a terminal.
+    """Generate text from one prompt, interactively on a terminal, or in a conversation.
 
     Raises:
         LitPeftError: the input is wrong.
@@ -26,7 +27,11 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--prompt", default=None, help="the prompt; read from standard input, or asked for on a terminal, when unset"
     )
-    parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template to the prompt")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="apply the tokenizer's chat template; without --prompt, a conversation with one line for each message",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="maximum number of generated tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most likely token")
     parser.add_argument(
@@ -61,7 +66,7 @@ def run(arguments: list[str]) -> None:
             f"--chat: the tokenizer of {options.base!r} has no chat template; leave --chat out, or use an "
             "instruction-tuned version of the model."
         )
-    asks = options.prompt is None and sys.stdin.isatty()
+    asks = options.prompt is None and (options.chat or sys.stdin.isatty())
     if not asks:
         inputs = _encoded(tokenizer, sys.stdin.read() if options.prompt is None else options.prompt, options.chat)
 
@@ -74,26 +79,53 @@ def run(arguments: list[str]) -> None:
     if not asks:
         _answer(model, tokenizer, inputs, options)
         return
-    print(f"adapters: {', '.join(folders) or 'none'}. /use NAME switches, /base uses none, an empty line quits.")
-    while text := _line():
+    if sys.stdin.isatty():
+        forgets = " /new begins a new conversation," if options.chat else ""
+        names = ", ".join(folders) or "none"
+        print(f"adapters: {names}. /use NAME switches, /base uses none,{forgets} an empty line quits.")
+    chat = Conversation(
+        tokenizer,
+        lambda inputs: _answer(model, tokenizer, inputs, options),
+        lambda: _longest_prompt(model, options.max_new_tokens),
+    )
+    for text in _lines():
         try:
             if text == "/base":
                 set_adapter(model, None)
             elif text.startswith("/use "):
                 set_adapter(model, text.removeprefix("/use ").strip())
-            else:
-                _answer(model, tokenizer, _encoded(tokenizer, text, options.chat), options)
+            elif options.chat and text == "/new":
+                chat.messages.clear()
+            elif not options.chat:
+                _answer(model, tokenizer, _encoded(tokenizer, text, False), options)
+            elif (note := chat.say(text)) is not None:
+                print(note, file=sys.stderr)
         except LitPeftError as problem:
             print(problem)
 
 
-def _line() -> str:
-    """Read a line; empty at the end of the input."""
-    try:
-        return input("> ").strip()
-    except EOFError:
-        print()
-        return ""
+def _longest_prompt(model: Any, new_tokens: int) -> int | None:
+    """The maximum number of tokens of a prompt with the adapter that is set; None if there is no limit."""
+    from lit_peft.methods.adapters import active_adapter
+    from lit_peft.methods.prompt_room import prompt_room
+
+    name = active_adapter(model)
+    return prompt_room(model, name if isinstance(name, str) else None).longest_prompt(new_tokens)
+
+
+def _lines() -> Iterator[str]:
+    """Read lines up to the end of the input. On a terminal, an empty one ends it; in a file, it is left out."""
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            if sys.stdin.isatty():
+                print()
+            return
+        if text:
+            yield text
+        elif sys.stdin.isatty():
+            return
 
 
 def _encoded(tokenizer: Any, prompt: str, chat: bool) -> Mapping[str, Any]:
@@ -105,16 +137,7 @@ def _encoded(tokenizer: Any, prompt: str, chat: bool) -> Mapping[str, Any]:
     if not prompt.strip():
         raise LitPeftError("The prompt is empty: give a text with --prompt or on standard input.")
     if chat:
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            inputs = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except Exception as problem:  # jinja's errors, also of its sandbox, and those of what the template computes
-            raise LitPeftError(
-                f"--chat: the chat template of the tokenizer cannot be applied ({first_line(problem)}): leave --chat "
-                "out, or correct the template in the base's folder."
-            ) from problem
+        inputs = encode_messages(tokenizer, [{"role": "user", "content": prompt}])
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[1]:
@@ -122,17 +145,21 @@ def _encoded(tokenizer: Any, prompt: str, chat: bool) -> Mapping[str, Any]:
     return {name: value for name, value in inputs.items() if name != "token_type_ids"}
 
 
-def _answer(model: Any, tokenizer: Any, inputs: Mapping[str, Any], options: Any) -> None:
+def _answer(model: Any, tokenizer: Any, inputs: Mapping[str, Any], options: Any) -> str:
+    """Generate an answer, print it while it is generated, and return it."""
     import torch
     from transformers import TextStreamer
 
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.no_grad():
-        model.generate(
+        out = model.generate(
             **inputs,
             **options.sampling,
             max_new_tokens=options.max_new_tokens,
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id,
         )
+    start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    text: str = tokenizer.decode(out[0, start:], skip_special_tokens=True)
+    return text

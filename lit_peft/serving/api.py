@@ -1,49 +1,27 @@
-"""A server for a base model and its adapters, built on LitServe. One forward pass serves several adapters.
-
-Needs the extra `serve`. `lit-peft serve` starts the server; `make_server` and `AdapterAPI` are for servers of your own.
-"""
+"""The model side of the server: prompts and requests in OpenAI's form, answered with the adapters that they name."""
 
 # Annotations are not postponed in this file: LitServe and FastAPI read the type of a request from them.
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import litserve
 import torch
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lit_peft.commands.options import base_options, check_generates, load_base_from_options
+from lit_peft.serving.batches import batches
+from lit_peft.serving.completions import Reply, complete
+from lit_peft.serving.endpoints import Endpoints
+from lit_peft.serving.errors import json_response
+from lit_peft.serving.generate_request import Request
+from lit_peft.serving.loop import ServingLoop
+from lit_peft.serving.openai_requests import OpenAIRequest
 from lit_peft.util.errors import LitPeftError, closest, first_line
 from lit_peft.util.type_checks import brief
 
 # Text has 4 to 5 characters per token, and code about 10 with its indentation.
 _CHARACTERS_PER_TOKEN = 32
-# JSON may write a character with 12 bytes (two `\uXXXX`); the rest of a request is short.
-_BYTES_PER_CHARACTER, _OTHER_BYTES = 12, 64 * 1024
 logger = logging.getLogger("lit_peft.serving")
-
-
-class Request(BaseModel):
-    """The body of a request.
-
-    Args:
-        prompt: the text to continue.
-        adapter: the name of the adapter to use; None for the base model alone.
-        max_new_tokens: the maximum number of tokens to generate; None for the server's own limit, which also applies
-            to larger numbers.
-    """
-
-    # With a misspelled field, the base model would answer instead of the adapter.
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str = Field(min_length=1)
-    adapter: str | None = None
-    max_new_tokens: int | None = Field(default=None, gt=0)
 
 
 class AdapterAPI(litserve.LitAPI):
@@ -90,7 +68,14 @@ class AdapterAPI(litserve.LitAPI):
                 raise LitPeftError(f"{name}={value}: give a whole number of at least 1.")
         if not batch_timeout >= 0:
             raise LitPeftError(f"batch_timeout={batch_timeout}: give seconds, 0 for none.")
-        super().__init__(max_batch_size=max_batch_size, batch_timeout=batch_timeout, api_path="/generate")
+        if base in adapters:
+            raise LitPeftError(
+                f"An adapter has the name of the base, {base!r}, so requests could not tell them apart: give it "
+                "another name, as in --adapter NAME=FOLDER."
+            )
+        super().__init__(
+            max_batch_size=max_batch_size, batch_timeout=batch_timeout, spec=Endpoints("/generate"), loop=ServingLoop()
+        )
         self.options = base_options(base, **options)
         self.adapters = dict(adapters)
         self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
@@ -150,10 +135,19 @@ class AdapterAPI(litserve.LitAPI):
         found = [self._count_tokens(request) for request in x]
         answers: list[dict[str, Any]] = [{"error": problem, "status": 422} for problem in found]
         counts = {place: count for place, count in enumerate(found) if isinstance(count, int)}
-        for places in self._groups(x, counts):
+        wanted = {place: (x[place].adapter, count, self._new_tokens(x[place])) for place, count in counts.items()}
+        for places in batches(self, wanted):
             for place, answer in zip(places, self._answers([x[place] for place in places]), strict=True):
                 answers[place] = answer
         return answers
+
+    def complete(self, asked: Sequence[tuple[OpenAIRequest, Reply]]) -> None:
+        """Answer requests in OpenAI's form.
+
+        Args:
+            asked: the requests, each with a function that takes the messages of its answer.
+        """
+        complete(self, asked)
 
     def encode_response(self, output: dict[str, Any]) -> Any:
         """Return the answer as JSON, with its HTTP status if it is an error."""
@@ -164,55 +158,50 @@ class AdapterAPI(litserve.LitAPI):
         if request.adapter is not None and request.adapter not in self.adapters:
             known = f"the closest are {closest(request.adapter[:100], self.adapters)}" if self.adapters else "none"
             return f"There is no adapter {brief(request.adapter)}: {known}."
-        if len(request.prompt) > self.max_prompt_characters:
-            return (
-                f"The prompt has {len(request.prompt)} characters; the maximum is {self.max_prompt_characters} "
-                f"({self.max_prompt_tokens} tokens)."
-            )
+        if (excess := self.find_excess_characters(len(request.prompt))) is not None:
+            return excess
         try:
             count = len(self.tokenizer(request.prompt).input_ids)
         except Exception as problem:  # tokenizers raise errors of many kinds
             return f"The tokenizer cannot read the prompt ({first_line(problem)})."
+        found = self.find_excess_tokens(count, request.adapter, self._new_tokens(request))
+        return count if found is None else found
+
+    def find_excess_characters(self, count: int) -> str | None:
+        """Return one sentence if a prompt has too many characters to be tokenized, else None.
+
+        Args:
+            count: the number of its characters.
+        """
+        if count <= self.max_prompt_characters:
+            return None
+        return (
+            f"The prompt has {count} characters; the maximum is {self.max_prompt_characters} "
+            f"({self.max_prompt_tokens} tokens)."
+        )
+
+    def find_excess_tokens(self, count: int, adapter: str | None, new_tokens: int) -> str | None:
+        """Return one sentence if a prompt has no tokens or too many, else None.
+
+        Args:
+            count: the number of its tokens.
+            adapter: the adapter to use, which may need positions for virtual tokens; None for the base.
+            new_tokens: the maximum number of tokens to generate.
+        """
         if count == 0:
             return "The prompt has no tokens: the tokenizer knows none of its text."
         if count > self.max_prompt_tokens:
             return f"The prompt has {count} tokens; the maximum is {self.max_prompt_tokens}."
-        new_tokens = self._new_tokens(request)
-        longest = self.rooms[request.adapter].longest_prompt(new_tokens)
+        longest = self.rooms[adapter].longest_prompt(new_tokens)
         if longest is not None and count > longest:
             return (
                 f"The prompt has {count} tokens; with max_new_tokens={new_tokens}, the model's positions allow at most "
                 f"{longest}."
             )
-        return count
+        return None
 
     def _new_tokens(self, request: Request) -> int:
         return min(request.max_new_tokens or self.max_new_tokens, self.max_new_tokens)
-
-    def _groups(self, requests: Sequence[Request], counts: Mapping[int, int]) -> list[list[int]]:
-        """Divide requests into batches whose adapters and lengths fit together.
-
-        Args:
-            requests: all requests.
-            counts: the number of tokens of those to answer, by their index.
-        """
-        from lit_peft.methods.rows import can_share
-
-        groups: dict[str | None, list[list[int]]] = {}
-        for place in counts:
-            name = requests[place].adapter
-            alone = name is not None and not can_share(self.model, name)
-            batches = groups.setdefault(name if alone else None, [])
-            for batch in batches:
-                together = (*batch, place)
-                # Padding makes all prompts as long as the longest, and all rows get as many new tokens as one needs.
-                longest = max(counts[index] for index in together)
-                if self.rooms[name].fits(longest, max(self._new_tokens(requests[index]) for index in together)):
-                    batch.append(place)
-                    break
-            else:
-                batches.append([place])
-        return [batch for batches in groups.values() for batch in batches]
 
     def _answers(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """Answer a batch. If it fails, answer its halves, down to single requests."""
@@ -252,94 +241,9 @@ class AdapterAPI(litserve.LitAPI):
         return texts
 
 
-def make_server(api: AdapterAPI, **settings: Any) -> litserve.LitServer:
-    """Return a server that refuses large bodies before it parses them and answers every error with one sentence.
-
-    Args:
-        api: what to serve.
-        **settings: arguments of `litserve.LitServer`.
-
-    Returns:
-        The server; `run` starts it.
-    """
-    most = _BYTES_PER_CHARACTER * api.max_prompt_characters + _OTHER_BYTES
-    middlewares = [*settings.pop("middlewares", ()), (BodyLimit, {"max_bytes": most})]
-    server = litserve.LitServer(api, middlewares=middlewares, **settings)
-    server.app.add_exception_handler(RequestValidationError, _answer_invalid)
-    server.app.add_exception_handler(HTTPException, _answer_http_error)
-    return server
-
-
-class BodyLimit:
-    """ASGI middleware that reads the body of a request and answers 413 if it is larger than `max_bytes`.
-
-    Args:
-        app: the application behind it.
-        max_bytes: the maximum size of a body.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        chunks: list[bytes] = []
-        size, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":  # the client has gone
-                return None
-            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
-            chunks.append(message.get("body", b""))
-            if size > self.max_bytes:
-                # The rest is read and dropped: many clients read no answer while they are sending.
-                chunks.clear()
-                if size > 64 * self.max_bytes:
-                    break
-        if size > self.max_bytes:
-            answer = json_response(413, f"The request is larger than {self.max_bytes} bytes.")
-            return await answer(scope, receive, send)
-        body: Message | None = {"type": "http.request", "body": b"".join(chunks), "more_body": False}
-
-        async def replay() -> Message:
-            nonlocal body
-            message, body = body, None
-            return await receive() if message is None else message
-
-        return await self.app(scope, replay, send)
-
-
 def _without_traceback(record: logging.LogRecord) -> bool:
     """Logging filter that keeps only the message of a `LitPeftError`."""
     problem = record.exc_info[1] if record.exc_info else None
     if isinstance(problem, LitPeftError):
         record.msg, record.args, record.exc_info, record.exc_text = f"lit-peft: error: {problem}", (), None, None
     return True
-
-
-def json_response(status: int, error: str) -> Response:
-    """Return an answer with an error. Its JSON is ASCII, so that it can quote any string."""
-    return Response(json.dumps({"error": error}), status, media_type="application/json")
-
-
-def _answer_invalid(request: Any, problem: Any) -> Response:
-    """Answer a body that is no `Request` with the first thing that is wrong."""
-    first = problem.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:])
-    if first["type"] == "extra_forbidden":
-        text = f"There is no field {brief(field)}: a request has {', '.join(Request.model_fields)}."
-    elif first["type"] == "json_invalid":
-        text = f"The body is not valid JSON: {first['ctx']['error']} at character {field}."
-    elif first["type"] == "missing":
-        text = f"{field or 'The body'} is missing."
-    elif first["type"] == "string_unicode":
-        text = f"{field or 'A name'} is not valid Unicode: it has half of a surrogate pair."
-    else:
-        text = f"{field or 'body'}={brief(first['input'])}: {first['msg']}."
-    return json_response(422, text)
-
-
-def _answer_http_error(request: Any, problem: Any) -> Response:
-    """Answer errors of LitServe and FastAPI in the form of all others."""
-    return json_response(problem.status_code, str(problem.detail))
