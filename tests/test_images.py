@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import io
 import threading
@@ -15,6 +16,8 @@ from vision_models import picture
 from lit_peft.data import images
 from lit_peft.data.image_messages import place_images
 from lit_peft.data.images import ImageSource, image_source, read_image
+
+TEXT = {"type": "text", "text": "What?"}
 
 
 def png(number: int = 0) -> bytes:
@@ -96,3 +99,21 @@ def test_places_of_images_that_messages_name_and_of_the_column() -> None:
     )
     assert [part["type"] for part in messages[0]["content"]] == ["image", "text", "image"]
     assert [source.path for source in found] == ["a", "b"] == located
+
+
+def test_the_forms_of_providers_name_their_images_and_texts() -> None:
+    """Anthropic's messages, and those of OpenAI's Responses."""
+    code = base64.b64encode(png()).decode()
+    messages = [
+        {"role": "user", "content": [{"type": "image", "source": {"type": "base64", "data": code}}, TEXT]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "input_image", "image_url": f"data:image/png;base64,{code}"},
+                {"type": "input_text", "text": "What?"},
+            ],
+        },
+    ]
+    placed, found = place_images(messages, None, image_source)
+    assert [message["content"] for message in placed] == [[{"type": "image"}, TEXT]] * 2
+    assert found == [ImageSource("", png())] * 2

@@ -574,3 +574,10 @@ def test_an_empty_cache_changes_no_loss() -> None:
     model, inputs = lit_peft.attach(make("llama"), PromptTuningSettings(num_virtual_tokens=3)).eval(), batch("llama")
     output = model(**inputs, cache=transformers.DynamicCache(config=model.config))
     close(output.loss, model(**inputs).loss)
+
+
+def test_no_virtual_token_starts_as_the_padding_token() -> None:
+    """Its embedding is zero, where the gradient of a norm is huge."""
+    embeddings = torch.nn.Embedding(3, 4, padding_idx=2)
+    prompt = PromptTuningSettings(num_virtual_tokens=100).make_prompt(torch.nn.Module(), embeddings)
+    assert prompt().abs().sum(-1).min() > 0 and len(prompt().unique(dim=0)) == 2

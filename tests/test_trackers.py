@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from lit_peft.cli import main
-from lit_peft.training.trackers import check_trackers, make_trackers
+from lit_peft.training.trackers import check_trackers, log_artifacts, make_trackers
 from lit_peft.util.errors import LitPeftError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -134,7 +135,7 @@ def test_wandb_offline(fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses == pytest.approx(list(logged().values())) and artifacts
 
 
-def test_trackio(fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio(fit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trackio")
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
     from trackio.sqlite_storage import SQLiteStorage
@@ -143,6 +144,40 @@ def test_trackio(fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     rows = SQLiteStorage.get_logs("lit_peft", "lit_peft_runs/version_0")
     found = {row["step"]: row["train_loss"] for row in rows if "train_loss" in row}
     assert found == pytest.approx(logged())
+    shown = capsys.readouterr().out
+    assert shown.count("Run finished") == 1 and "Resumed existing run" not in shown
+
+
+def test_a_prediction_starts_no_run(fit: Any, decoder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    assert fit("--log", "tensorboard") == 0
+    run = Path("lit_peft_runs/version_0")
+    again = ["--config", str(run / "config.yaml"), "--ckpt_path", str(next(run.glob("checkpoints/*.ckpt")))]
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        assert main(["predict", *again, "--data.predict", "texts.txt", "--trainer.limit_predict_batches", "1"]) == 0
+    assert Path("lit_peft_runs/version_1/predictions.jsonl").is_file()
+    assert not Path("lit_peft_runs/version_1/tensorboard").exists()
+    assert not [warning for warning in shown if "callbacks used to create the checkpoint" in str(warning.message)]
+
+
+def test_a_tracker_that_does_not_start_is_an_error_before_anything_is_loaded(
+    fit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:9")
+    assert fit("--log", "mlflow") == 2
+    shown = capsys.readouterr()
+    assert "--log mlflow: the run cannot be started (" in shown.err and "set MLFLOW_TRACKING_URI" in shown.err
+    assert "base:" not in shown.out
+
+
+def test_a_tracker_that_refuses_the_files_is_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (logger,) = make_trackers(["tensorboard"], tmp_path / "version_0")
+    with pytest.warns(UserWarning, match="TensorBoardLogger did not take the files of the run .*no_config"):
+        log_artifacts([logger], tmp_path / "no_config.yaml", tmp_path / "adapter")
 
 
 def test_wrong_names(

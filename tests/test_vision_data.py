@@ -271,7 +271,7 @@ def test_packing_is_refused(file: Path) -> None:
         (chat("?", images=[{"base64": "%"}]), "not valid base64"),
         (chat("?", images=[7]), "7 is no image; give a path"),
         (chat("a <image> in text"), "the processor refuses the row .*no images were passed"),
-        (chat([{"type": "video", "path": "a.mp4"}]), "has the content part"),
+        (chat([{"type": "video", "path": "a.mp4"}]), "has the content part .*, which is not read; give text, "),
     ],
 )
 def test_a_wrong_row_is_named(row: dict[str, Any], problem: str, tmp_path: Path) -> None:
@@ -279,6 +279,30 @@ def test_a_wrong_row_is_named(row: dict[str, Any], problem: str, tmp_path: Path)
     (tmp_path / "broken.png").write_bytes(png()[:60])
     with pytest.raises(LitPeftError, match=rf"data\.train '.*rows\.jsonl', row 1.*{problem}"):
         data_of("llava", written(tmp_path, row)).examples("train")
+
+
+def test_two_columns_of_images_are_refused_until_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(png())
+    file = written(tmp_path, {"image": "0.png", "images": ["0.png", "0.png"], "question": "?", "answer": "A"})
+    with pytest.raises(LitPeftError, match=r"columns 'images' and 'image': name the one to read in data\.image_column"):
+        data_of("llava", file).examples("train")
+    data = data_of("llava", file, image_column="image")
+    assert len(data.examples("train")[0]["image_files"]) == 1
+    assert any("column 'images' not used" in line for line in data.report())
+
+
+def test_data_without_any_image_get_a_warning(tmp_path: Path) -> None:
+    file = written(tmp_path, {"photo": "0.png", "question": "?", "answer": "A"})
+    data = data_of("llava", file)
+    with pytest.warns(UserWarning, match=r"data\.train: no example has an image; name the column .*image_column"):
+        data.examples("train")
+    assert not any("data.template" in line for line in data.report())  # it cannot be set
+
+
+def test_only_the_columns_of_the_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(LitPeftError, match="it has 'image', 'question', 'answers'; nearest") as error:
+        data_of("llava", written(tmp_path, {"image": "0.png", "question": "?", "answers": ["A"]})).examples("train")
+    assert "folder_of_images" not in str(error.value)
 
 
 def test_settings_without_effect_are_refused(file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,9 @@ def test_the_towers_are_described() -> None:
     model = lit_peft.attach(model_of("llava"), lit_peft.LoRASettings(r=2, target_modules="projector"))
     count = lit_peft.trainable_parameters(model)
     assert describe_towers(model) == f"projector ({count:,} parameters) trained, language and vision frozen"
+    lit_peft.detach(model)
+    words = describe_towers(lit_peft.attach(model, lit_peft.LoRASettings(r=2, target_modules="all")))
+    assert re.fullmatch(r"language \(\S+ parameters\), vision \(\S+ \w+\) and projector \(\S+ \w+\) trained", words)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

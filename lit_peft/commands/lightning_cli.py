@@ -57,7 +57,7 @@ from lit_peft.util.disk import replace_folder, temporary_folder, write_failure, 
 from lit_peft.util.errors import LitPeftError
 
 RUNS = "lit_peft_runs"
-LOG_HELP = f"where to log besides the run's folder, with commas between them: {', '.join(TRACKERS)}"
+LOG_HELP = f"where to log besides the run's folder, with commas between them: {', '.join(TRACKERS)} (not of predict)"
 # Epochs of a run whose length is not set; Lightning would train 1,000.
 DEFAULT_EPOCHS = 3
 
@@ -152,6 +152,9 @@ class CLI(LightningCLI):
             extra.append(TokenProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
         if self.subcommand in ("test", "predict"):
             extra.append(PredictionWriter(config.output))
+        if self.subcommand != "fit":
+            # The checkpoint has the states of callbacks that act in training only.
+            warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
         if self.subcommand == "fit":
             for callback_class in (GracefulStop, ExactResume, NonFiniteGuard):
                 if not any(isinstance(callback, callback_class) for callback in given):
@@ -166,7 +169,9 @@ class CLI(LightningCLI):
             if version is None and self.subcommand == "fit" and not config.trainer.fast_dev_run:
                 version = new_run(root)
             own = RunLogger(root, name=None, version=version)
-            kwargs["logger"] = [own, *make_trackers(trackers, Path(own.log_dir))]
+            # Prediction has no metrics, and the others of its settings come from the run's config.yaml.
+            is_logged = self.subcommand != "predict" and not config.trainer.fast_dev_run
+            kwargs["logger"] = [own, *make_trackers(trackers if is_logged else [], Path(own.log_dir))]
         elif trackers:
             raise LitPeftError(f"--log {config.log} and trainer.logger are both set: leave one of them out.")
         plugins = config.trainer.plugins or []

@@ -96,7 +96,7 @@ def _message_problem(message: Any, roles_to_learn: Sequence[str]) -> str:
         return f"lacks its role or content; it has {', '.join(map(repr, message)) or 'nothing'}"
     for part in content if isinstance(content, list) else ():
         if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type", "text") != "text":
-            return f'has the content part {brief(part)}; only text parts are read: {{"type": "text", "text": ...}}'
+            return f'has the content part {brief(part)}, which is not read; give text, {{"type": "text", "text": ...}}'
     if content is not None and not isinstance(content, (str, list)):
         return f"has the content {brief(content)}; give text"
     for field in LEARN_FIELDS:

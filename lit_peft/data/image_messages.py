@@ -11,6 +11,8 @@ from lit_peft.data.images import KEYS, ImageSource
 # How text marks the place of an image of the row's own column: LLaVA's and LLaMA-Factory's files.
 MARK = "<image>"
 _IMAGE_TYPES = ("image", "image_url", "input_image")
+# The types of parts with text; the second is that of OpenAI's newer interface.
+_TEXT_TYPES = ("text", "input_text", "output_text")
 IMAGE_PART = {"type": "image"}
 
 
@@ -72,11 +74,14 @@ def is_empty(value: Any) -> bool:
 
 
 def _pieces(parts: list[Any], has_column: bool) -> list[Any]:
-    """Return the parts of a message, with texts split at the marks."""
+    """Return the parts of a message, those of text with the type `text` and split at the marks."""
     out: list[Any] = []
     for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
-        out += _split(text) if has_column and isinstance(text, str) and MARK in text else [part]
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in _TEXT_TYPES else None
+        if not isinstance(text, str):
+            out.append(part)
+        else:
+            out += _split(text) if has_column and MARK in text else [{**part, "type": "text"}]
     return out
 
 

@@ -27,7 +27,7 @@ _MOST_BYTES, _SECONDS = 2**25, 20
 # An image may have this many pixels: more would take a gigabyte of memory.
 MOST_PIXELS = 80_000_000
 # The keys of an object that names an image.
-KEYS = ("image", "path", "url", "image_url", "base64", "bytes", "data")
+KEYS = ("image", "path", "url", "image_url", "base64", "bytes", "data", "source")
 _DATA_URI = "data:"
 
 
@@ -52,7 +52,7 @@ def image_source(value: Any, folder: str = "", urls: bool = False) -> ImageSourc
 
     Args:
         value: a path, a URL, a `data:` URI, bytes, a PIL image, or an object with one of these, such as OpenAI's
-            `{"url": ...}` and datasets' `{"bytes": ..., "path": ...}`.
+            `{"url": ...}`, Anthropic's `{"source": {"data": ...}}` and datasets' `{"bytes": ..., "path": ...}`.
         folder: where relative paths start.
         urls: images may be fetched from http and https addresses.
 

@@ -66,6 +66,9 @@ class InstructionData(SupervisedData):
         **common: see `SupervisedData` and `LitDataModule`.
     """
 
+    # Whether `template` can render rows in another way than by the chat template.
+    takes_template = True
+
     def __init__(
         self,
         instruction_column: str = "instruction",
@@ -148,7 +151,7 @@ class InstructionData(SupervisedData):
         if set(form.columns) <= set(table.column_names):
             style = self.style(form)
             by = "rendered by the tokenizer's chat template" if style == "chat" else f"in the form {style!r}"
-            if style == "chat" and not form.has_messages and self.template is None:
+            if style == "chat" and not form.has_messages and self.template is None and self.takes_template:
                 kept = "'alpaca' keeps Alpaca's form" if form.kind == "alpaca" else "'plain' keeps the plain text"
                 self.notes.add(f"{field}: {form.describe()}, {by}; data.template {kept}.")
             elif form.kind != "alpaca" and self.messages_column is None:

@@ -60,6 +60,7 @@ class VisionLanguageData(ProcessorData, InstructionData):
     task = "image_text_to_text"
     truncation_sides = ("right", "drop")
     packs = False
+    takes_template = False
     # Images take hundreds of tokens, and time to read.
     most_tokens = 8_192
     measured_rows = 100
@@ -113,11 +114,17 @@ class VisionLanguageData(ProcessorData, InstructionData):
 
     def prepare_table(self, table: Dataset, split: Split, field: str, source: str) -> Dataset:
         """As `InstructionData.prepare_table`; images stay as they are in the file until they are needed."""
-        table = undecoded(table)
+        self.images_in(table)
+        table = super().prepare_table(undecoded(table), split, field, source)
         folder = self.image_folder or _folder_of(source)
-        if folder and FOLDER_COLUMN not in table.column_names:
+        # Without its columns, the table is refused with the names of those it has.
+        if (
+            folder
+            and FOLDER_COLUMN not in table.column_names
+            and set(self.columns(split).values()) <= set(table.column_names)
+        ):
             table = table.add_column(FOLDER_COLUMN, [str(Path(folder).expanduser().absolute())] * len(table))
-        return super().prepare_table(table, split, field, source)
+        return table
 
     def _optional_columns(self, form: Form) -> tuple[str, ...]:
         images = _COLUMNS if self.image_column is None else (self.image_column,)
@@ -127,7 +134,7 @@ class VisionLanguageData(ProcessorData, InstructionData):
         """Return the column of a table's images; None if it has none.
 
         Raises:
-            LitPeftError: the column that `image_column` names is not there.
+            LitPeftError: the column that `image_column` names is not there, or there are two and it names none.
         """
         names = table.column_names
         if self.image_column is not None and self.image_column not in names:
@@ -135,7 +142,12 @@ class VisionLanguageData(ProcessorData, InstructionData):
                 f"data.image_column is {self.image_column!r}, and there is no such column; there are "
                 f"{', '.join(map(repr, names))}."
             )
-        return self.image_column or next((name for name in _COLUMNS if name in names), None)
+        found = [name for name in _COLUMNS if name in names]
+        if self.image_column is None and len(found) > 1:
+            raise LitPeftError(
+                f"The data have columns {' and '.join(map(repr, found))}: name the one to read in data.image_column."
+            )
+        return self.image_column or next(iter(found), None)
 
     def duplicate_key(self, table: Dataset) -> Callable[[int], Hashable]:
         """The prompt or the chat, with its images."""
@@ -243,6 +255,11 @@ class VisionLanguageData(ProcessorData, InstructionData):
         without = sum(not count for count in counts)
         line = f"data.{split}: {sum(counts):,} images in {len(table):,} examples"
         line += f", {share_of(tokens, sum(map(len, ids)), 'tokens')} are theirs"
+        if without == len(table) and not self.streaming:
+            self.notes.add(
+                f"data.{split}: no example has an image; name the column of the images in data.image_column.", warn=True
+            )
+            return
         self.notes.add(f"{line}; {share_of(without, len(table), 'examples')} have no image." if without else f"{line}.")
 
     def collator(self, split: Split) -> Any:

@@ -22,9 +22,9 @@ class PromptTuningSettings(SoftPromptSettings):
 
     Args:
         prompt_tuning_init: initial virtual tokens (section 3.2). `SAMPLE_VOCAB`: embeddings of tokens drawn from the
-            vocabulary. `TEXT`: embeddings of the tokens of a text, repeated or cut to v tokens. `LABELS`: for each
-            class label the mean embedding of its tokens, then tokens drawn from the vocabulary. `RANDOM`: uniform
-            in [-0.5, 0.5].
+            vocabulary, except for padding. `TEXT`: embeddings of the tokens of a text, repeated or cut to v tokens.
+            `LABELS`: for each class label the mean embedding of its tokens, then tokens drawn from the vocabulary.
+            `RANDOM`: uniform in [-0.5, 0.5].
         prompt_tuning_init_text: the text for `TEXT`.
         prompt_tuning_init_labels: the labels for `LABELS`. None uses the model's labels (`config.id2label`), at most v.
         tokenizer_name_or_path: the tokenizer of the text or labels. None uses the base model's.
@@ -80,6 +80,9 @@ class PromptTuningSettings(SoftPromptSettings):
             initial = torch.rand(self.rows, weight.shape[1], device=weight.device) - 0.5
         else:
             ids = torch.randint(weight.shape[0], (self.rows,), device=weight.device)
+            if (padding := getattr(embeddings, "padding_idx", None)) is not None:
+                # Its embedding is often zero, where norms have huge gradients.
+                ids = torch.where(ids == padding, (ids + 1) % weight.shape[0], ids)
             if self.prompt_tuning_init == "TEXT":
                 text_ids = self._token_ids(model, [self.prompt_tuning_init_text or ""], special_tokens=True)[0]
                 ids = torch.tensor((text_ids * self.rows)[: self.rows], device=weight.device)

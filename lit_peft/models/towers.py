@@ -110,9 +110,13 @@ def describe_towers(module: nn.Module) -> str:
                 counts[part] = counts.get(part, 0) + parameter.numel() * parameter.requires_grad
             trained = [f"{part} ({count:,} parameters)" for part, count in counts.items() if count]
             frozen = [part for part in parts if not counts[part]]
-            words = [f"{' and '.join(trained)} trained"] if trained else []
-            return ", ".join([*words, *([f"{' and '.join(frozen)} frozen"] if frozen else [])])
+            groups = ((trained, "trained"), (frozen, "frozen"))
+            return ", ".join(f"{_listed(names)} {state}" for names, state in groups if names)
     return ""
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _path_of(model: nn.Module, wanted: Any) -> str:

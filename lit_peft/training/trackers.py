@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,10 +14,10 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from lit_peft.util.disk import write_file
-from lit_peft.util.errors import LitPeftError, closest
+from lit_peft.util.errors import LitPeftError, closest, first_line
 
 # Where a run keeps the ids that trackers gave it, so that a resumed run goes on in them.
 IDS = "trackers.json"
@@ -75,10 +75,12 @@ class TrackioLogger(Logger):
         self.experiment.log(dict(metrics), step)
 
     @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """End the run."""
+    def finish(self) -> None:
+        """End the run; without this, it ends with the process. `fit` may be followed by `test` in the same run."""
         if self._run is not None:
-            self._run.finish()
+            import trackio
+
+            trackio.finish()
             self._run = None
 
 
@@ -103,6 +105,9 @@ def make_trackers(names: Iterable[str], folder: Path) -> list[Logger]:
 
     The project is `lit_peft`, unless WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT says otherwise. W&B,
     MLflow and Trackio read their other environment variables, such as WANDB_MODE and MLFLOW_TRACKING_URI.
+
+    Raises:
+        LitPeftError: W&B or MLflow does not start a run.
     """
     ids, run = _ids(folder), "/".join(folder.parts[-2:])
     loggers: list[Logger] = []
@@ -110,17 +115,42 @@ def make_trackers(names: Iterable[str], folder: Path) -> list[Logger]:
         if name == "tensorboard":
             root, version = folder.parent, folder.name
             loggers.append(TensorBoardLogger(root, "", version, default_hp_metric=False, sub_dir="tensorboard"))
-        elif name == "wandb":
-            number = ids.get("wandb") or secrets.token_hex(4)
-            project = os.environ.get("WANDB_PROJECT", PROJECT)
-            loggers.append(WandbLogger(run, save_dir=folder, id=number, project=project, resume="allow"))
-        elif name == "mlflow":
-            uri = os.environ.get("MLFLOW_TRACKING_URI")
-            project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-            loggers.append(MLFlowLogger(project, None if "mlflow" in ids else run, uri, run_id=ids.get("mlflow")))
         elif name == "trackio":
             loggers.append(TrackioLogger(run, os.environ.get("TRACKIO_PROJECT", PROJECT)))
+        elif name in _STARTERS:
+            start, advice = _STARTERS[name]
+            try:
+                logger = start(run, folder, ids.get(name))
+                _ = logger.experiment  # an account or a server may be missing: better now than after the base is loaded
+            except Exception as problem:  # of many classes, some of them requests'
+                raise LitPeftError(
+                    f"--log {name}: the run cannot be started ({first_line(problem)}): {advice}"
+                ) from problem
+            loggers.append(logger)
     return loggers
+
+
+def _start_wandb(run: str, folder: Path, number: str | None) -> Any:
+    project = os.environ.get("WANDB_PROJECT", PROJECT)
+    return WandbLogger(run, save_dir=folder, id=number or secrets.token_hex(4), project=project, resume="allow")
+
+
+def _start_mlflow(run: str, folder: Path, number: str | None) -> Any:
+    import mlflow
+
+    project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+    # MLflow's own default; Lightning's is a folder, which MLflow no longer writes.
+    return MLFlowLogger(project, None if number else run, mlflow.get_tracking_uri(), run_id=number)
+
+
+_STARTERS: dict[str, tuple[Callable[[str, Path, str | None], Any], str]] = {
+    "wandb": (_start_wandb, "log in with `wandb login`, or set WANDB_MODE=offline."),
+    "mlflow": (
+        _start_mlflow,
+        "set MLFLOW_TRACKING_URI to the address of a server that runs; a database file, MLflow's default, needs the "
+        "package `mlflow` instead of `mlflow-skinny`.",
+    ),
+}
 
 
 @rank_zero_only
@@ -134,24 +164,34 @@ def remember_trackers(loggers: Iterable[Logger], folder: Path) -> None:
 
 @rank_zero_only
 def log_artifacts(loggers: Iterable[Any], config: Path, adapter: Path) -> None:
-    """Give the trackers the configuration of a run and, if it has been written, the folder of its adapter."""
+    """Give the trackers the configuration of a run and, if it has been written, the folder of its adapter.
+
+    What a tracker refuses is a warning: training has ended, and the files are on disk.
+    """
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text("config", f"```yaml\n{config.read_text(encoding='utf-8')}\n```")
-        elif isinstance(logger, MLFlowLogger):
-            logger.experiment.log_artifact(logger.run_id, str(config))
-            if adapter.is_dir():
-                logger.experiment.log_artifacts(logger.run_id, str(adapter), "adapter")
-        elif isinstance(logger, (WandbLogger, TrackioLogger)):
-            library: Any = import_module("wandb" if isinstance(logger, WandbLogger) else "trackio")
-            artifact = library.Artifact("-".join(config.parent.parts[-2:]), "adapter")
-            artifact.add_file(str(config))
-            if adapter.is_dir():
-                artifact.add_dir(str(adapter), name="adapter")
-            logger.experiment.log_artifact(artifact)
-        else:
-            continue
+        try:
+            _log_artifacts(logger, config, adapter)
+        except Exception as problem:  # of many classes, some of them requests'
+            rank_zero_warn(f"{type(logger).__name__} did not take the files of the run ({first_line(problem)}).")
+
+
+def _log_artifacts(logger: Any, config: Path, adapter: Path) -> None:
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text("config", f"```yaml\n{config.read_text(encoding='utf-8')}\n```")
         logger.finalize("success")
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_artifact(logger.run_id, str(config))
+        if adapter.is_dir():
+            logger.experiment.log_artifacts(logger.run_id, str(adapter), "adapter")
+    elif isinstance(logger, (WandbLogger, TrackioLogger)):
+        library: Any = import_module("wandb" if isinstance(logger, WandbLogger) else "trackio")
+        artifact = library.Artifact("-".join(config.parent.parts[-2:]), "adapter")
+        artifact.add_file(str(config))
+        if adapter.is_dir():
+            artifact.add_dir(str(adapter), name="adapter")
+        logger.experiment.log_artifact(artifact)
+        if isinstance(logger, TrackioLogger):
+            logger.finish()
 
 
 def _ids(folder: Path) -> dict[str, str]:
