@@ -34,4 +34,6 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        unmerge_adapter(model)
+        # An adapter that the block took off the model has left the base as it was.
+        if attachment_or_none(model) is attachment:
+            unmerge_adapter(model)

@@ -16,7 +16,6 @@ from lit_peft.methods.adapters import adapters_of, use_adapter
 from lit_peft.methods.attachment import Attachment, MethodSettings, base_name
 from lit_peft.methods.fast_path import fast_path_changes
 from lit_peft.methods.invocation import invocation_hooks
-from lit_peft.methods.stack import Stack
 from lit_peft.methods.threads import changing
 from lit_peft.nn.bottleneck import Bottleneck, SublayerAdapter
 from lit_peft.nn.expert_lora import ExpertLoRA
@@ -57,9 +56,13 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     if not names:
         raise LitPeftError("names is empty: give the adapter of each row of the batch.")
     with changing(model):
+        several = next((name for name in names if not isinstance(name, str | None)), None)
+        if several is not None:
+            raise LitPeftError(
+                f"row_adapters takes the name of one adapter, or None, for each row, not {several!r}: run the rows of "
+                "several adapters in a separate batch with set_adapter."
+            )
         used = list(dict.fromkeys(name for name in names if name is not None))
-        if any(isinstance(name, Stack) for name in used):
-            raise LitPeftError("row_adapters takes no Stack: run its rows in a separate batch with set_adapter.")
         attachments = [adapters_of(model).find(name) for name in used]
         for name, attachment in zip(used, attachments, strict=True):
             _check_can_share(name, attachment)

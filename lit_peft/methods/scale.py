@@ -10,7 +10,7 @@ from numbers import Real
 from torch import nn
 
 from lit_peft.methods.adapters import adapters_of
-from lit_peft.methods.attachment import Attachment, Model, attachment_of
+from lit_peft.methods.attachment import Attachment, Model, attachment_of, attachment_or_none
 from lit_peft.methods.threads import changing, exclusive
 from lit_peft.methods.together import Together
 from lit_peft.nn.lora import LoRALayer
@@ -89,6 +89,9 @@ def _layers(attachment: Attachment) -> list[LoRALayer]:
             "The adapter was made with init_lora_weights='pissa' or 'olora', which moved part of the base weight into "
             "it, so another scale would change the base: save it and load the folder, whose update is complete."
         )
-    if any(isinstance(layer, WeightUpdate) and layer.merged for layer in (*layers, *attachment.adapted.values())):
+    active = attachment_or_none(attachment.model)
+    is_active = isinstance(active, Together) and any(member is attachment for member in active.members.values())
+    on_model = active.adapted if active is not None and is_active else attachment.adapted
+    if any(isinstance(layer, WeightUpdate) and layer.merged for layer in on_model.values()):
         raise LitPeftError("The adapter is merged, so its scale cannot change: call unmerge_adapter first.")
     return layers

@@ -10,6 +10,7 @@ from lit_peft.methods.attachment import Attachment, base_name
 from lit_peft.methods.changes import ReplaceModule, TrainParameter, device_and_dtype
 from lit_peft.methods.fast_path import fast_path_changes
 from lit_peft.methods.lora import tied_layers
+from lit_peft.methods.saving import SaveAdapter
 from lit_peft.nn.expert_lora import ExpertLoRA, LoRAExperts
 from lit_peft.nn.lora import LoRALayer
 from lit_peft.nn.lora_attention import LoRAMultihead
@@ -59,6 +60,8 @@ class Together(Attachment):
                     self.make(change)
                     self.trained.append(change.path)
         cast_in_forward(self)
+        if hasattr(self.model, "save_pretrained"):
+            self.set("", "save_pretrained", SaveAdapter(self.model))
 
     def _add_parameter_sums(self) -> None:
         """Put the sums in the place of parameters: of experts, and of the projections of attentions."""

@@ -79,7 +79,8 @@ class LoRASum(WeightUpdate):
         if self.merged:
             return out
         layers = self.parts()
-        drops = self.training and any(layer.lora_dropout for layer in layers)
+        # Token ids, an embedding's input, are not dropped.
+        drops = self.training and x.is_floating_point() and any(layer.lora_dropout for layer in layers)
         if drops or not all(type(layer) is LoRALinear and layer.lora_bias is None for layer in layers):
             for layer in layers:
                 dropped = F.dropout(x, layer.lora_dropout, self.training) if drops and layer.lora_dropout else x
