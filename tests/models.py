@@ -38,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "PromptTuning": {"num_virtual_tokens": 4, "prompt_tuning_init": "RANDOM"},
 }
 # By how much larger steps a method moves as far: the vectors of (IA)³ start at one, not near zero.
-STEP = {"IA3": 20}
+STEP = {"IA3": 8}
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 GPT = {"n_layer": 2, "n_embd": 32, "n_head": 4}
 SEQ2SEQ = {
