@@ -13,9 +13,11 @@ from models import make
 pytest.importorskip("litserve", reason="serving is tested where the extra `serve` is installed")
 from test_serve_limits import Fails, gpt2, made_api
 
+from lit_peft.serving.api import AdapterAPI
 from lit_peft.serving.completions import Part, Usage
 from lit_peft.serving.decoding import Decoder, Row
 from lit_peft.serving.errors import Refusal
+from lit_peft.serving.generate_request import Request
 from lit_peft.serving.openai_requests import ChatRequest, CompletionRequest
 from lit_peft.serving.sampling import choose_tokens
 from lit_peft.serving.text_stream import TextStream
@@ -205,3 +207,36 @@ def test_many_answers_are_computed_in_batches_of_the_servers_size(gpt2: Path) ->
     assert [part.index for part in messages[:-1]] == list(range(9))
     ((refusal,),) = answers(api, completion(["film"] * 17, n=3))
     assert "51 answers: the server gives 1 to 48" in refusal.message
+
+
+def test_an_encoder_decoder_answers_a_batch_as_it_answers_each_prompt(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Padding on the left would move the positions of the shorter prompts."""
+    torch.manual_seed(0)
+    transformers.AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path)
+    shape = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.BartConfig(
+        **shape,
+        d_model=32,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        vocab_size=40,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=39,
+        bos_token_id=4,
+        decoder_start_token_id=4,
+        forced_eos_token_id=None,
+        init_std=1.0,
+    )
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    api = AdapterAPI(str(tmp_path), {}, max_new_tokens=8)
+    api.setup("cpu")
+    prompts = ["film", "the awful story of this film", "good acting", "it was a great film and a poor story"]
+    requests: list[Any] = [Request(prompt=prompt) for prompt in prompts]
+    alone = [api.predict([request])[0] for request in requests]
+    assert len({answer["text"] for answer in alone}) > 1
+    assert api.predict(requests) == alone
+    asked = [completion(prompt, str(tmp_path), max_tokens=8) for prompt in prompts]
+    assert [text(messages) for messages in answers(api, *asked)] == [answer["text"] for answer in alone]
+    ((refusal,),) = answers(api, completion("film", str(tmp_path), echo=True))
+    assert "needs a decoder" in refusal.message
