@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import transformers
 from models import make
 
 pytest.importorskip("litserve", reason="serving is tested where the extra `serve` is installed")
-from test_serve_limits import Fails, gpt2, made_api
+from test_serve_limits import Fails, gpt2, made_api, send
 
+import lit_peft
 from lit_peft.serving.api import AdapterAPI
 from lit_peft.serving.completions import Part, Usage
 from lit_peft.serving.decoding import Decoder, Row
 from lit_peft.serving.errors import Refusal
 from lit_peft.serving.generate_request import Request
+from lit_peft.serving.http import make_server
 from lit_peft.serving.openai_requests import ChatRequest, CompletionRequest
 from lit_peft.serving.sampling import choose_tokens
 from lit_peft.serving.text_stream import TextStream
@@ -240,3 +243,38 @@ def test_an_encoder_decoder_answers_a_batch_as_it_answers_each_prompt(tokenizer_
     assert [text(messages) for messages in answers(api, *asked)] == [answer["text"] for answer in alone]
     ((refusal,),) = answers(api, completion("film", str(tmp_path), echo=True))
     assert "needs a decoder" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "words"),
+    [
+        (b'{"model": "pems", "prompt": "film"}', 404, "model", "no model 'pems'"),
+        (b'{"prompt": "film"}', 400, "model", "model is missing"),
+        (b'{"model": "a", "prompt": "film", "top_k": 1}', 400, "top_k", "no field 'top_k': a request has model, "),
+        (b'{"model": "a", "prompt": {}}', 400, "prompt", "prompt={}: give a text, token ids"),
+        (
+            b'{"model": "a", "prompt": "film", "logit_bias": {"5": 1}}',
+            400,
+            None,
+            "logit_bias={'5': 1} is not supported",
+        ),
+        (b'{"model": "a", "prompt": "film", "stream_options": {"x": 1}}', 400, "stream_options", "stream_options.x"),
+        (b"[1]", 400, None, "body=[1]"),
+        (b"{", 400, None, "not valid JSON"),
+        (b'{"prompt": "' + b"film " * 2_000_000 + b'"}', 413, None, "larger than 1638400 bytes"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, bytes) else "",
+)
+def test_what_cannot_be_read_is_an_error_in_openais_form(
+    gpt2: Path, body: bytes, status: int, param: str | None, words: str
+) -> None:
+    app = make_server(AdapterAPI(str(gpt2 / "base"), {"a": "x"}), accelerator="cpu", devices=1).app
+    found, said, _ = send(app, body, path="/v1/completions")
+    error = json.loads(said)["error"]
+    assert (found, error["type"], error["param"]) == (status, "invalid_request_error", param)
+    assert words in error["message"] and "\n" not in error["message"]
+
+
+def test_an_adapter_with_the_name_of_the_base_is_refused() -> None:
+    with pytest.raises(lit_peft.LitPeftError, match="has the name of the base, 'poems'"):
+        AdapterAPI("poems", {"poems": "x"})
