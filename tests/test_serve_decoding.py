@@ -72,7 +72,7 @@ def test_only_whole_characters_are_sent(text: str) -> None:
 @pytest.mark.parametrize(
     ("stops", "expected"),
     [
-        (["lo wo"], "hel"),
+        (["llo w"], "he"),
         (["x", "r"], "hello wo"),
         (["world", "o w"], "hell"),
         (["worlds"], "hello world"),
