@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import transformers
 from models import make
 
 pytest.importorskip("litserve", reason="serving is tested where the extra `serve` is installed")
-from test_serve_limits import Fails, gpt2, made_api
+from test_serve_limits import Fails, gpt2, made_api, send
 
+import lit_peft
+from lit_peft.serving.api import AdapterAPI
 from lit_peft.serving.completions import Part, Usage
 from lit_peft.serving.decoding import Decoder, Row
 from lit_peft.serving.errors import Refusal
+from lit_peft.serving.generate_request import Request
+from lit_peft.serving.http import make_server
 from lit_peft.serving.openai_requests import ChatRequest, CompletionRequest
 from lit_peft.serving.sampling import choose_tokens
 from lit_peft.serving.text_stream import TextStream
@@ -67,7 +72,7 @@ def test_only_whole_characters_are_sent(text: str) -> None:
 @pytest.mark.parametrize(
     ("stops", "expected"),
     [
-        (["lo wo"], "hel"),
+        (["llo w"], "he"),
         (["x", "r"], "hello wo"),
         (["world", "o w"], "hell"),
         (["worlds"], "hello world"),
@@ -205,3 +210,71 @@ def test_many_answers_are_computed_in_batches_of_the_servers_size(gpt2: Path) ->
     assert [part.index for part in messages[:-1]] == list(range(9))
     ((refusal,),) = answers(api, completion(["film"] * 17, n=3))
     assert "51 answers: the server gives 1 to 48" in refusal.message
+
+
+def test_an_encoder_decoder_answers_a_batch_as_it_answers_each_prompt(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Padding on the left would move the positions of the shorter prompts."""
+    torch.manual_seed(0)
+    transformers.AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path)
+    shape = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.BartConfig(
+        **shape,
+        d_model=32,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        vocab_size=40,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=39,
+        bos_token_id=4,
+        decoder_start_token_id=4,
+        forced_eos_token_id=None,
+        init_std=1.0,
+    )
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    api = AdapterAPI(str(tmp_path), {}, max_new_tokens=8)
+    api.setup("cpu")
+    prompts = ["film", "the awful story of this film", "good acting", "it was a great film and a poor story"]
+    requests: list[Any] = [Request(prompt=prompt) for prompt in prompts]
+    alone = [api.predict([request])[0] for request in requests]
+    assert len({answer["text"] for answer in alone}) > 1
+    assert api.predict(requests) == alone
+    asked = [completion(prompt, str(tmp_path), max_tokens=8) for prompt in prompts]
+    assert [text(messages) for messages in answers(api, *asked)] == [answer["text"] for answer in alone]
+    ((refusal,),) = answers(api, completion("film", str(tmp_path), echo=True))
+    assert "needs a decoder" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "words"),
+    [
+        (b'{"model": "pems", "prompt": "film"}', 404, "model", "no model 'pems'"),
+        (b'{"prompt": "film"}', 400, "model", "model is missing"),
+        (b'{"model": "a", "prompt": "film", "top_k": 1}', 400, "top_k", "no field 'top_k': a request has model, "),
+        (b'{"model": "a", "prompt": {}}', 400, "prompt", "prompt={}: give a text, token ids"),
+        (
+            b'{"model": "a", "prompt": "film", "logit_bias": {"5": 1}}',
+            400,
+            None,
+            "logit_bias={'5': 1} is not supported",
+        ),
+        (b'{"model": "a", "prompt": "film", "stream_options": {"x": 1}}', 400, "stream_options", "stream_options.x"),
+        (b"[1]", 400, None, "body=[1]"),
+        (b"{", 400, None, "not valid JSON"),
+        (b'{"prompt": "' + b"film " * 2_000_000 + b'"}', 413, None, "larger than 1638400 bytes"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, bytes) else "",
+)
+def test_what_cannot_be_read_is_an_error_in_openais_form(
+    gpt2: Path, body: bytes, status: int, param: str | None, words: str
+) -> None:
+    app = make_server(AdapterAPI(str(gpt2 / "base"), {"a": "x"}), accelerator="cpu", devices=1).app
+    found, said, _ = send(app, body, path="/v1/completions")
+    error = json.loads(said)["error"]
+    assert (found, error["type"], error["param"]) == (status, "invalid_request_error", param)
+    assert words in error["message"] and "\n" not in error["message"]
+
+
+def test_an_adapter_with_the_name_of_the_base_is_refused() -> None:
+    with pytest.raises(lit_peft.LitPeftError, match="has the name of the base, 'poems'"):
+        AdapterAPI("poems", {"poems": "x"})

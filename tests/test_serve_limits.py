@@ -189,7 +189,7 @@ def test_scaled_rotary_positions_have_no_limit() -> None:
 # ----------------------------------------------------------------------------------------------------------- HTTP
 
 
-def send(app: Any, body: bytes, chunk: int = 1 << 16) -> tuple[int, bytes, int]:
+def send(app: Any, body: bytes, chunk: int = 1 << 16, path: str = "/generate") -> tuple[int, bytes, int]:
     """POST a body to an ASGI application; return status, answer, and how many bytes of the body were read."""
     parts = [body[at : at + chunk] for at in range(0, len(body), chunk)] or [b""]
     sent: list[Any] = []
@@ -205,7 +205,7 @@ def send(app: Any, body: bytes, chunk: int = 1 << 16) -> tuple[int, bytes, int]:
         sent.append(message)
 
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    scope = {"type": "http", "method": "POST", "path": "/generate", "raw_path": b"/generate", "headers": headers}
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": headers}
     rest = {"query_string": b"", "http_version": "1.1", "scheme": "http", "root_path": "", "server": ("x", 80)}
     asyncio.run(app({**scope, **rest, "client": ("x", 1)}, receive, answer))
     return sent[0]["status"], b"".join(part.get("body", b"") for part in sent[1:]), read

@@ -21,6 +21,7 @@ from lit_peft import LoRASettings, PromptTuningSettings
 pytest.importorskip("litserve", reason="serving is tested where the extra `serve` is installed")
 from test_serve import PROMPTS, post, serving
 
+pytestmark = pytest.mark.heavy
 openai = pytest.importorskip("openai", reason="the server is tested with the client that people use")
 
 SETTINGS: dict[str, Any] = {

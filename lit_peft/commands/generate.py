@@ -160,6 +160,6 @@ def _answer(model: Any, tokenizer: Any, inputs: Mapping[str, Any], options: Any)
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id,
         )
-    start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     text: str = tokenizer.decode(out[0, start:], skip_special_tokens=True)
     return text

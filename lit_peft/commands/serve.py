@@ -14,7 +14,7 @@ def run(arguments: list[str]) -> None:
     Raises:
         LitPeftError: the input is wrong, or the extra `serve` is not installed.
     """
-    parser = Options("lit-peft serve", description="Answer prompts over HTTP, each with the adapter that it names.")
+    parser = Options("lit-peft serve", description="Serve OpenAI's API over HTTP; each request names its adapter.")
     parser.takes_base()
     parser.add_argument("--adapter", action="append", default=[], help="[NAME=]FOLDER; repeat for several adapters")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")

@@ -97,8 +97,8 @@ class AdapterAPI(litserve.LitAPI):
         self.tokenizer = adapter_tokenizer(self.adapters.values(), self.options.base, "--base", self.options.revision)
         self.model = load_base_from_options(self.options).to(device)
         check_generates(self.model)
-        # Generated tokens must follow the prompt directly, so padding goes on the left.
-        self.tokenizer.padding_side = "left"
+        # A decoder's tokens must follow the prompt directly. An encoder's positions must not be moved by padding.
+        self.tokenizer.padding_side = "right" if self.model.config.is_encoder_decoder else "left"
         for name, folder in self.adapters.items():
             load_adapter(self.model, folder, check_base=not self.options.force, name=name)
         set_adapter(self.model, None)
@@ -235,7 +235,8 @@ class AdapterAPI(litserve.LitAPI):
         shared = all(name is None or can_share(self.model, name) for name in names)
         with row_adapters(self.model, names) if shared else use_adapter(self.model, names[0]):
             out = self.model.generate(**inputs, **settings)
-        start = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        # The output of an encoder-decoder begins with the decoder's start token.
+        start = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         rows = [row[start : start + count] for row, count in zip(out, new_tokens, strict=True)]
         texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts

@@ -85,7 +85,8 @@ def answer_invalid(request: Any, problem: Any) -> Response:
     else:
         text = f"{field or 'body'}={brief(first['input'])}: {first['msg']}."
     if path.startswith(OPENAI_PATH):
-        return Refusal(text, param=field.partition(".")[0] or None).response()
+        param = None if kind == "json_invalid" else field.partition(".")[0] or None
+        return Refusal(text, param=param).response()
     return json_response(422, text)
 
 
