@@ -286,6 +286,19 @@ def test_long_transcripts_are_cut_with_their_end_kept_and_counted(base: Path, ta
     assert labels.shape[1] == 8 and all(end in row.tolist() for row in labels)
     assert any("transcripts" in line and "cut to 8 tokens" in line for line in rows.report())
     assert data(base, table).max_length == 64  # the decoder's positions
+    with pytest.raises(
+        LitPeftError, match=r"max_length is 4, and every transcript begins and ends with 4 tokens of its"
+    ):
+        first_batch(data(base, table, max_length=4))
+
+
+def test_a_text_that_is_no_path_is_named_shortly(base: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"audio": "UklGR" * 1000, "text": "yes"}])
+    with pytest.raises(
+        LitPeftError, match=r"row 1: column 'audio' has the file '(UklGR)+.*…, which does not exist"
+    ) as error:
+        first_batch(data(base, file))
+    assert len(str(error.value)) < 700
 
 
 def test_a_missing_file_is_named_with_its_row(base: Path, tmp_path: Path) -> None:

@@ -270,6 +270,7 @@ def test_packing_is_refused(file: Path) -> None:
         (chat("?", images=["ftp://localhost/0.png"]), "neither http nor https"),
         (chat("?", images=[{"base64": "%"}]), "not valid base64"),
         (chat("?", images=[7]), "7 is no image; give a path"),
+        (chat("?", images=["iVBORw0KGgo" * 1000]), "the image '[^']{200,300}… does not exist; correct the path"),
         (chat("a <image> in text"), "the processor refuses the row .*no images were passed"),
         (chat([{"type": "video", "path": "a.mp4"}]), "has the content part .*, which is not read; give text, "),
     ],

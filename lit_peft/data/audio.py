@@ -61,7 +61,8 @@ def local_audio(table: Dataset, column: str, source: str) -> Dataset:
 
 def _beside(folder: Path, path: str) -> str:
     beside = folder / path
-    return str(beside) if not Path(path).is_absolute() and beside.is_file() else path
+    # Of a text that is too long for a name, `Path.is_file` raises an error.
+    return str(beside) if not Path(path).is_absolute() and os.path.isfile(beside) else path
 
 
 def audio_key(table: Dataset, column: str) -> Callable[[int], Hashable]:
@@ -166,7 +167,7 @@ def _open(cell: Any, by_wave: Callable[[Any], Any], by_soundfile: Callable[[Any]
             raise AudioError(f"has the URL {path!r}; download the files first and give their paths")
         if not os.path.isfile(path):
             raise AudioError(
-                f"has the file {path!r}, which does not exist; paths start at the folder of the table, or "
+                f"has the file {brief(path, 300)}, which does not exist; paths start at the folder of the table, or "
                 "at the current one"
             )
     name = repr(path) if path is not None else "a file given as bytes"

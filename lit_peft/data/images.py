@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import io
+import os
 import urllib.request
 import warnings
 from pathlib import Path
@@ -148,8 +149,9 @@ def read_image(source: ImageSource) -> Image.Image:
     require_pillow()
     from PIL import Image, ImageOps
 
-    name = f"the image {source.path!r}" if source.path else f"an image of {len(source.data):,} bytes"
-    if source.path and not Path(source.path).is_file():
+    name = f"the image {brief(source.path, 300)}" if source.path else f"an image of {len(source.data):,} bytes"
+    # Of a text that is too long for a name, `Path.is_file` raises an error.
+    if source.path and not os.path.isfile(source.path):
         raise ValueError(f"{name} does not exist; correct the path, or set data.image_folder")
     try:
         with warnings.catch_warnings():

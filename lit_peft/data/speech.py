@@ -145,6 +145,12 @@ class SpeechData(ProcessorData):
     def encode(self, rows: Rows, split: Split) -> Any:
         """Tokens of the transcripts, and the recordings as they are: they are read batch by batch."""
         text_column = None if split == "predict" else self.text_column
+        around = len(first_tokens(self.tokenizer, self.decoder_start)) + 1
+        if text_column is not None and self.max_length <= around:
+            raise LitPeftError(
+                f"data.max_length is {self.max_length}, and every transcript begins and ends with {around} tokens of "
+                "its own: give more."
+            )
         if not first_tokens(self.tokenizer, self.decoder_start)[1:] and hasattr(self.tokenizer, "set_prefix_tokens"):
             self.notes.add(
                 "data.language is not set: transcripts begin without tokens of a language and a task, as those of an "
