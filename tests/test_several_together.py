@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import quiet_compiler
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lit_peft
@@ -77,3 +78,17 @@ def test_an_error_in_the_block_of_a_merged_adapter_is_the_one_that_is_seen() -> 
         lit_peft.detach(model)
         raise ValueError("of the block")
     assert torch.equal(model(IDS).logits, base)
+
+
+def test_a_whole_model_with_invocation_tokens_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet_compiler(monkeypatch)
+    model = lit_peft.set_adapter(with_two(), None)
+    lit_peft.add_adapter(model, "c", LoRASettings(r=2, target_modules=["q_proj"], alora_invocation_tokens=[3]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2)
+    compiled = torch.compile(model, backend="eager")
+    for ids in (IDS, IDS.flip(1)):
+        torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+    torch._dynamo.reset()

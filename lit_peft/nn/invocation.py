@@ -83,6 +83,8 @@ class Invocation:
         own = last.gather(1, example)
         return (own >= 0) & (index >= own)
 
+    # The compiler would not keep what this leaves for the layers.
+    @torch.compiler.disable
     def begin(self, ids: Tensor, positions: Tensor | None, cache: Any, continues: bool, training: bool) -> None:
         """Find the active tokens of a batch, before the model computes it.
 
@@ -107,6 +109,7 @@ class Invocation:
             if training and not self.was_seen:
                 self._check_first(mask)
 
+    @torch.compiler.disable
     def end(self, cache: Any, outputs: Iterable[Any]) -> None:
         """Remember what the model's outputs need: a cache, maybe one that it made, and a backward pass.
 
