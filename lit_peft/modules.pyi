@@ -764,9 +764,9 @@ class PromptTuning(PromptTuningMixin, BaseLM):
 
         Args:
             prompt_tuning_init: initial virtual tokens (section 3.2). `SAMPLE_VOCAB`: embeddings of tokens drawn from the
-                vocabulary. `TEXT`: embeddings of the tokens of a text, repeated or cut to v tokens. `LABELS`: for each
-                class label the mean embedding of its tokens, then tokens drawn from the vocabulary. `RANDOM`: uniform
-                in [-0.5, 0.5].
+                vocabulary, except for padding. `TEXT`: embeddings of the tokens of a text, repeated or cut to v tokens.
+                `LABELS`: for each class label the mean embedding of its tokens, then tokens drawn from the vocabulary.
+                `RANDOM`: uniform in [-0.5, 0.5].
             prompt_tuning_init_text: the text for `TEXT`.
             prompt_tuning_init_labels: the labels for `LABELS`. None uses the model's labels (`config.id2label`), at most v.
             tokenizer_name_or_path: the tokenizer of the text or labels. None uses the base model's.
