@@ -144,8 +144,8 @@ def test_text_parts_are_text(needs_parts: bool, decoder: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("message", "problem"),
     [
-        ({"content": [{"type": "image_url", "image_url": "x"}]}, r"message 2 has the content part .*only text parts"),
-        ({"content": ["good"]}, "message 2 has the content part 'good'; only text parts"),
+        ({"content": [{"type": "image_url", "image_url": "x"}]}, r"message 2 has the content part .*which is not read"),
+        ({"content": ["good"]}, "message 2 has the content part 'good', which is not read"),
         ({"content": 5}, "message 2 has the content 5; give text"),
         ({"content": "good", "weight": 0.5}, r"message 2 has weight 0\.5; a turn is learned \(1\) or not \(0\)"),
         ({"content": "good", "train": "no"}, "message 2 has train 'no'"),

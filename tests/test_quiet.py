@@ -15,7 +15,8 @@ import yaml
 
 # Glog's lines, Python's warnings, and what parts of packages say that do not fit the machine.
 FOREIGN = re.compile(
-    r"^[WEI]\d{4} |Failed to load|deprecated|LeafSpec|\w+Warning:|Tip:|seed set", re.IGNORECASE | re.MULTILINE
+    r"^[WEI]\d{4} |Failed to load|deprecated|LeafSpec|\w+Warning:|Tip:|seed set|Be aware that|examples/s",
+    re.IGNORECASE | re.MULTILINE,
 )
 
 

@@ -19,6 +19,7 @@ from lit_peft.commands.report import write_report
 from lit_peft.commands.results import RESULTS, Results, best_row, finished_rows, left_out, newest_data, read_results
 from lit_peft.methods.registry import METHODS
 from lit_peft.util.errors import LitPeftError, closest, first_line
+from lit_peft.util.quiet import quiet_run
 from lit_peft.util.type_checks import check_types
 
 # Keys of the file that an option overrides.
@@ -39,6 +40,7 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         LitPeftError: the input is wrong. Nothing is run then.
     """
+    quiet_run()
     plan, report_only = read_plan(arguments)
     if report_only:
         _report_finished(plan)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shlex
 import shutil
 import sys
@@ -55,6 +54,7 @@ from lit_peft.training.sharding import sharded_like, whole_parameters
 from lit_peft.training.trackers import TRACKERS, check_trackers, log_artifacts, make_trackers, remember_trackers
 from lit_peft.util.disk import replace_folder, temporary_folder, write_failure, write_file
 from lit_peft.util.errors import LitPeftError
+from lit_peft.util.quiet import quiet_run
 
 RUNS = "lit_peft_runs"
 LOG_HELP = f"where to log besides the run's folder, with commas between them: {', '.join(TRACKERS)} (not of predict)"
@@ -315,7 +315,7 @@ def run(arguments: list[str], cli_class: type[CLI] = CLI) -> CLI:
     Raises:
         LitPeftError: the input is wrong.
     """
-    _quiet()
+    quiet_run()
     for package in (lit_peft.data, lit_peft.modules):
         for name in package.__all__:
             getattr(package, name)  # jsonargparse finds subclasses that have been imported
@@ -357,20 +357,3 @@ def _check_writable(root: Path) -> None:
         tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
         raise LitPeftError(f"{write_failure('Runs', root, error)} Give another --trainer.default_root_dir.") from error
-
-
-def _quiet() -> None:
-    """Silence what libraries say of a run that this program says or decides itself, but not their other warnings."""
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*The dirpath has changed.*")
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")

@@ -140,7 +140,8 @@ def _start_mlflow(run: str, folder: Path, number: str | None) -> Any:
 
     project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
     # MLflow's own default; Lightning's is a folder, which MLflow no longer writes.
-    return MLFlowLogger(project, None if number else run, mlflow.get_tracking_uri(), run_id=number)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or mlflow.get_tracking_uri()
+    return MLFlowLogger(project, None if number else run, uri, run_id=number)
 
 
 _STARTERS: dict[str, tuple[Callable[[str, Path, str | None], Any], str]] = {
