@@ -403,7 +403,7 @@ def test_generated_text_is_scored_as_the_libraries_score_it(t5: str) -> None:
     task = find_task("seq2seq")
     texts = ["the red sky is the sea .", "ann lives in rome a b", "bob , who ?"]
     references = ["the sky is red .", "ann lives in oslo a b", "where is bob , ann ?"]
-    task._generate = lambda model, batch, generation: [texts.pop(0)]  # type: ignore[attr-defined]
+    task.generate = lambda model, batch, generation: [texts.pop(0)]  # type: ignore[method-assign]
     metrics = task.metrics(None)
     module = lit_peft.LoRA(base=t5, task="seq2seq")
     module.configure_model()
