@@ -100,6 +100,7 @@ def test_the_commands_of_the_guide_run_one_after_the_other(
         "CKPT": f"{run}/checkpoints/last.ckpt",
         "OUT": "merged",
         "NEW": "exported",
+        "GGUF": "gguf",
         "100": "2",
     }
     found = commands("docs/guide.md")

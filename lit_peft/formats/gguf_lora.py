@@ -84,7 +84,7 @@ def write_gguf_lora(model: nn.Module, folder: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    base = getattr(config, "_name_or_path", "") or "BASE"
+    base = getattr(config, "name_or_path", "") or "unknown"
     (folder / "Modelfile").write_text(
         f"# The base as Ollama knows it, or a GGUF file of it; trained on: {base}\nFROM BASE\nADAPTER ./{FILE}\n",
         encoding="utf-8",
