@@ -276,7 +276,7 @@ def config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         "alpha_pattern": {name: value * alpha_factor for name, value in alphas.items()},
         "init_lora_weights": True,
         # peft looks for the tokens in models of this task only.
-        "task_type": task_type(model) if settings.alora_invocation_tokens else None,
+        **({"task_type": task_type(model)} if settings.alora_invocation_tokens else {}),
         "peft_type": "LORA",
         # Full names, so that peft adapts these modules and no others.
         "target_modules": modules,
