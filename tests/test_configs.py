@@ -100,6 +100,8 @@ def test_config_runs(
     if "label_columns: " in text:
         lines = [f"film {at} of {at * at},{at % 2},{at % 3 % 2},{at % 5 % 2}" for at in range(80)]
         (tmp_path / "labels.csv").write_text("\n".join(["text,positive,imdb,acting", *lines]))
+        numbers = [f"film {at} of {at * at},{at % 2},{at / 80}" for at in range(80)]
+        (tmp_path / "numbers.csv").write_text("\n".join(["text,mood,words", *numbers]))
     if "PreferenceData" in text:
         rows = [{"prompt": f"What of {at}?", "chosen": "It is good.", "rejected": "It is bad."} for at in range(80)]
         (tmp_path / "preferences.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
