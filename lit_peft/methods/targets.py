@@ -55,6 +55,8 @@ _HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out", "cls", "c
 _HEADS_WITHOUT_POOLER = tuple(
     f"AutoModelFor{head}" for head in ("CausalLM", "MaskedLM", "TokenClassification", "QuestionAnswering")
 )
+# How the configurations begin that a model has for images and sound.
+_SENSES = ("vision", "audio", "image", "speech", "video")
 # What surrounds a pattern of `layers_pattern`.
 _BEFORE_LIST, _AFTER_LIST = r"(?:.*?\.)??", r"\.(?P<found>\d+)(?:\..*)?"
 
@@ -102,7 +104,8 @@ def default_targets(model: nn.Module) -> list[str]:
 def _other_models(model: nn.Module) -> tuple[str, ...]:
     """The paths, each ending in a dot, of the models in a language model that read images and sound (Phi-4)."""
     config: Any = getattr(model, "config", None)
-    names = getattr(config, "sub_configs", None) or {}
+    # Not the parts of a language model that is built of several (BLT).
+    names = [name for name in getattr(config, "sub_configs", None) or {} if name.startswith(_SENSES)]
     text = config.get_text_config() if names else None
     others = {id(found) for name in names if (found := getattr(config, name, None)) not in (None, text)}
     return tuple(f"{path}." for path, module in model.named_modules() if id(getattr(module, "config", None)) in others)
