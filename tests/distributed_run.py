@@ -14,24 +14,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lit_peft.callbacks import AdapterCheckpoint
+from models import METHODS
 from torch.utils.data import DataLoader
 
 import lit_peft
 from lit_peft.data import CausalLMData, TextClassificationData
 from lit_peft.training.sharding import whole, whole_parameters
 from lit_peft.training.strategies import ShardedStrategy
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "LoRA": {"r": 4},
-    "IA3": {},
-    "AdapterH": {"reduction_factor": 4},
-    "AdapterP": {"reduction_factor": 4},
-    "Parallel": {"reduction_factor": 4},
-    "PrefixTuning": {"num_virtual_tokens": 4},
-    "PTuningV2": {"num_virtual_tokens": 4},
-    "PTuning": {"num_virtual_tokens": 4},
-    "PromptTuning": {"num_virtual_tokens": 4, "prompt_tuning_init": "RANDOM"},
-}
 
 
 class Losses(pl.Callback):
@@ -58,7 +47,7 @@ def train(
     strategy, _, accumulate = strategy.partition("/")
     parts = world if strategy == "tensor_parallel" else 1
     causal = task == "causal_lm"
-    settings = {**SETTINGS[method], **({"target_modules": "all-linear"} if causal and method == "LoRA" else {})}
+    settings = {**METHODS[method], **({"target_modules": "all-linear"} if causal and method == "LoRA" else {})}
     pl.seed_everything(0)
     module = getattr(lit_peft, method)(
         base=base, task=task, learning_rate=1e-2 if causal else 1e-3, lr_scheduler="constant", **settings

@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 from conftest import WORDS
-from distributed_run import SETTINGS, accumulate, train
+from distributed_run import accumulate, train
+from models import METHODS
 from safetensors.torch import load_file
 
 from lit_peft import AdapterP
@@ -22,8 +23,6 @@ from lit_peft.cli import main
 from lit_peft.training.tensor_parallel import split_matrices
 from lit_peft.util.errors import LitPeftError
 from lit_peft.util.memory import process_memory
-
-METHODS = list(SETTINGS)
 
 
 def two(strategy: str, out: Path, base: Path, data: Path, single: Path, task: str, *methods: str) -> None:

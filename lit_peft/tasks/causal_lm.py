@@ -98,23 +98,32 @@ class CausalLM(Task):
 
     def predict(self, model: Any, batch: dict[str, Any], generation: Generation) -> list[dict[str, Any]]:
         """Return `prompt` and `text`; with `kind` also `answer`, and with `gold` also `gold` and `correct`."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-        tokenizer = generation.tokenizer
-        settings = {
-            "max_new_tokens": generation.max_new_tokens or MAX_NEW_TOKENS,
-            "do_sample": False,
-            "pad_token_id": tokenizer.pad_token_id,
-            **generation.settings,
-        }
-        out = model.generate(**inputs, **settings)
-        texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        prompts = tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-        rows: list[dict[str, Any]] = [
-            {"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)
-        ]
+        inputs: Batch = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        rows = continuations(model, inputs, generation)
         for index, kind in enumerate(batch.get("kind", ())):
             rows[index]["answer"] = extract_answer(rows[index]["text"], kind)
             if "gold" in batch:
                 gold = batch["gold"][index]
                 rows[index].update(gold=gold, correct=same_answer(rows[index]["answer"], gold, kind))
         return rows
+
+
+def continuations(model: Any, inputs: Batch, generation: Generation) -> list[dict[str, Any]]:
+    """Return the `prompt` and the generated `text` of each row; greedily unless `generation` says otherwise.
+
+    Args:
+        model: a model that generates.
+        inputs: what its `generate` takes, padded on the left.
+        generation: the tokenizer and the settings.
+    """
+    tokenizer = generation.tokenizer
+    settings = {
+        "max_new_tokens": generation.max_new_tokens or MAX_NEW_TOKENS,
+        "do_sample": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        **generation.settings,
+    }
+    out = model.generate(**inputs, **settings)
+    texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    prompts = tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+    return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]

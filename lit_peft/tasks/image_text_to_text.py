@@ -8,7 +8,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.text import rouge_score
 
 from lit_peft.tasks.base import Batch, Generation, Mean, Metrics, Task, float32_default
-from lit_peft.tasks.causal_lm import MAX_NEW_TOKENS, CausalLM
+from lit_peft.tasks.causal_lm import CausalLM, continuations
 from lit_peft.util.errors import LitPeftError
 
 
@@ -64,14 +64,4 @@ class ImageTextToText(CausalLM):
     def predict(self, model: Any, batch: Batch, generation: Generation) -> list[dict[str, Any]]:
         """Return `prompt`, in which an image's tokens are left out, and `text`."""
         inputs = {name: value for name, value in batch.items() if name not in ("labels", *self.extras)}
-        tokenizer = generation.tokenizer
-        settings = {
-            "max_new_tokens": generation.max_new_tokens or MAX_NEW_TOKENS,
-            "do_sample": False,
-            "pad_token_id": tokenizer.pad_token_id,
-            **generation.settings,
-        }
-        out = model.generate(**inputs, **settings)
-        texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        prompts = tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-        return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+        return continuations(model, inputs, generation)
