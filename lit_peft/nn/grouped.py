@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_peft.nn.operand import Operand
 from lit_peft.nn.quantized_experts import QuantizedWeight
 
 # A group as (matrix, first row, row after the last), without the groups that have no rows.
@@ -123,7 +124,7 @@ def _clear_rest(groups: _Groups, rows: Tensor) -> None:
 _SAME_AS_WEIGHT = {"data_ptr", "element_size", "is_cuda", "is_meta", "layout", "numel", "requires_grad"}
 
 
-class LowRankSum:
+class LowRankSum(Operand):
     """`W + s · L R` as an operand of products, which are computed as `x W + s · (x L) R`.
 
     In products of torch it behaves like a tensor: `F.linear`, `matmul`, `bmm`, grouped products, also after
@@ -202,46 +203,14 @@ class LowRankSum:
             raise AttributeError(name)
         return getattr(self.weight if name in _SAME_AS_WEIGHT else self.dense(), name)
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None}
-        product = _product(func.__name__, args, kwargs)
-        if product is not None:
-            return product
-        args = tuple(_as_dense(value) for value in args)
-        return func(*args, **{name: _as_dense(value) for name, value in kwargs.items()})
+    def after_groups_of(self, x: Tensor, ends: Tensor) -> Tensor | None:
+        if self.ndim != 3:
+            return None
+        left, right = self.left.to(x.dtype), self.right.to(x.dtype)
+        if isinstance(self.weight, QuantizedWeight):
+            return self.weight.after_groups(x, ends) + grouped_lora(x, None, left, right, ends, self.scaling)
+        return grouped_lora(x, self.weight, left, right, ends, self.scaling)
 
 
 def _is_mask(index: Tensor) -> bool:
     return index.dtype in (torch.bool, torch.uint8)
-
-
-def _as_dense(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return type(value)(_as_dense(inner) for inner in value)
-    return value.dense() if isinstance(value, LowRankSum) else value
-
-
-def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the product that a function of torch computes, or None if it is not one that can be split."""
-    first, second, *rest = (*args, None, None)
-    if isinstance(second, LowRankSum) and isinstance(first, Tensor):
-        if name == "linear" and second.ndim == 2 and set(kwargs) <= {"bias"}:
-            bias = kwargs.get("bias", rest[0])
-            out = second.mT.after(first)
-            return out if bias is None else out + bias
-        if name in ("matmul", "__matmul__", "mm", "bmm") and not kwargs:
-            return second.after(first)
-        # torch's function, which calls `_grouped_mm`, and transformers' operator for where torch's does not run
-        if name in ("grouped_mm", "_grouped_mm", "grouped_mm_fallback"):
-            ends = kwargs.get("offs", rest[0])
-            if first.dim() == 2 and second.ndim == 3 and isinstance(ends, Tensor) and set(kwargs) <= {"offs"}:
-                left, right = second.left.to(first.dtype), second.right.to(first.dtype)
-                if isinstance(second.weight, QuantizedWeight):
-                    update = grouped_lora(first, None, left, right, ends, second.scaling)
-                    return second.weight.after_groups(first, ends) + update
-                return grouped_lora(first, second.weight, left, right, ends, second.scaling)
-    is_product = name in ("mm", "bmm") or (name in ("matmul", "__matmul__") and getattr(second, "ndim", 0) > 1)
-    if is_product and isinstance(first, LowRankSum) and isinstance(second, Tensor) and not kwargs:
-        return first.mT.after(second.mT).mT
-    return None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lit_peft.nn.autocast import autocast_dtype, without_autocast
 from lit_peft.nn.expert_codes import SCALE_BLOCK, decoded, quantized
+from lit_peft.nn.operand import Operand
 from lit_peft.nn.torch_internals import own_parameter
 
 
@@ -122,7 +123,7 @@ def _as_operand(value: Any) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedWeight:
+class QuantizedWeight(Operand):
     """W of a `QuantizedStack` as an operand of products: all experts, one, or one for each of several rows.
 
     It stands for a tensor in `F.linear`, `matmul`, `bmm` and grouped products, also after `transpose` and indexing by
@@ -269,41 +270,8 @@ class QuantizedWeight:
         plain = {"data_ptr", "element_size", "is_cuda", "is_meta", "layout"}
         return getattr(self.stack.weight if name in plain else self.dense(), name)
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None}
-        found = _product(func.__name__, args, kwargs)
-        if found is not None:
-            return found
-        args = tuple(_as_dense(value) for value in args)
-        return func(*args, **{name: _as_dense(value) for name, value in kwargs.items()})
-
-
-def _as_dense(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return type(value)(_as_dense(inner) for inner in value)
-    return value.dense() if isinstance(value, QuantizedWeight) else value
-
-
-def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the product that a function of torch computes, or None if it is another function."""
-    first, second, *rest = (*args, None, None)
-    if isinstance(second, QuantizedWeight) and isinstance(first, Tensor):
-        if name == "linear" and second.ndim == 2 and set(kwargs) <= {"bias"}:
-            bias = kwargs.get("bias", rest[0])
-            out = second.mT.after(first)
-            return out if bias is None else out + bias
-        if name in ("matmul", "__matmul__", "mm", "bmm") and not kwargs:
-            return second.after(first)
-        # torch's function, which calls `_grouped_mm`, and transformers' operator for where torch's does not run
-        if name in ("grouped_mm", "_grouped_mm", "grouped_mm_fallback") and set(kwargs) <= {"offs"}:
-            ends = kwargs.get("offs", rest[0])
-            if first.dim() == 2 and second.index is None and isinstance(ends, Tensor):
-                return second.after_groups(first, ends)
-    is_product = name in ("mm", "bmm") or (name in ("matmul", "__matmul__") and getattr(second, "ndim", 0) > 1)
-    if is_product and isinstance(first, QuantizedWeight) and isinstance(second, Tensor) and not kwargs:
-        return first.mT.after(second.mT).mT
-    return None
+    def after_groups_of(self, x: Tensor, ends: Tensor) -> Tensor | None:
+        return self.after_groups(x, ends) if self.index is None else None
 
 
 class _Products(torch.autograd.Function):
